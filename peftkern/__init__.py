@@ -1,0 +1,43 @@
+"""peftkern: a LoRA linear layer for the price of the frozen one.
+
+    y = x W^T + c (D(x) A^T) B^T
+
+in fused kernels, forward and backward, for ``nn.Linear`` and for every vanilla LoRA layer of Hugging Face PEFT.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peftkern.functional import Explanation, explain, lora_linear
+
+if TYPE_CHECKING:
+    from peftkern.environment import env_report as env_report
+    from peftkern.integrations.peft import PatchReport as PatchReport
+    from peftkern.integrations.peft import disabled as disabled
+    from peftkern.integrations.peft import patch as patch
+    from peftkern.integrations.peft import unpatch as unpatch
+
+__version__ = "0.1.0"
+__all__ = ["Explanation", "PatchReport", "disabled", "env_report", "explain", "lora_linear", "patch", "unpatch"]
+
+# Loaded on first use: they import what the core does not need (PEFT takes seconds).
+_LAZY = {
+    "PatchReport": "peftkern.integrations.peft",
+    "disabled": "peftkern.integrations.peft",
+    "patch": "peftkern.integrations.peft",
+    "unpatch": "peftkern.integrations.peft",
+    "env_report": "peftkern.environment",
+    "nn": "peftkern.nn",
+    "testing": "peftkern.testing",
+    "weights": "peftkern.weights",
+}
+
+
+def __getattr__(name: str):
+    import importlib
+
+    if name not in _LAZY:
+        raise AttributeError(f"module 'peftkern' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    return module if module.__name__ == f"peftkern.{name}" else getattr(module, name)

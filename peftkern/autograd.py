@@ -1,0 +1,58 @@
+"""Which products run and what is saved; no mathematics.
+
+Saved for backward: x, s, the parameters, two RNG integers and a snapshot of the scaling. Never a dropout mask, a dropped
+or widened copy of x, or a product with the frozen weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peftkern.ops import schema
+
+# Positions in LoRALinearFunction.forward's argument list of what can have a gradient.
+_DIFFERENTIABLE = {"x": 0, "lora_A": 5, "lora_B": 6, "bias": 7, "lora_bias": 8}
+_ARGUMENTS = 15
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """y = x W^T + c D(x) A^T B^T + bias + c lora_bias on 2-D x; once differentiable in x, A, B and the biases."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, lora_bias, *settings
+    ) -> Tensor:
+        scaling, scaling_tensor, dropout_p, rng_state, precision, backend = settings
+        if scaling_tensor is not None:
+            scaling_tensor = scaling_tensor.detach().clone()  # backward uses the value that forward saw
+        y, s = schema.forward(
+            x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, lora_bias,
+            scaling, scaling_tensor, dropout_p, rng_state, precision, backend,
+        )  # fmt: skip
+        need_A, need_B = ctx.needs_input_grad[5], ctx.needs_input_grad[6]
+        ctx.save_for_backward(
+            x if need_A else None, s if need_B else None, w_data, w_scale, lora_A, lora_B, bias, lora_bias,
+            scaling_tensor, rng_state,
+        )  # fmt: skip
+        ctx.settings = w_format, group_size, scaling, dropout_p, precision, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, w_data, w_scale, lora_A, lora_B, bias, lora_bias, scaling_tensor, rng_state = ctx.saved_tensors
+        w_format, group_size, scaling, dropout_p, precision, backend = ctx.settings
+        needed = [position for position in _DIFFERENTIABLE.values() if ctx.needs_input_grad[position]]
+        gradients = schema.backward(
+            dy, x, s, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, lora_bias,
+            scaling, scaling_tensor, dropout_p, rng_state, precision, backend,
+            *(ctx.needs_input_grad[position] for position in _DIFFERENTIABLE.values()),
+        )  # fmt: skip
+        result: list[Tensor | None] = [None] * _ARGUMENTS
+        for position, gradient in zip(needed, gradients, strict=True):
+            result[position] = gradient
+        return tuple(result)

@@ -1,0 +1,58 @@
+"""The mathematics, written to be read; in fp64 this is the truth that every kernel is judged against.
+
+Every product is a line of ../../../README.md's table. Nothing here is fast: masks are materialised, nothing is in place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkern import dropout
+from peftkern.ops.problem import Gradients, LoRAOperands
+
+
+def _dropped(operands: LoRAOperands, value: Tensor) -> Tensor:
+    """D(value) for a value shaped like x."""
+    if operands.rng_state is None:
+        return value
+    keep = dropout.keep_mask(*value.shape, operands.dropout_p, operands.rng_state)
+    return torch.where(keep, value * dropout.scale(operands.dropout_p), torch.zeros_like(value))
+
+
+def _scaling(operands: LoRAOperands, dtype: torch.dtype) -> Tensor | float:
+    if operands.scaling_tensor is None:
+        return operands.scaling
+    return operands.scaling_tensor.to(dtype) * operands.scaling
+
+
+def forward(operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
+    """y = x W^T + c s B^T + bias + c lora_bias, with s = D(x) A^T. All in x's dtype."""
+    W, A, B = operands.weight.materialize(x.dtype), operands.lora_A.to(x.dtype), operands.lora_B.to(x.dtype)
+    c = _scaling(operands, x.dtype)
+    s = _dropped(operands, x) @ A.T
+    y = x @ W.T + c * (s @ B.T)
+    if operands.bias is not None:
+        y = y + operands.bias.to(x.dtype)
+    if operands.lora_bias is not None:
+        y = y + c * operands.lora_bias.to(x.dtype)
+    return y, s
+
+
+def backward(operands: LoRAOperands, dy: Tensor, x: Tensor, s: Tensor) -> Gradients:
+    """Every gradient of ``forward``, in dy's dtype.
+
+    t  = dy B
+    dx = dy W + c D(t A)
+    dA = c t^T D(x),  dB = c dy^T s,  dbias = sum dy,  dlora_bias = c sum dy
+    """
+    W, A, B = operands.weight.materialize(dy.dtype), operands.lora_A.to(dy.dtype), operands.lora_B.to(dy.dtype)
+    c = _scaling(operands, dy.dtype)
+    t = dy @ B
+    return Gradients(
+        x=dy @ W + c * _dropped(operands, t @ A),
+        lora_A=c * (t.T @ _dropped(operands, x)),
+        lora_B=c * (dy.T @ s),
+        bias=dy.sum(0),
+        lora_bias=c * dy.sum(0),
+    )

@@ -1,0 +1,109 @@
+"""The ``library`` schedule: vendor GEMMs with the low-rank pair accumulated in place, on any device torch runs on.
+
+    y = x W^T (+ bias);  y += c s B^T           dx = dy W;  dx += c D(t A)
+
+Two precisions, as in every backend. "base": the factors are rounded to x's dtype and the thin products run there.
+"fp32": x and dy are widened and the thin products run in fp32, as PEFT does with its default adapters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkern import dropout
+from peftkern.backends.base import Backend, Plan
+from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
+
+
+def _thin_dtype(operands: LoRAOperands, dtype: torch.dtype) -> torch.dtype:
+    """The dtype the thin products run in."""
+    return torch.promote_types(dtype, torch.float32) if operands.precision == "fp32" else dtype
+
+
+def _keep(operands: LoRAOperands, M: int) -> Tensor | None:
+    if operands.rng_state is None:
+        return None
+    return dropout.keep_mask(M, operands.lora_A.shape[1], operands.dropout_p, operands.rng_state)
+
+
+def _apply_keep(value: Tensor, keep: Tensor | None, p: float) -> Tensor:
+    """D(value); a NaN that is dropped becomes 0, so it is a select and not a product."""
+    if keep is None:
+        return value
+    return torch.where(keep, value, value.new_zeros(())).mul_(dropout.scale(p))
+
+
+def _accumulate(target: Tensor, operands: LoRAOperands, left: Tensor, right: Tensor) -> None:
+    """target += c (left @ right), in place and without a temporary where ``target`` has the thin dtype and c is a number."""
+    if operands.scaling_tensor is None and target.dtype == left.dtype:
+        target.addmm_(left, right, alpha=operands.scaling)
+    else:
+        target.add_(_scaled(left @ right, operands))
+
+
+def _scaled(value: Tensor, operands: LoRAOperands) -> Tensor:
+    """c * value, in place."""
+    if operands.scaling_tensor is not None:
+        value = value.mul_(operands.scaling_tensor.to(value.dtype))
+    return value if operands.scaling == 1.0 else value.mul_(operands.scaling)
+
+
+class ReferenceBackend(Backend):
+    """Never refuses; the floor that the kernels have to beat."""
+
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def supports(self, problem: Problem) -> str | None:
+        return None
+
+    def plan(self, problem: Problem) -> Plan:
+        return Plan("library", "vendor GEMM")
+
+    def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
+        thin = _thin_dtype(operands, x.dtype)
+        y = torch.nn.functional.linear(x, operands.weight.materialize(x.dtype), operands.bias)
+        dropped = _apply_keep(x, _keep(operands, x.shape[0]), operands.dropout_p)
+        s = dropped.to(thin) @ operands.lora_A.to(thin).T
+        _accumulate(y, operands, s, operands.lora_B.to(thin).T)
+        if operands.lora_bias is not None:
+            y += _scaled(operands.lora_bias.clone(), operands)
+        return y, s.to(torch.promote_types(x.dtype, torch.float32))
+
+    def backward(
+        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
+    ) -> Gradients:
+        A, B = operands.lora_A, operands.lora_B
+        thin = _thin_dtype(operands, dy.dtype)
+        keep = _keep(operands, dy.shape[0]) if needs.x or needs.lora_A else None
+        thin_dy = dy.to(thin) if needs.x or needs.lora_A or needs.lora_B else dy
+        t = thin_dy @ B.to(thin) if needs.x or needs.lora_A else thin_dy
+        dx = dA = dB = None
+        if needs.x:
+            dx = dy @ operands.weight.materialize(dy.dtype)
+            if keep is None:
+                _accumulate(dx, operands, t, A.to(thin))
+            else:
+                dx.add_(_scaled(_apply_keep(t @ A.to(thin), keep, operands.dropout_p), operands))
+        if needs.lora_A:
+            assert x is not None
+            dropped = _apply_keep(x, keep, operands.dropout_p).to(thin)
+            dA = _scaled((t.T @ dropped).to(A.dtype), operands)
+        if needs.lora_B:
+            assert s is not None
+            dB = _scaled((thin_dy.T @ s.to(thin)).to(B.dtype), operands)
+        return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
+
+
+def bias_gradients(operands: LoRAOperands, dy: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+    """dbias and dlora_bias: column sums of dy from a wide accumulator, in the parameters' dtypes."""
+    if not (needs.bias or needs.lora_bias):
+        return None, None
+    total = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+    dbias = total.to(operands.bias.dtype) if needs.bias and operands.bias is not None else None
+    if not (needs.lora_bias and operands.lora_bias is not None):
+        return dbias, None
+    return dbias, _scaled(total.clone(), operands).to(operands.lora_bias.dtype)

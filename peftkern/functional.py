@@ -1,0 +1,238 @@
+"""``lora_linear``: validation, the dtype rule, and the way down to 2-D."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftkern import dropout
+from peftkern.autograd import LoRALinearFunction
+from peftkern.ops import dispatch, schema
+from peftkern.ops.problem import LoRAOperands
+from peftkern.weights import DenseWeight, FrozenWeight
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | FrozenWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor = 1.0,
+    *,
+    bias: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    rng_state: Tensor | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer with a frozen weight and a trainable low-rank update, fused.
+
+    Formula:
+        y = x W^T + c (D(x) A^T) B^T + bias + c lora_bias, with c = scaling and D inverted dropout.
+
+    Args:
+        x: [..., K], any strides; any number of leading dimensions, zero rows too.
+        weight: [N, K], frozen: a tensor of x's dtype, or a FrozenWeight of any format.
+        lora_A: [R, K], in x's compute dtype or float32. R = 0 is the base layer alone.
+        lora_B: [N, R], in lora_A's dtype.
+        scaling: a number, or a 0-d tensor that is read at every call without synchronising.
+        bias, lora_bias: [N]; lora_bias is multiplied by the scaling, as in PEFT.
+        dropout_p: the probability of dropping an element of x before A; resolution 1/65536.
+        training: dropout is off when False.
+        rng_state: int64 [2] (seed, offset) on x's device; drawn from torch's generator when None.
+        precision: "base" (default: the factors are rounded to the compute dtype in registers, as autocast would do) or
+            "fp32" (they are used in full, as PEFT does with fp32 adapters).
+        backend: "auto", "triton", "cpp" or "reference"; default PEFTKERN_BACKEND.
+
+    Returns: y [..., N] in x's compute dtype (under autocast: autocast's dtype, by F.linear's rule).
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on different devices, a weight that requires grad, a bad option.
+        TypeError: dtypes that do not fit, or an argument that is not a tensor.
+        RuntimeError: an explicitly requested backend that cannot run this call, with the reason.
+
+    Numerics: fp32 accumulation; c and dropout's scale multiply the accumulator. A NaN at a dropped position becomes 0.
+        Gradients have their parameter's dtype. Double backward is an error.
+    Deterministic: yes, bitwise, forward and backward, for a fixed rng_state, backend and thread count.
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+    """
+    x, operands = _prepare(
+        x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p if training else 0.0, rng_state, precision
+    )
+    W = operands.weight
+    flat = x.reshape(-1, W.shape[1])
+    arguments = (flat, W.data, W.scale, W.format, W.group_size, *operands[1:], backend or "")
+    if torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5]):
+        y = LoRALinearFunction.apply(*arguments)
+    else:
+        y = schema.forward(*arguments)[0]
+    return y.view(*x.shape[:-1], W.shape[0])
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _prepare(
+    x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, rng_state, precision
+) -> tuple[Tensor, LoRAOperands]:
+    """Validate, apply autocast's rule, draw the RNG state."""
+    if not isinstance(weight, FrozenWeight):
+        weight = DenseWeight(weight)
+    tensors = {"x": x, "weight": weight.data, "lora_A": lora_A, "lora_B": lora_B, "bias": bias, "lora_bias": lora_bias}
+    _check_devices(tensors)
+    _check_shapes(x, weight, lora_A, lora_B, bias, lora_bias)
+    if weight.data.requires_grad:
+        raise ValueError("weight requires grad, but peftkern trains the adapter only: call weight.requires_grad_(False)")
+    if precision not in (None, "base", "fp32"):
+        raise ValueError(f"precision={precision!r} is not one of None, 'base', 'fp32'")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p={dropout_p} is not a probability")
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias)
+    c, scaling_tensor = _split_scaling(scaling, x)
+    if dropout.threshold(dropout_p) == 0:
+        dropout_p, rng_state = 0.0, None
+    elif rng_state is None:
+        rng_state = dropout.draw_rng_state(x.device)
+    elif rng_state.dtype != torch.int64 or rng_state.shape != (2,) or rng_state.device != x.device:
+        raise ValueError(
+            f"rng_state is int64 [2] on {x.device}, got {rng_state.dtype} {tuple(rng_state.shape)} on {rng_state.device}"
+        )
+    return x, LoRAOperands(
+        weight, lora_A, lora_B, bias, lora_bias, c, scaling_tensor, dropout_p, rng_state, precision or "base"
+    )
+
+
+def _check_devices(tensors: Mapping[str, Tensor | None]) -> None:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is not a tensor but {type(tensor).__name__}")
+    device = given["x"].device
+    for tensor in given.values():
+        if tensor.device != device:
+            listing = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
+            raise ValueError(f"all tensors must be on one device, got {listing}")
+
+
+def _check_shapes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
+    N, K = weight.shape
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x is [..., {K}] for a weight of shape {(N, K)}, got {tuple(x.shape)}")
+    if lora_A.ndim != 2 or lora_A.shape[1] != K:
+        raise ValueError(f"lora_A is [R, {K}] for a weight of shape {(N, K)}, got {tuple(lora_A.shape)}")
+    if lora_B.shape != (N, lora_A.shape[0]):
+        raise ValueError(
+            f"lora_B is [{N}, {lora_A.shape[0]}] for lora_A {tuple(lora_A.shape)} and a weight of shape {(N, K)}, "
+            f"got {tuple(lora_B.shape)}"
+        )
+    for name, vector in (("bias", bias), ("lora_bias", lora_bias)):
+        if vector is not None and vector.shape != (N,):
+            raise ValueError(f"{name} is [{N}] for a weight of shape {(N, K)}, got {tuple(vector.shape)}")
+
+
+def _autocast(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> tuple[Tensor, FrozenWeight, Tensor | None]:
+    """F.linear's rule: under autocast every floating operand but fp64 takes autocast's dtype; the adapter is read as it is."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    if weight.compute_dtype is not None:
+        weight = DenseWeight(cast(weight.data))
+    return cast(x), weight, None if bias is None else cast(bias)
+
+
+def _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
+    wanted = weight.compute_dtype or x.dtype
+    narrow = (torch.float16, torch.bfloat16)
+    fits = (
+        x.is_floating_point()
+        and x.dtype == wanted
+        and lora_A.dtype == lora_B.dtype
+        and (lora_A.dtype == x.dtype or (lora_A.dtype == torch.float32 and x.dtype in narrow))
+        and (bias is None or bias.dtype == x.dtype or (bias.dtype == torch.float32 and x.dtype in narrow))
+        and (lora_bias is None or lora_bias.dtype == lora_A.dtype)
+    )
+    if not fits:
+        tensors = {"x": x, "weight": weight.data, "lora_A": lora_A, "lora_B": lora_B}
+        tensors |= {"bias": bias, "lora_bias": lora_bias}
+        listing = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor is not None)
+        raise TypeError(
+            "x and a dense weight must share one floating dtype, lora_A and lora_B that dtype or float32, biases likewise "
+            f"(or use autocast): got {listing}"
+        )
+
+
+def _split_scaling(scaling: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:
+    """(factor, None) for a number; (1, tensor) for a 0-d tensor, moved to x's device."""
+    if not isinstance(scaling, Tensor):
+        if isinstance(scaling, float) and not math.isfinite(scaling):
+            raise ValueError(f"scaling={scaling} is not finite")
+        return float(scaling), None
+    if scaling.ndim != 0 or not scaling.is_floating_point():
+        raise ValueError(f"a tensor scaling is 0-d and floating, got {scaling.dtype} {tuple(scaling.shape)}")
+    if scaling.requires_grad:
+        raise ValueError("scaling is not trained: pass a tensor that does not require grad")
+    return 1.0, scaling.to(x.device)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found; prints as text."""
+
+    backend: str
+    schedule: str
+    tile: str
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"backend  {self.backend}", f"schedule {self.schedule}", f"tile     {self.tile or '-'}"]
+        lines += [f"not {name}: {reason}" for name, reason in self.refused.items()]
+        return "\n".join(lines)
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor | FrozenWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor = 1.0,
+    *,
+    bias: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    rng_state: Tensor | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Explanation:
+    """Say how ``lora_linear`` would run these arguments, without running them.
+
+    Args: those of ``lora_linear``, with the same checks and the same errors.
+    Returns: an Explanation with the backend taken, its schedule and tile, and every other backend with its reason.
+    """
+    if training and dropout_p and rng_state is None:
+        rng_state = torch.zeros(2, dtype=torch.int64, device=x.device)  # draws nothing from the caller's generator
+    x, operands = _prepare(
+        x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p if training else 0.0, rng_state, precision
+    )
+    problem = operands.problem(x.numel() // max(1, x.shape[-1]), x.dtype)
+    chosen = dispatch.select(problem, backend or "")
+    refused = {}
+    for name in ("triton", "cpp", "reference"):
+        if name != chosen.name:
+            reason = dispatch.refusal(dispatch.backend_named(name), problem)
+            refused[name] = reason or "can run this call, but comes later in the order of preference"
+    plan = chosen.plan(problem)
+    return Explanation(chosen.name, plan.schedule, plan.tile, refused)

@@ -1,0 +1,112 @@
+"""Which backend runs a problem, and why the others do not."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from peftkern import _env
+from peftkern.backends.base import Backend
+from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
+
+logger = logging.getLogger("peftkern")
+
+# Lazy registration: a backend is imported when a call first asks for it.
+_LOCATIONS = {
+    "triton": ("peftkern.backends.triton.backend", "TritonBackend"),
+    "cpp": ("peftkern.backends.cpp.backend", "CppBackend"),
+    "reference": ("peftkern.backends.reference.library", "ReferenceBackend"),
+}
+# In order of preference; a device that is not named here has the reference alone.
+_ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")}
+
+
+@functools.cache
+def backend_named(name: str) -> Backend:
+    """The one instance of a backend. Raises: ValueError for an unknown name."""
+    if name not in _LOCATIONS:
+        raise ValueError(f"backend={name!r} is not one of auto, {', '.join(_LOCATIONS)}")
+    module, attribute = _LOCATIONS[name]
+    return getattr(importlib.import_module(module), attribute)()
+
+
+def refusal(backend: Backend, problem: Problem) -> str | None:
+    """Why ``backend`` cannot run ``problem``, or None."""
+    return backend.unavailable() or backend.supports(problem)
+
+
+@functools.lru_cache(maxsize=4096)
+def select(problem: Problem, requested: str) -> Backend:
+    """The backend for a problem.
+
+    Args:
+        problem: the key.
+        requested: "auto", a backend's name, or "" for what PEFTKERN_BACKEND says.
+    Raises: RuntimeError with the reason when an explicitly requested backend cannot run the problem.
+    """
+    requested = requested or _env.settings().backend
+    if requested != "auto":
+        backend = backend_named(requested)
+        reason = refusal(backend, problem)
+        if reason is not None:
+            raise RuntimeError(f"backend {requested!r} was requested and cannot run this call: {reason}")
+        return backend
+    for backend in candidates(problem.device_type):
+        if refusal(backend, problem) is None:
+            return backend
+        _warn_if_better_was_expected(backend, problem.device_type)
+    raise AssertionError("the reference backend refuses nothing")
+
+
+def candidates(device_type: str) -> Iterator[Backend]:
+    """The backends for a device, best first."""
+    return map(backend_named, _ORDER.get(device_type, ("reference",)))
+
+
+@functools.cache
+def _warn_if_better_was_expected(backend: Backend, device_type: str) -> None:
+    """One log line where a user would expect better: a GPU without Triton, an extension that does not load."""
+    reason = backend.unavailable()
+    if reason is not None and (device_type == "cuda" or backend.broken):
+        logger.warning("peftkern: backend %s is not used on %s: %s", backend.name, device_type, reason)
+
+
+def forward(operands: LoRAOperands, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Run the forward products: y [M, N] and s [M, R]."""
+    M, N, R = x.shape[0], operands.weight.shape[0], operands.lora_A.shape[0]
+    if M == 0:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x.new_empty(0, N), x.new_empty(0, R, dtype=wide)
+    chosen = select(operands.problem(M, x.dtype), backend)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return chosen.forward(operands, x)
+    return chosen.forward(operands, x)
+
+
+def backward(
+    operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs, backend: str
+) -> Gradients:
+    """Run the backward products that are needed."""
+    if dy.shape[0] == 0:
+        return _zero_gradients(operands, dy, needs)
+    chosen = select(operands.problem(dy.shape[0], dy.dtype), backend)
+    if torch.is_autocast_enabled(dy.device.type):
+        with torch.autocast(dy.device.type, enabled=False):
+            return chosen.backward(operands, dy, x, s, needs)
+    return chosen.backward(operands, dy, x, s, needs)
+
+
+def _zero_gradients(operands: LoRAOperands, dy: Tensor, needs: Needs) -> Gradients:
+    """No tokens: an empty dx and exact zeros for the parameters, without a launch."""
+    parameters = (operands.lora_A, operands.lora_B, operands.bias, operands.lora_bias)
+    zeros = [
+        torch.zeros_like(parameter, memory_format=torch.contiguous_format) if need and parameter is not None else None
+        for need, parameter in zip(needs[1:], parameters, strict=True)
+    ]
+    return Gradients(dy.new_empty(0, operands.weight.shape[1]) if needs.x else None, *zeros)

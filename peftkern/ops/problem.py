@@ -1,0 +1,93 @@
+"""The one key by which backends, schedules and tiles are chosen, and the operands of one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkern.weights import FrozenWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a backend may look at to say whether, and how, it can run a call. Hashable.
+
+    ``dtype`` is the compute dtype (x, y, dense weight); ``adapter_dtype`` that of lora_A and lora_B;
+    ``precision`` is "base" (factors rounded to ``dtype``) or "fp32" (factors kept in fp32).
+    """
+
+    device_type: str
+    M: int
+    K: int
+    N: int
+    R: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    weight_format: str = "dense"
+    dropout: bool = False
+    bias: bool = False
+    lora_bias: bool = False
+    precision: str = "base"
+
+
+class LoRAOperands(NamedTuple):
+    """The operands that forward and backward share. ``scaling`` multiplies ``scaling_tensor`` where there is one.
+
+    Shapes: lora_A [R, K], lora_B [N, R], bias and lora_bias [N], scaling_tensor 0-d, rng_state int64 [2].
+    ``rng_state`` is None iff there is no dropout (``dropout_p == 0``).
+    """
+
+    weight: FrozenWeight
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    lora_bias: Tensor | None
+    scaling: float
+    scaling_tensor: Tensor | None
+    dropout_p: float
+    rng_state: Tensor | None
+    precision: str
+
+    def problem(self, M: int, dtype: torch.dtype) -> Problem:
+        """The key of a call with M rows in compute dtype ``dtype``."""
+        N, K = self.weight.shape
+        return Problem(
+            self.lora_A.device.type,
+            M,
+            K,
+            N,
+            self.lora_A.shape[0],
+            dtype,
+            self.lora_A.dtype,
+            self.weight.format,
+            self.rng_state is not None,
+            self.bias is not None,
+            self.lora_bias is not None,
+            self.precision,
+        )
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward call must return; what is False is not computed."""
+
+    x: bool
+    lora_A: bool
+    lora_B: bool
+    bias: bool
+    lora_bias: bool
+
+
+class Gradients(NamedTuple):
+    """dx [M, K], dA [R, K], dB [N, R], dbias [N], dlora_bias [N]; None where not needed.
+
+    dx has x's dtype, the others their parameter's (from an fp32 accumulator).
+    """
+
+    x: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    bias: Tensor | None
+    lora_bias: Tensor | None

@@ -1,0 +1,33 @@
+"""``dense``: the weight as it is, in any floating dtype and any strides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkern.weights.base import FrozenWeight
+
+
+class DenseWeight(FrozenWeight):
+    """A plain tensor ``[N, K]``; x must have its dtype."""
+
+    format = "dense"
+
+    def validate(self) -> None:
+        if self.data.ndim != 2:
+            raise ValueError(f"weight is 2-D [N, K], got shape {tuple(self.data.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data.shape[0], self.data.shape[1]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    def materialize(self, dtype: torch.dtype) -> Tensor:
+        return self.data.to(dtype)
+
+    @classmethod
+    def pack(cls, tensor: Tensor) -> DenseWeight:
+        return cls(tensor)
