@@ -1,0 +1,1 @@
+"""Where peftkern meets other libraries; each module imports exactly one of them."""
