@@ -161,7 +161,7 @@ def _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
         and x.dtype == wanted
         and lora_A.dtype == lora_B.dtype
         and (lora_A.dtype == x.dtype or (lora_A.dtype == torch.float32 and x.dtype in narrow))
-        and (bias is None or bias.dtype == x.dtype or (bias.dtype == torch.float32 and x.dtype in narrow))
+        and (bias is None or bias.dtype == x.dtype)
         and (lora_bias is None or lora_bias.dtype == lora_A.dtype)
     )
     if not fits:
@@ -169,7 +169,7 @@ def _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
         tensors |= {"bias": bias, "lora_bias": lora_bias}
         listing = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor is not None)
         raise TypeError(
-            "x and a dense weight must share one floating dtype, lora_A and lora_B that dtype or float32, biases likewise "
+            "x, bias and a dense weight must share one floating dtype; lora_A, lora_B and lora_bias that dtype or float32 "
             f"(or use autocast): got {listing}"
         )
 

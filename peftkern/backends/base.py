@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
@@ -50,3 +51,21 @@ class Backend(ABC):
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
     ) -> Gradients:
         """The needed gradients. ``x`` is None unless needs.lora_A, ``s`` unless needs.lora_B. dy may have any strides."""
+
+
+def scaled(value: Tensor, operands: LoRAOperands) -> Tensor:
+    """c * value, in place and without reading a tensor's value on the host."""
+    if operands.scaling_tensor is not None:
+        value = value.mul_(operands.scaling_tensor.to(value.dtype))
+    return value if operands.scaling == 1.0 else value.mul_(operands.scaling)
+
+
+def bias_gradients(operands: LoRAOperands, dy: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+    """dbias = sum dy and dlora_bias = c sum dy over rows, from a wide accumulator, in the parameters' dtypes."""
+    if not (needs.bias or needs.lora_bias):
+        return None, None
+    total = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+    dbias = total.to(operands.bias.dtype) if needs.bias and operands.bias is not None else None
+    if not (needs.lora_bias and operands.lora_bias is not None):
+        return dbias, None
+    return dbias, scaled(total.clone(), operands).to(operands.lora_bias.dtype)

@@ -1,19 +1,104 @@
-"""Thin adapter to csrc."""
+"""Thin adapter to csrc: the base product by torch, the LoRA work by one C++ call per direction."""
 
 from __future__ import annotations
 
-from peftkern.backends.base import Backend
+import functools
+import importlib
+
+import torch
+from torch import Tensor
+
+from peftkern import dropout
+from peftkern.backends.base import Backend, Plan, bias_gradients
+from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # problem.h, DType
+
+
+@functools.cache
+def extension() -> tuple[object | None, str | None, bool]:
+    """(module, None, False), or (None, reason, whether it is there and does not load)."""
+    try:
+        return importlib.import_module("peftkern._C"), None, False
+    except ModuleNotFoundError:
+        return None, "the C++ extension is not built (pip install with a compiler builds it)", False
+    except ImportError as error:
+        return None, f"the C++ extension does not load: {error}", True
 
 
 class CppBackend(Backend):
+    """CPU training: y and dx by torch's GEMM, then everything LoRA adds in one pass over their rows."""
+
     name = "cpp"
 
-    def unavailable(self):
-        return "not built"
+    def unavailable(self) -> str | None:
+        return extension()[1]
 
-    def supports(self, problem):
+    @property
+    def broken(self) -> bool:
+        return extension()[2]
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.device_type != "cpu":
+            return f"it runs on the CPU, not on {problem.device_type}"
+        if problem.R == 0:
+            return "r = 0 has no low-rank pair"
+        if problem.dtype not in _DTYPES:
+            return f"it computes in float32, bfloat16 and float16, not in {problem.dtype}"
         return None
 
-    def plan(self, problem): ...
-    def forward(self, operands, x): ...
-    def backward(self, operands, dy, x, s, needs): ...
+    def plan(self, problem: Problem) -> Plan:
+        module = extension()[0]
+        if module is None:
+            return Plan("split", "not built")
+        return Plan("split", f"vendor GEMM + {module.instruction_set()} thin products in blocks of rows")
+
+    def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = _unit_stride(x)
+        y = torch.nn.functional.linear(x, operands.weight.materialize(x.dtype), operands.bias)
+        s = torch.empty(x.shape[0], operands.lora_A.shape[0])
+        A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
+        lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
+        extension()[0].forward(
+            _problem(operands, x), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(), _address(lora_bias),
+            s.data_ptr(), y.data_ptr(),
+        )  # fmt: skip
+        return y, s
+
+    def backward(
+        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
+    ) -> Gradients:
+        dx = dA = dB = None
+        if needs.x or needs.lora_A or needs.lora_B:
+            dy = _unit_stride(dy)
+            A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
+            dx = dy @ operands.weight.materialize(dy.dtype) if needs.x else None
+            dA = torch.empty_like(A) if needs.lora_A else None
+            dB = torch.empty_like(B) if needs.lora_B else None
+            x = _unit_stride(x) if x is not None else None
+            extension()[0].backward(
+                _problem(operands, dy), dy.data_ptr(), dy.stride(0), _address(x), 0 if x is None else x.stride(0),
+                _address(s), A.data_ptr(), B.data_ptr(), _address(dx), _address(dA), _address(dB),
+            )  # fmt: skip
+        return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
+
+
+def _problem(operands: LoRAOperands, rows: Tensor):
+    N, K = operands.weight.shape
+    scaling = operands.scaling
+    if operands.scaling_tensor is not None:
+        scaling *= float(operands.scaling_tensor)
+    return extension()[0].Problem(
+        rows.shape[0], K, N, operands.lora_A.shape[0], _DTYPES[rows.dtype], _DTYPES[operands.lora_A.dtype],
+        operands.precision == "base", scaling, dropout.threshold(operands.dropout_p), _address(operands.rng_state),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _unit_stride(rows: Tensor) -> Tensor:
+    """Rows whose elements lie next to each other: one copy where they do not (a transposed or expanded tensor)."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

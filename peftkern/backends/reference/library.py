@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftkern import dropout
-from peftkern.backends.base import Backend, Plan
+from peftkern.backends.base import Backend, Plan, bias_gradients, scaled
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 
@@ -39,14 +39,7 @@ def _accumulate(target: Tensor, operands: LoRAOperands, left: Tensor, right: Ten
     if operands.scaling_tensor is None and target.dtype == left.dtype:
         target.addmm_(left, right, alpha=operands.scaling)
     else:
-        target.add_(_scaled(left @ right, operands))
-
-
-def _scaled(value: Tensor, operands: LoRAOperands) -> Tensor:
-    """c * value, in place."""
-    if operands.scaling_tensor is not None:
-        value = value.mul_(operands.scaling_tensor.to(value.dtype))
-    return value if operands.scaling == 1.0 else value.mul_(operands.scaling)
+        target.add_(scaled(left @ right, operands))
 
 
 class ReferenceBackend(Backend):
@@ -70,7 +63,7 @@ class ReferenceBackend(Backend):
         s = dropped.to(thin) @ operands.lora_A.to(thin).T
         _accumulate(y, operands, s, operands.lora_B.to(thin).T)
         if operands.lora_bias is not None:
-            y += _scaled(operands.lora_bias.clone(), operands)
+            y += scaled(operands.lora_bias.clone(), operands)
         return y, s.to(torch.promote_types(x.dtype, torch.float32))
 
     def backward(
@@ -87,23 +80,12 @@ class ReferenceBackend(Backend):
             if keep is None:
                 _accumulate(dx, operands, t, A.to(thin))
             else:
-                dx.add_(_scaled(_apply_keep(t @ A.to(thin), keep, operands.dropout_p), operands))
+                dx.add_(scaled(_apply_keep(t @ A.to(thin), keep, operands.dropout_p), operands))
         if needs.lora_A:
             assert x is not None
             dropped = _apply_keep(x, keep, operands.dropout_p).to(thin)
-            dA = _scaled((t.T @ dropped).to(A.dtype), operands)
+            dA = scaled((t.T @ dropped).to(A.dtype), operands)
         if needs.lora_B:
             assert s is not None
-            dB = _scaled((thin_dy.T @ s.to(thin)).to(B.dtype), operands)
+            dB = scaled((thin_dy.T @ s.to(thin)).to(B.dtype), operands)
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
-
-
-def bias_gradients(operands: LoRAOperands, dy: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
-    """dbias and dlora_bias: column sums of dy from a wide accumulator, in the parameters' dtypes."""
-    if not (needs.bias or needs.lora_bias):
-        return None, None
-    total = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
-    dbias = total.to(operands.bias.dtype) if needs.bias and operands.bias is not None else None
-    if not (needs.lora_bias and operands.lora_bias is not None):
-        return dbias, None
-    return dbias, _scaled(total.clone(), operands).to(operands.lora_bias.dtype)

@@ -1,0 +1,207 @@
+// forward and backward over blocks of rows, for one way of computing the thin products.
+//
+// Each thread takes a contiguous range of rows and packs the factors for itself. Within a block of rows a chunk of x or dy
+// is read once and used for everything that needs it while it lies in the cache; the dropout bits of a block are generated
+// once and serve D(x) and D(t A). dA and dB are summed per thread in fp32 and then over threads in their order:
+// bitwise deterministic for a fixed number of threads.
+#pragma once
+#include <stdlib.h>
+
+#include "../include/philox.h"
+#include "parallel.h"
+#include "thin_bf16.h"
+#include "thin_f32.h"
+
+namespace peftkern {
+namespace PEFTKERN_ISA {
+
+// A thread's scratch memory; it grows to the largest call and is reused.
+struct Scratch {
+  char *memory = nullptr;
+  int64_t capacity = 0, used = 0;
+  ~Scratch() { free(memory); }
+  void reserve(int64_t bytes) {
+    used = 0;
+    if (bytes <= capacity) return;
+    free(memory);
+    capacity = round_up(bytes, 4096);
+    memory = static_cast<char *>(aligned_alloc(64, capacity));
+    if (!memory) abort();
+  }
+  template <class T> T *take(int64_t count) {
+    T *result = reinterpret_cast<T *>(memory + used);
+    used += bytes<T>(count);
+    return result;
+  }
+  template <class T> static int64_t bytes(int64_t count) { return round_up(count * int64_t(sizeof(T)), 64); }
+};
+
+static inline Scratch &scratch() {
+  static thread_local Scratch instance;
+  return instance;
+}
+
+struct Range { int64_t begin, end; };
+static inline Range share(int64_t total, int64_t grain, int index, int count) {
+  const int64_t blocks = (total + grain - 1) / grain;
+  return {smaller(total, blocks * index / count * grain), smaller(total, blocks * (index + 1) / count * grain)};
+}
+
+template <class Thin, class A> struct Bodies {
+  typedef typename Thin::Storage X;
+  typedef typename Thin::Element Element;
+  typedef typename Thin::Packed Packed;
+  static constexpr int64_t kWords = Thin::kColumns / 64;
+
+  struct Sizes {
+    int64_t Rp, Kp, Np;
+    explicit Sizes(const Problem &p) : Rp(round_up(p.R, W)), Kp(round_up(p.K, Thin::kPad)), Np(round_up(p.N, Thin::kPad)) {}
+  };
+
+  static void forward_rows(const Forward &p, Range rows) {
+    const Sizes size(p);
+    Scratch &memory = scratch();
+    memory.reserve(Scratch::bytes<Packed>(Thin::pairs(p.K) * size.Rp) + Scratch::bytes<Packed>(Thin::pairs(p.R) * size.Np) +
+                   Scratch::bytes<Element>(Thin::kRows * Thin::kColumns) + Scratch::bytes<float>(Thin::kRows * size.Rp) +
+                   Scratch::bytes<float>(Thin::thin_size(size.Rp)) + Scratch::bytes<uint64_t>(Thin::kRows * kWords) +
+                   Scratch::bytes<float>(size.Np));
+    Packed *f = memory.take<Packed>(Thin::pairs(p.K) * size.Rp), *g = memory.take<Packed>(Thin::pairs(p.R) * size.Np);
+    Element *buffer = memory.take<Element>(Thin::kRows * Thin::kColumns);
+    float *t = memory.take<float>(Thin::kRows * size.Rp), *thin_memory = memory.take<float>(Thin::thin_size(size.Rp));
+    uint64_t *bits = p.dropout.threshold ? memory.take<uint64_t>(Thin::kRows * kWords) : nullptr;
+    float *column = nullptr;
+    Thin::pack_transposed((const A *)p.A, p.R, p.K, f, size.Rp, p.round_factors);
+    Thin::pack_transposed((const A *)p.B, p.N, p.R, g, size.Np, p.round_factors);
+    if (p.lora_bias) {
+      column = memory.take<float>(size.Np);
+      for (int64_t n = 0; n < size.Np; ++n) column[n] = n < p.N ? p.scaling * widen(((const A *)p.lora_bias)[n]) : 0;
+    }
+    for (int64_t row = rows.begin; row < rows.end; row += Thin::kRows) {
+      const int64_t count = smaller(Thin::kRows, rows.end - row);
+      memset(t, 0, count * size.Rp * sizeof(float));
+      for (int64_t k = 0; k < p.K; k += Thin::kColumns) {
+        const int64_t width = smaller(Thin::kColumns, p.K - k);
+        if (bits) for (int64_t i = 0; i < count; ++i) keep_bits_row(p.dropout, row + i, k, width, bits + i * kWords);
+        int64_t ld;
+        const Element *x = Thin::load_block((const X *)p.x + row * p.x_stride + k, p.x_stride, count, width, bits, kWords, buffer, &ld);
+        Thin::shrink(x, ld, count, width, f + Thin::pairs(k) * size.Rp, size.Rp, t);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t r = 0; r < p.R; ++r) p.s[(row + i) * p.R + r] = t[i * size.Rp + r] *= p.dropout.scale;
+      }
+      const auto thin = Thin::make_thin(t, count, p.R, size.Rp, p.round_factors, thin_memory);
+      Thin::expand(thin, count, p.R, g, size.Np, p.scaling, column, nullptr, 0, (X *)p.y + row * p.N, p.N, p.N);
+    }
+  }
+
+  static void forward(const Forward &problem) {
+    parallel_run(problem.threads, [](void *data, int index, int count) {
+      const Forward &p = *static_cast<const Forward *>(data);
+      const Range rows = share(p.M, Thin::kRows, index, count);
+      if (rows.begin < rows.end) forward_rows(p, rows);
+    }, const_cast<Forward *>(&problem));
+  }
+
+  // Per-thread sums of dA [R, Kp] and dB^T [R, Np]; null in a thread that had no rows.
+  struct Sums { float *dA, *dB; };
+  struct Call { const Backward &p; Sums *sums; int count; };
+
+  static Sums backward_rows(const Backward &p, Range rows) {
+    const Sizes size(p);
+    const bool need_t = p.dx || p.dA;
+    Scratch &memory = scratch();
+    memory.reserve(Scratch::bytes<Packed>(Thin::pairs(p.N) * size.Rp) + Scratch::bytes<Packed>(Thin::pairs(p.R) * size.Kp) +
+                   Scratch::bytes<Element>(Thin::kRows * Thin::kColumns) + Scratch::bytes<float>(Thin::kRows * size.Rp) +
+                   Scratch::bytes<float>(Thin::thin_size(size.Rp)) + Scratch::bytes<uint64_t>(Thin::kRows * kWords) +
+                   Scratch::bytes<float>(p.R * size.Kp) + Scratch::bytes<float>(p.R * size.Np));
+    Sums sums = {p.dA ? memory.take<float>(p.R * size.Kp) : nullptr, p.dB ? memory.take<float>(p.R * size.Np) : nullptr};
+    if (sums.dA) memset(sums.dA, 0, p.R * size.Kp * sizeof(float));
+    if (sums.dB) memset(sums.dB, 0, p.R * size.Np * sizeof(float));
+    Packed *f = memory.take<Packed>(Thin::pairs(p.N) * size.Rp), *g = memory.take<Packed>(Thin::pairs(p.R) * size.Kp);
+    Element *buffer = memory.take<Element>(Thin::kRows * Thin::kColumns);
+    float *t = memory.take<float>(Thin::kRows * size.Rp), *thin_memory = memory.take<float>(Thin::thin_size(size.Rp));
+    uint64_t *bits = p.dropout.threshold ? memory.take<uint64_t>(Thin::kRows * kWords) : nullptr;
+    if (need_t) Thin::pack_interleaved((const A *)p.B, p.N, p.R, f, size.Rp, p.round_factors);
+    if (p.dx) Thin::pack_interleaved((const A *)p.A, p.R, p.K, g, size.Kp, p.round_factors);
+
+    for (int64_t row = rows.begin; row < rows.end; row += Thin::kRows) {
+      const int64_t count = smaller(Thin::kRows, rows.end - row);
+      // One pass over dy: t += dy B, dB^T += s^T dy.
+      typename Thin::Thin s_thin{};
+      if (p.dB) {
+        for (int64_t i = 0; i < count; ++i) memcpy(t + i * size.Rp, p.s + (row + i) * p.R, p.R * sizeof(float));
+        s_thin = Thin::make_thin(t, count, p.R, size.Rp, p.round_factors, thin_memory);
+      }
+      memset(t, 0, count * size.Rp * sizeof(float));
+      for (int64_t n = 0; n < p.N; n += Thin::kColumns) {
+        const int64_t width = smaller(Thin::kColumns, p.N - n);
+        int64_t ld;
+        const Element *dy = Thin::load_block((const X *)p.dy + row * p.dy_stride + n, p.dy_stride, count, width, nullptr, 0, buffer, &ld);
+        if (need_t) Thin::shrink(dy, ld, count, width, f + Thin::pairs(n) * size.Rp, size.Rp, t);
+        if (p.dB) Thin::outer(s_thin, p.R, dy, ld, count, width, sums.dB + n, size.Np);
+      }
+      if (!need_t) continue;
+      // One pass over x and dx: dA += t^T D(x), dx += c D(t A).
+      const auto thin = Thin::make_thin(t, count, p.R, size.Rp, p.round_factors, thin_memory);
+      for (int64_t k = 0; k < p.K; k += Thin::kColumns) {
+        const int64_t width = smaller(Thin::kColumns, p.K - k);
+        if (bits) for (int64_t i = 0; i < count; ++i) keep_bits_row(p.dropout, row + i, k, width, bits + i * kWords);
+        if (p.dA) {
+          int64_t ld;
+          const Element *x = Thin::load_block((const X *)p.x + row * p.x_stride + k, p.x_stride, count, width, bits, kWords, buffer, &ld);
+          Thin::outer(thin, p.R, x, ld, count, width, sums.dA + k, size.Kp);
+        }
+        if (p.dx) {
+          Thin::expand(thin, count, p.R, g + k, size.Kp, p.scaling * p.dropout.scale, nullptr, bits, kWords,
+                       (X *)p.dx + row * p.K + k, p.K, width);
+        }
+      }
+    }
+    return sums;
+  }
+
+  // dA and dB in the parameters' dtype: c times the sum over threads, in their order.
+  static void reduce(const Call &call, int index, int count) {
+    const Backward &p = call.p;
+    const Sizes size(p);
+    if (p.dA) {
+      const float factor = p.scaling * p.dropout.scale;
+      const Range share_k = share(p.K, 64, index, count);
+      for (int64_t r = 0; r < p.R; ++r) {
+        for (int64_t k = share_k.begin; k < share_k.end; ++k) {
+          float sum = 0;
+          for (int i = 0; i < call.count; ++i) if (call.sums[i].dA) sum += call.sums[i].dA[r * size.Kp + k];
+          narrow(factor * sum, (A *)p.dA + r * p.K + k);
+        }
+      }
+    }
+    if (p.dB) {
+      const Range share_n = share(p.N, 64, index, count);
+      for (int64_t n = share_n.begin; n < share_n.end; ++n) {
+        for (int64_t r = 0; r < p.R; ++r) {
+          float sum = 0;
+          for (int i = 0; i < call.count; ++i) if (call.sums[i].dB) sum += call.sums[i].dB[r * size.Np + n];
+          narrow(p.scaling * sum, (A *)p.dB + n * p.R + r);
+        }
+      }
+    }
+  }
+
+  static void backward(const Backward &problem) {
+    constexpr int kMost = 1024;
+    Sums sums[kMost] = {};
+    Call call{problem, sums, problem.threads < kMost ? problem.threads : kMost};
+    parallel_run(call.count, [](void *data, int index, int count) {
+      Call &c = *static_cast<Call *>(data);
+      const Range rows = share(c.p.M, Thin::kRows, index, count);
+      if (rows.begin < rows.end) c.sums[index] = backward_rows(c.p, rows);
+    }, &call);
+    if (!problem.dA && !problem.dB) return;
+    parallel_run(call.count, [](void *data, int index, int count) {
+      reduce(*static_cast<Call *>(data), index, count);
+    }, &call);
+  }
+};
+
+}  // namespace PEFTKERN_ISA
+}  // namespace peftkern

@@ -1,0 +1,43 @@
+// The table of one instruction set. isa_*.cpp define PEFTKERN_ISA, are compiled with their own flags (setup.py) and include
+// this file; everything they compile lies in a namespace of that name.
+#pragma once
+#include "bodies.h"
+
+namespace peftkern {
+namespace PEFTKERN_ISA {
+
+template <class Thin, class A> static void body(const Forward &call) { Bodies<Thin, A>::forward(call); }
+template <class Thin, class A> static void body(const Backward &call) { Bodies<Thin, A>::backward(call); }
+
+template <class Thin, class Call> static void run(const Call &call) {
+  if (call.adapter_dtype == DType::float32) body<Thin, float>(call);
+  else body<Thin, typename Thin::Storage>(call);
+}
+
+template <class Call> static void run_any(const Call &call) {
+  if (call.dtype == DType::float32) return run<ThinF32<float>>(call);
+  if (call.dtype == DType::float16) return run<ThinF32<fp16>>(call);
+#if defined(__AVX512BF16__)
+  if (call.round_factors) return run<ThinBF16>(call);
+#endif
+  return run<ThinF32<bf16>>(call);
+}
+
+static void forward(const Forward &call) { run_any(call); }
+static void backward(const Backward &call) { run_any(call); }
+
+static void keep_bits(const Dropout &dropout, int64_t M, int64_t K, uint64_t *bits) {
+  for (int64_t row = 0; row < M; ++row) keep_bits_row(dropout, row, 0, K, bits + row * ((K + 63) / 64));
+}
+
+}  // namespace PEFTKERN_ISA
+
+#define PEFTKERN_CONCATENATE(a, b) a##b
+#define PEFTKERN_TABLE(isa) PEFTKERN_CONCATENATE(kernels_, isa)
+#define PEFTKERN_TEXT(isa) #isa
+#define PEFTKERN_NAME(isa) PEFTKERN_TEXT(isa)
+extern const Kernels PEFTKERN_TABLE(PEFTKERN_ISA);
+const Kernels PEFTKERN_TABLE(PEFTKERN_ISA) = {PEFTKERN_NAME(PEFTKERN_ISA), PEFTKERN_ISA::forward, PEFTKERN_ISA::backward,
+                                              PEFTKERN_ISA::keep_bits};
+
+}  // namespace peftkern

@@ -1,0 +1,2 @@
+#define PEFTKERN_ISA avx2
+#include "isa.h"

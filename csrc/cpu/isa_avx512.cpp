@@ -1,0 +1,2 @@
+#define PEFTKERN_ISA avx512
+#include "isa.h"

@@ -1,0 +1,2 @@
+#define PEFTKERN_ISA avx512bf16
+#include "isa.h"

@@ -1,0 +1,2 @@
+#define PEFTKERN_ISA baseline
+#include "isa.h"

@@ -1,0 +1,112 @@
+// The Python module peftkern._C: raw pointers in, nothing of torch inside.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "include/problem.h"
+
+namespace py = pybind11;
+
+namespace peftkern {
+
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+#endif
+
+// The instruction sets that this processor runs, best first.
+static std::vector<const Kernels *> runnable() {
+  std::vector<const Kernels *> result;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) result.push_back(&kernels_avx512bf16);
+  if (avx512) result.push_back(&kernels_avx512);
+  if (avx2) result.push_back(&kernels_avx2);
+#endif
+  result.push_back(&kernels_baseline);
+  return result;
+}
+
+static const Kernels *chosen = runnable().front();
+
+static void use(const std::string &name) {
+  for (const Kernels *kernels : runnable()) {
+    if (name == kernels->name) {
+      chosen = kernels;
+      return;
+    }
+  }
+  throw std::invalid_argument("this processor does not run the kernels for " + name);
+}
+
+template <class T> static T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
+
+static Dropout dropout(uint32_t threshold, uintptr_t rng_state) {
+  Dropout result{threshold, threshold >= 65536 ? 0.f : 65536.f / float(65536 - threshold), 0, 0};
+  if (threshold) {
+    result.seed = pointer<const uint64_t>(rng_state)[0];
+    result.offset = pointer<const uint64_t>(rng_state)[1];
+  }
+  return result;
+}
+
+static Problem problem(int64_t M, int64_t K, int64_t N, int64_t R, int dtype, int adapter_dtype, bool round_factors,
+                       float scaling, uint32_t threshold, uintptr_t rng_state, int threads) {
+  return {M, K, N, R, DType(dtype), DType(adapter_dtype), round_factors, scaling, dropout(threshold, rng_state), threads};
+}
+
+}  // namespace peftkern
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  using namespace peftkern;
+  m.doc() = "CPU kernels of peftkern. Addresses are not checked here: call them through peftkern.backends.cpp.";
+
+  py::class_<Problem>(m, "Problem")
+      .def(py::init(&problem), py::arg("M"), py::arg("K"), py::arg("N"), py::arg("R"), py::arg("dtype"),
+           py::arg("adapter_dtype"), py::arg("round_factors"), py::arg("scaling"), py::arg("threshold"),
+           py::arg("rng_state"), py::arg("threads"));
+
+  m.def("forward", [](const Problem &p, uintptr_t x, int64_t x_stride, uintptr_t A, uintptr_t B, uintptr_t lora_bias,
+                      uintptr_t s, uintptr_t y) {
+    py::gil_scoped_release release;
+    Forward call;
+    static_cast<Problem &>(call) = p;
+    call.x = pointer<const void>(x), call.x_stride = x_stride;
+    call.A = pointer<const void>(A), call.B = pointer<const void>(B), call.lora_bias = pointer<const void>(lora_bias);
+    call.s = pointer<float>(s), call.y = pointer<void>(y);
+    chosen->forward(call);
+  }, "s = D(x) A^T and y += c s B^T + c lora_bias, on the product with the frozen weight that y holds.");
+
+  m.def("backward", [](const Problem &p, uintptr_t dy, int64_t dy_stride, uintptr_t x, int64_t x_stride, uintptr_t s,
+                       uintptr_t A, uintptr_t B, uintptr_t dx, uintptr_t dA, uintptr_t dB) {
+    py::gil_scoped_release release;
+    Backward call;
+    static_cast<Problem &>(call) = p;
+    call.dy = pointer<const void>(dy), call.dy_stride = dy_stride;
+    call.x = pointer<const void>(x), call.x_stride = x_stride, call.s = pointer<const float>(s);
+    call.A = pointer<const void>(A), call.B = pointer<const void>(B);
+    call.dx = pointer<void>(dx), call.dA = pointer<void>(dA), call.dB = pointer<void>(dB);
+    chosen->backward(call);
+  }, "dx += c D(t A), dA = c t^T D(x), dB = c dy^T s with t = dy B; zero addresses are left out.");
+
+  m.def("keep_bits", [](uint32_t threshold, uintptr_t rng_state, int64_t M, int64_t K, uintptr_t bits) {
+    chosen->keep_bits(dropout(threshold, rng_state), M, K, pointer<uint64_t>(bits));
+  }, "The keep mask of [M, K] as one bit an element, ceil(K / 64) words a row.");
+
+  m.def("instruction_sets", [] {
+    py::list names;
+    for (const Kernels *kernels : runnable()) names.append(kernels->name);
+    return names;
+  }, "The instruction sets that this processor runs, best first.");
+  m.def("use", &use, "Choose the kernels of one instruction set; for tests.");
+  m.def("instruction_set", [] { return std::string(chosen->name); });
+  m.def("parallel_runtime", &parallel_runtime);
+}

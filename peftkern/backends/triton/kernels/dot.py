@@ -1,0 +1,84 @@
+"""Every ``tl.dot`` of the backend goes through here.
+
+    dot      acc + a · b
+    product  acc + value · factor, where value and factor may be fp32 and are rounded, or split into TERMS parts, of DTYPE
+
+Splitting: v = v_0 + v_1 + ... with v_0 = round(v), v_1 = round(v - v_0), ...; the parts of a product below the last
+part of either side are dropped, so bf16 in three terms is as good as fp32.
+
+fp16 has little range. There, an fp32 operand is brought to about one by a power of two, which is exact, and the
+accumulator takes the same step down and up again: a value's by row, a factor's by tile. A NaN or an infinity has no
+say in the power, so it stays in its row or column.
+"""
+
+import triton
+import triton.language as tl
+
+# triton.jit looks at the same switch when it decorates: the interpreter multiplies the raw bits of bf16 operands.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a · b. PRECISION ("ieee" or "tf32") is for fp32 operands."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _magnitude(value):
+    """|value| where it is finite, else 0."""
+    size = tl.abs(value)
+    return tl.where(size < float("inf"), size, 0.0)
+
+
+@triton.jit
+def _power(size):
+    """The power of two just above ``size``, within what can be undone in fp32; 1 for 0."""
+    exponent = tl.ceil(tl.log2(tl.where(size > 0.0, size, 1.0)))
+    return tl.exp2(tl.minimum(tl.maximum(exponent, -40.0), 60.0))
+
+
+@triton.jit
+def _split_dot(value, factor, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr, TERMS: tl.constexpr):
+    """acc + value · factor in at most TERMS parts a side; an operand that has DTYPE already is one part."""
+    VALUE_TERMS: tl.constexpr = 1 if value.dtype == DTYPE else TERMS
+    FACTOR_TERMS: tl.constexpr = 1 if factor.dtype == DTYPE else TERMS
+    value_rest = value
+    for i in tl.static_range(VALUE_TERMS):
+        value_part = value_rest.to(DTYPE)
+        factor_rest = factor
+        for j in tl.static_range(FACTOR_TERMS):
+            if i + j < TERMS:
+                factor_part = factor_rest.to(DTYPE)
+                acc = dot(value_part, factor_part, acc, PRECISION)
+                if j + 1 < FACTOR_TERMS:
+                    factor_rest = factor_rest - factor_part.to(tl.float32)
+        if i + 1 < VALUE_TERMS:
+            value_rest = value_rest - value_part.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def product(
+    value, factor, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr, TERMS: tl.constexpr, NORMALIZE: tl.constexpr
+):
+    """acc + value · factor. NORMALIZE: the factor, too, is one whose range fp16 may not hold."""
+    VALUE_POWER: tl.constexpr = DTYPE == tl.float16 and value.dtype == tl.float32
+    FACTOR_POWER: tl.constexpr = NORMALIZE and DTYPE == tl.float16 and factor.dtype == tl.float32
+    if VALUE_POWER or FACTOR_POWER:
+        up = tl.full((value.shape[0], 1), 1.0, tl.float32)
+        if VALUE_POWER:
+            up = _power(tl.max(_magnitude(value), axis=1))[:, None]
+            value = value / up
+        if FACTOR_POWER:
+            factor_up = _power(tl.max(tl.max(_magnitude(factor), axis=1), axis=0))
+            factor = factor / factor_up
+            up = up * factor_up
+        return _split_dot(value, factor, acc / up, DTYPE, PRECISION, TERMS) * up
+    else:
+        return _split_dot(value, factor, acc, DTYPE, PRECISION, TERMS)

@@ -1,0 +1,41 @@
+"""Plugs that apply the dropout mask: DROP(operands, value, row0, col0, ...) -> value where kept, else 0.
+
+The scale of what is kept is not applied here: it multiplies the fp32 accumulator. The mask is that of
+``peftkern.dropout``: one Philox4x32-10 call with counter (col // 8, row, offset_lo, offset_hi) gives eight columns.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def keep_all(operands, value, row0, col0, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """No dropout."""
+    return value
+
+
+@triton.jit
+def philox(operands, value, row0, col0, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """operands: rng_state int64 [2] (seed, offset), threshold. col0 and BLOCK_COLS are multiples of 8."""
+    state, threshold = operands[0], operands[1]
+    seed, offset = tl.load(state), tl.load(state + 1)
+    row = (row0 + tl.arange(0, BLOCK_ROWS))[:, None]
+    group = (col0 // 8 + tl.arange(0, BLOCK_COLS // 8))[None, :]
+    zero = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 8), tl.int32)
+    offset_lo, offset_hi = offset.to(tl.int32), (offset >> 32).to(tl.int32)
+    w0, w1, w2, w3 = tl.philox(seed, zero + group, zero + row, zero + offset_lo, zero + offset_hi)
+    # lane = 4 (w >> 1) + 2 (w & 1) + half: a join adds the minor digit, so the major one is joined first.
+    low = tl.join(tl.join(_low(w0), _low(w2)), tl.join(_low(w1), _low(w3)))
+    high = tl.join(tl.join(_high(w0), _high(w2)), tl.join(_high(w1), _high(w3)))
+    lane = tl.reshape(tl.join(low, high), (BLOCK_ROWS, BLOCK_COLS))
+    return tl.where(lane >= threshold, value, tl.zeros_like(value))
+
+
+@triton.jit
+def _low(word):
+    return (word & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def _high(word):
+    return (word >> 16).to(tl.int32)
