@@ -24,7 +24,7 @@ def _missing() -> str | None:
         return "triton is not installed"
     try:
         import triton
-    except Exception as error:  # a broken installation is a reason, not a crash
+    except Exception as error:  # noqa: BLE001 - a broken installation is a reason, not a crash
         return f"triton does not import: {error}"
     found = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found < _OLDEST:
@@ -72,7 +72,9 @@ class TritonBackend(Backend):
         return None
 
     def plan(self, problem: Problem) -> Plan:
-        device = torch.device(problem.device_type, torch.cuda.current_device() if problem.device_type == "cuda" else None)
+        device = torch.device(
+            problem.device_type, torch.cuda.current_device() if problem.device_type == "cuda" else None
+        )
         choice = select.choose(problem, select.arch_of(device), backward=False)
         return Plan(choice.schedule, str(choice.tile))
 

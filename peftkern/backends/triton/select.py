@@ -39,12 +39,13 @@ def arch_of(device: torch.device) -> Arch:
 
 def choose(problem: Problem, arch: Arch, backward: bool) -> Choice:
     """The schedule and tile of one direction. Raises: RuntimeError if the forced schedule cannot run the problem."""
-    return _choose(problem, arch, backward, _env.settings().schedule)
+    return best(problem, arch, backward, _env.settings().schedule)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(problem: Problem, arch: Arch, backward: bool, schedule: str) -> Choice:
-    best, reasons = None, []
+def best(problem: Problem, arch: Arch, backward: bool, schedule: str) -> Choice:
+    """``choose`` under a schedule: "auto", "one_pass" or "split"."""
+    cheapest, reasons = None, []
     for one_pass in (True, False):
         if schedule not in ("auto", "one_pass" if one_pass else "split"):
             continue
@@ -55,8 +56,8 @@ def _choose(problem: Problem, arch: Arch, backward: bool, schedule: str) -> Choi
                 reasons.append(reason)
                 continue
             cost = tiles.estimate(launch, tile, arch)
-            if best is None or cost < best[0]:
-                best = cost, Choice(one_pass, tile)
-    if best is None:
+            if cheapest is None or cost < cheapest[0]:
+                cheapest = cost, Choice(one_pass, tile)
+    if cheapest is None:
         raise RuntimeError(f"PEFTKERN_SCHEDULE={schedule} cannot run this call: {reasons[0]}")
-    return best[1]
+    return cheapest[1]

@@ -50,7 +50,7 @@ def reduce(
     """OUT[c, r] = scale · sum_i PARTIAL[i, c, r], in OUT's dtype."""
     c0, r0 = tl.program_id(0) * BLOCK_C, tl.program_id(1) * BLOCK_R
     total = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-    for run in range(0, runs):
+    for run in range(runs):
         base = PARTIAL + tl.cast(run, tl.int64) * C * R
         total += load_tile(base, R, 1, c0, r0, C, R, BLOCK_C, BLOCK_R)
     total *= load_scaling(scaling, scaling_tensor)
