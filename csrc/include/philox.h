@@ -27,20 +27,35 @@ static inline vq multiply_low_words(vq a, uint32_t b) {
 #endif
 }
 
+static inline vq xor3(vq a, vq b, vq c) {
+#if defined(__AVX512F__)
+  return (vq)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
+#endif
+}
+
 struct Words { vq low, high; };  // per counter: words 0 and 1, words 2 and 3
 
-static inline Words philox(vq c0, vq c1, vq c2, vq c3, uint32_t k0, uint32_t k1) {
-  for (int round = 0; round < 10; ++round) {
-    vq p0 = multiply_low_words(c0, 0xD2511F53u), p1 = multiply_low_words(c2, 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ k0;
-    c2 = (p0 >> 32) ^ c3 ^ k1;
-    c1 = p1;
-    c3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
+// GROUPS vectors of counters at a time: they share the round keys and fill each other's latency.
+template <int GROUPS>
+static inline void philox(const vq *column, vq row, vq offset_low, vq offset_high, uint64_t seed, Words *words) {
   const vq word = vq{} + 0xffffffffu;
-  return {(c0 & word) | c1 << 32, (c2 & word) | c3 << 32};
+  vq c0[GROUPS], c1[GROUPS], c2[GROUPS], c3[GROUPS], k0 = vq{} + uint32_t(seed), k1 = vq{} + (seed >> 32);
+  for (int i = 0; i < GROUPS; ++i) c0[i] = column[i], c1[i] = row, c2[i] = offset_low, c3[i] = offset_high;
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    for (int i = 0; i < GROUPS; ++i) {
+      const vq p0 = multiply_low_words(c0[i], 0xD2511F53u), p1 = multiply_low_words(c2[i], 0xCD9E8D57u);
+      c0[i] = xor3(p1 >> 32, c1[i], k0);
+      c2[i] = xor3(p0 >> 32, c3[i], k1);
+      c1[i] = p1;
+      c3[i] = p0;
+    }
+    k0 += vq{} + 0x9E3779B9u;  // the high half of a key lane is ignored as well
+    k1 += vq{} + 0xBB67AE85u;
+  }
+  for (int i = 0; i < GROUPS; ++i) words[i] = {(c0[i] & word) | c1[i] << 32, (c2[i] & word) | c3[i] << 32};
 }
 
 // 8 L bits: which of 8 L consecutive elements are kept.
@@ -63,6 +78,23 @@ static inline uint64_t kept(Words words, uint32_t threshold) {
 #endif
 }
 
+// What the counters of one row share.
+struct RowKey { vq row, offset_low, offset_high; uint64_t seed; uint32_t threshold; };
+
+constexpr int kParts = 8 / L;  // vectors of counters to a word of 64 bits
+
+template <int WORDS> static inline void keep_words(const RowKey &key, int64_t counter, uint64_t *bits) {
+  vq lane, column[WORDS * kParts];
+  Words words[WORDS * kParts];
+  for (int i = 0; i < L; ++i) lane[i] = i;
+  for (int i = 0; i < WORDS * kParts; ++i) column[i] = lane + uint64_t(counter + i * L);
+  philox<WORDS * kParts>(column, key.row, key.offset_low, key.offset_high, key.seed, words);
+  for (int word = 0; word < WORDS; ++word) {
+    bits[word] = 0;
+    for (int i = 0; i < kParts; ++i) bits[word] |= kept(words[word * kParts + i], key.threshold) << (i * 8 * L);
+  }
+}
+
 // The keep bits of row `row`, columns [first, first + count), 64 to a word; first is a multiple of 64.
 static inline void keep_bits_row(const Dropout &dropout, int64_t row, int64_t first, int64_t count, uint64_t *bits) {
   const int64_t words = (count + 63) / 64;
@@ -70,19 +102,13 @@ static inline void keep_bits_row(const Dropout &dropout, int64_t row, int64_t fi
     memset(bits, 0, words * sizeof(uint64_t));
     return;
   }
-  vq lane;
-  for (int i = 0; i < L; ++i) lane[i] = i;
   const vq zero = {};
-  const vq c1 = zero + uint32_t(row), c2 = zero + uint32_t(dropout.offset), c3 = zero + uint32_t(dropout.offset >> 32);
-  const uint32_t k0 = uint32_t(dropout.seed), k1 = uint32_t(dropout.seed >> 32);
-  for (int64_t word = 0; word < words; ++word) {
-    uint64_t gathered = 0;
-    for (int part = 0; part < 8 / L; ++part) {
-      const vq c0 = lane + uint64_t(first / 8 + word * 8 + part * L);
-      gathered |= kept(philox(c0, c1, c2, c3, k0, k1), dropout.threshold) << (part * 8 * L);
-    }
-    bits[word] = gathered;
-  }
+  const RowKey key = {zero + uint32_t(row), zero + uint32_t(dropout.offset), zero + (dropout.offset >> 32), dropout.seed,
+                      dropout.threshold};
+  constexpr int kWords = kParts < 4 ? 4 / kParts : 1;  // four vectors fill the pipes
+  int64_t word = 0;
+  for (; word + kWords <= words; word += kWords) keep_words<kWords>(key, (first + word * 64) / 8, bits + word);
+  for (; word < words; ++word) keep_words<1>(key, (first + word * 64) / 8, bits + word);
 }
 
 }  // namespace PEFTKERN_ISA
