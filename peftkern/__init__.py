@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftkern._version import __version__
 from peftkern.functional import Explanation, explain, lora_linear
 
 if TYPE_CHECKING:
@@ -18,8 +19,17 @@ if TYPE_CHECKING:
     from peftkern.integrations.peft import patch as patch
     from peftkern.integrations.peft import unpatch as unpatch
 
-__version__ = "0.1.0"
-__all__ = ["Explanation", "PatchReport", "disabled", "env_report", "explain", "lora_linear", "patch", "unpatch"]
+__all__ = [
+    "Explanation",
+    "PatchReport",
+    "__version__",
+    "disabled",
+    "env_report",
+    "explain",
+    "lora_linear",
+    "patch",
+    "unpatch",
+]
 
 # Loaded on first use: they import what the core does not need (PEFT takes seconds).
 _LAZY = {

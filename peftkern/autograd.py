@@ -1,7 +1,7 @@
 """Which products run and what is saved; no mathematics.
 
-Saved for backward: x, s, the parameters, two RNG integers and a snapshot of the scaling. Never a dropout mask, a dropped
-or widened copy of x, or a product with the frozen weight.
+Saved for backward: x, s, the parameters, two RNG integers and a snapshot of the scaling. Never a dropout mask, a
+dropped or widened copy of x, or a product with the frozen weight.
 """
 
 from __future__ import annotations

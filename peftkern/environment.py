@@ -16,8 +16,8 @@ _PACKAGES = ("peftkern", "torch", "triton", "numpy", "transformers", "peft", "sa
 def env_report() -> dict[str, object]:
     """Versions, devices, and each backend's state.
 
-    Returns: a JSON-ready dict with keys platform, python, versions, device, threads, settings, backends; a backend's value
-    is "ready" or the reason why it is not.
+    Returns: a JSON-ready dict with keys platform, python, versions, device, threads, settings, backends; a backend's
+    value is "ready" or the reason why it is not.
     """
     versions = {}
     for name in _PACKAGES:

@@ -89,7 +89,7 @@ def _prepare(
     _check_devices(tensors)
     _check_shapes(x, weight, lora_A, lora_B, bias, lora_bias)
     if weight.data.requires_grad:
-        raise ValueError("weight requires grad, but peftkern trains the adapter only: call weight.requires_grad_(False)")
+        raise ValueError("weight requires grad, but only the adapter is trained: call weight.requires_grad_(False)")
     if precision not in (None, "base", "fp32"):
         raise ValueError(f"precision={precision!r} is not one of None, 'base', 'fp32'")
     if not 0.0 <= dropout_p <= 1.0:
@@ -102,9 +102,8 @@ def _prepare(
     elif rng_state is None:
         rng_state = dropout.draw_rng_state(x.device)
     elif rng_state.dtype != torch.int64 or rng_state.shape != (2,) or rng_state.device != x.device:
-        raise ValueError(
-            f"rng_state is int64 [2] on {x.device}, got {rng_state.dtype} {tuple(rng_state.shape)} on {rng_state.device}"
-        )
+        found = f"{rng_state.dtype} {tuple(rng_state.shape)} on {rng_state.device}"
+        raise ValueError(f"rng_state is int64 [2] on {x.device}, got {found}")
     return x, LoRAOperands(
         weight, lora_A, lora_B, bias, lora_bias, c, scaling_tensor, dropout_p, rng_state, precision or "base"
     )
@@ -139,7 +138,7 @@ def _check_shapes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
 
 
 def _autocast(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> tuple[Tensor, FrozenWeight, Tensor | None]:
-    """F.linear's rule: under autocast every floating operand but fp64 takes autocast's dtype; the adapter is read as it is."""
+    """F.linear's rule: floating operands but fp64 take autocast's dtype; the adapter is read as it is."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return x, weight, bias
@@ -169,8 +168,8 @@ def _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
         tensors |= {"bias": bias, "lora_bias": lora_bias}
         listing = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor is not None)
         raise TypeError(
-            "x, bias and a dense weight must share one floating dtype; lora_A, lora_B and lora_bias that dtype or float32 "
-            f"(or use autocast): got {listing}"
+            "x, bias and a dense weight must share one floating dtype, lora_A, lora_B and lora_bias that dtype or "
+            f"float32 (or use autocast): got {listing}"
         )
 
 

@@ -50,7 +50,7 @@ class Backend(ABC):
     def backward(
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
     ) -> Gradients:
-        """The needed gradients. ``x`` is None unless needs.lora_A, ``s`` unless needs.lora_B. dy may have any strides."""
+        """The needed gradients. x is None unless needs.lora_A, s unless needs.lora_B. dy may have any strides."""
 
 
 def scaled(value: Tensor, operands: LoRAOperands) -> Tensor:

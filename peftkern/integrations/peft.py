@@ -28,7 +28,7 @@ from peftkern.ops.problem import Problem
 logger = logging.getLogger("peftkern")
 
 _disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("peftkern_disabled", default=False)
-_open_blocks = 0  # of disabled() in any context: a plain number, which torch.compile can guard on as it cannot on _disabled
+_open_blocks = 0  # of disabled(), in any context: torch.compile can guard on a number, not on a context variable
 _NARROW = (torch.float16, torch.bfloat16)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -110,7 +110,7 @@ def why_not(layer: lora.Linear) -> str | None:
     return _why_not_parameters(children["base_layer"], children["lora_A"], children["lora_B"])
 
 
-def _why_not_plain(child: nn.Module) -> str | None:
+def _why_not_plain(child: Any) -> str | None:
     """A child whose forward does more than a product with its own weight must be called, not read."""
     if type(child) is not nn.Linear:
         return f"is a {type(child).__name__}, not a plain nn.Linear"
@@ -124,7 +124,7 @@ def _why_not_plain(child: nn.Module) -> str | None:
     return None
 
 
-def _why_not_parameters(base: nn.Module, A: nn.Module, B: nn.Module) -> str | None:
+def _why_not_parameters(base: Any, A: Any, B: Any) -> str | None:
     W, lora_A, lora_B = base.weight, A.weight, B.weight
     N, K = W.shape
     if W.requires_grad:
@@ -209,7 +209,7 @@ def patch(model: nn.Module) -> PatchReport:
     return report
 
 
-def _swap(layer: nn.Module) -> str | None:
+def _swap(layer: Any) -> str | None:
     """Swap the class where the fast path can ever apply; the reason why the layer is not fast now, or None."""
     if type(layer) not in (lora.Linear, PeftkernLoraLinear):
         kind = type(layer)
@@ -229,7 +229,8 @@ def _expected_backend(layer: lora.Linear, M: int = 1024) -> str:
     name = layer.active_adapters[0]
     W, A = layer.base_layer.weight, layer.lora_A[name].weight
     dropout = getattr(layer.lora_dropout[name], "p", 0.0) > 0
-    problem = Problem(W.device.type, M, *reversed(W.shape), A.shape[0], W.dtype, A.dtype, dropout=dropout)
+    N, K = W.shape
+    problem = Problem(W.device.type, M, K, N, A.shape[0], W.dtype, A.dtype, dropout=dropout)
     return dispatch.select(problem, "").name
 
 

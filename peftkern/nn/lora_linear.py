@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ class LoRALinear(nn.Module):
     Source: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rsLoRA).
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_bias: nn.Parameter | None
     merged_weight: Tensor | None
     merged_bias: Tensor | None
 
@@ -69,7 +73,8 @@ class LoRALinear(nn.Module):
         wide = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **wide))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **wide))
-        self.register_parameter("lora_bias", nn.Parameter(torch.empty(self.out_features, **wide)) if lora_bias else None)
+        trained_bias = nn.Parameter(torch.empty(self.out_features, **wide)) if lora_bias else None
+        self.register_parameter("lora_bias", trained_bias)
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_buffer("merged_bias", None, persistent=False)
         self.reset_lora_parameters()
@@ -84,7 +89,7 @@ class LoRALinear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Module,
+        linear: nn.Linear | Any,
         r: int,
         lora_alpha: float,
         *,

@@ -64,7 +64,8 @@ class FrozenWeight(ABC):
     def quantize(tensor: Tensor, format: str) -> FrozenWeight:
         """Convert a dense weight ``[N, K]`` into ``format``.
 
-        Returns: a FrozenWeight on the same device. Raises: ValueError for an unknown format or a tensor that is not 2-D.
+        Returns: a FrozenWeight on the same device.
+        Raises: ValueError for an unknown format or a tensor that is not 2-D.
         """
         if tensor.ndim != 2:
             raise ValueError(f"a frozen weight is 2-D [N, K], got shape {tuple(tensor.shape)}")

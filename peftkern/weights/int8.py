@@ -1,6 +1,6 @@
 """``int8``: symmetric, one fp32 scale per output channel.
 
-    W[n, k] = data[n, k] * scale[n],   scale[n] = max_k |W[n, k]| / 127
+W[n, k] = data[n, k] * scale[n],   scale[n] = max_k |W[n, k]| / 127
 """
 
 from __future__ import annotations

