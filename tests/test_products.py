@@ -1,0 +1,271 @@
+"""y and every gradient, on every backend, against fp64 by design.md's rule: err(ours) <= 2 err(torch) + 1e-6."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import NAMES, TRAINABLE, Case, Target, check, grads, judge, leaves_of, make, run, run_truth
+from torch.utils.checkpoint import checkpoint
+
+import peftkern
+from peftkern.backends.base import Backend
+from peftkern.ops import dispatch
+from peftkern.weights import FrozenWeight
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)]  # of x and W; of the adapter
+SMALL = [(1, 1), (7, 1), (8, 8), (65, 33), (129, 257), (576, 192)]
+RANKS = [1, 2, 3, 7, 8, 16, 24, 64, 512]
+
+
+def small_cases() -> list[Case]:
+    """Every dtype pair x every small shape x M 1, 3, 17, 64; the other choices go round, each at its own pace."""
+    wheels = [
+        itertools.cycle(wheel)
+        for wheel in (
+            RANKS[:-1],
+            (0.0, 0.1, 0.0, 0.5, 0.05),  # p
+            (True, False, False),  # bias
+            (False, False, True, True, False, False, True),  # lora_bias
+            ("base", "base", "fp32", "fp32", "base", "fp32", "fp32", "base", "base", "base", "fp32"),
+            (2.0, 1.0, 0.25, -1.5),  # scaling
+            ("dense",) * 7 + ("int8",) * 2,
+        )
+    ]
+    cases = []
+    for (dtype, adapter), (K, N), M in itertools.product(DTYPES, SMALL, (1, 3, 17, 64)):
+        R, p, bias, lora_bias, precision, scaling, weight_format = map(next, wheels)
+        cases.append(Case(M, K, N, R, dtype, adapter, p, bias, lora_bias, precision, scaling, weight_format))
+    return cases
+
+
+# A thin sample of anchors.md's layers, with M K N <= 2^30 (the last two with one dimension cut).
+LAYERS = [
+    Case(1024, 576, 576, 16, BF16, F32, 0.05),
+    Case(256, 576, 1536, 16, BF16, F32, 0.05, lora_bias=True),
+    Case(256, 1536, 576, 16, F32, F32, 0.05),
+    Case(256, 576, 192, 256, BF16, BF16, 0.1),
+    Case(256, 1000, 1100, 24, BF16, F32, 0.1, bias=True),
+    Case(64, 1000, 1100, 512, F32, F32, precision="fp32"),
+    Case(64, 3584, 512, 32, BF16, F32, 0.05, bias=True),
+    Case(16, 4096, 1024, 64, F16, F32, 0.05),
+    Case(64, 4096, 4096, 16, BF16, F32, 0.05),
+    Case(4, 1024, 1024, 128, BF16, F32, precision="fp32"),
+    Case(1, 1024, 14336, 16, BF16, BF16),
+]
+
+
+@pytest.mark.parametrize("case", small_cases(), ids=str)
+def test_small_shapes(case: Case, target: Target):
+    check(case, target)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_layer_shapes(case: Case, target: Target):
+    check(case, target)
+
+
+@pytest.mark.parametrize("R", RANKS)
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES)
+def test_ranks(dtype, adapter, R, target: Target):
+    case = Case(37, 100, 90, R, dtype, adapter, 0.1, bias=True, lora_bias=True)
+    check(case, target)
+
+
+@pytest.mark.parametrize(
+    "option", [{}, {"p": 0.3}, {"bias": True}, {"lora_bias": True}, {"precision": "fp32"}], ids=str
+)
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES)
+def test_each_option_alone(dtype, adapter, option, target: Target):
+    case = Case(29, 120, 88, 8, dtype, adapter, **option)
+    check(case, target)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_fp64_of_the_reference_is_fp64(p):
+    case = Case(17, 65, 33, 7, F64, F64, p, bias=True, lora_bias=True)
+    t = make(case)
+    found, truth = run(case, t, "reference"), run_truth(case, t)
+    for name in NAMES:
+        torch.testing.assert_close(found[name], truth[name])  # fp64's own default tolerance
+
+
+SUBSETS = [subset for size in range(1, 6) for subset in itertools.combinations(TRAINABLE, size)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("needs", SUBSETS, ids="+".join)
+def test_every_subset_of_gradients(needs, p, target: Target):
+    """What is not needed is None and is not computed; what is needed is right, whatever else is."""
+    case = Case(19, 40, 24, 5, BF16, F32, p, bias=True, lora_bias=True)
+    t = make(case, target.device)
+    found = run(case, t, target.backend, needs)
+    assert [name for name in TRAINABLE if found[name] is not None] == list(needs)
+    everything = run(case, t, target.backend)
+    complete = {name: everything[name] if found[name] is None else found[name] for name in NAMES}
+    judge(case, target.backend, (t, complete))
+
+
+def test_nothing_requires_grad(target: Target):
+    case = Case(19, 40, 24, 5, BF16, F32, 0.25, bias=True, lora_bias=True)
+    t = make(case, target.device)
+    options = dict(bias=t.bias, lora_bias=t.lora_bias, dropout_p=case.p, rng_state=t.rng_state, backend=target.backend)
+    y = peftkern.lora_linear(t.x, t.weight, t.lora_A, t.lora_B, case.scaling, **options)
+    assert y.grad_fn is None and not y.requires_grad
+    assert torch.equal(y, run(case, t, target.backend)["y"])
+    t.lora_A.requires_grad_()
+    with torch.no_grad():
+        assert not peftkern.lora_linear(t.x, t.weight, t.lora_A, t.lora_B, case.scaling, **options).requires_grad
+
+
+@pytest.mark.parametrize("needs", SUBSETS, ids="+".join)
+def test_backends_are_asked_for_what_is_needed_only(needs, target: Target, monkeypatch):
+    """No dx for a first layer, no dA for a frozen A; and x and s reach backward only where dA and dB need them."""
+    backend = dispatch.backend_named(target.backend)
+    asked = []
+
+    def spy(self: Backend, operands, dy, x, s, needed):
+        asked.append((tuple(needed), x is not None, s is not None))
+        return genuine(self, operands, dy, x, s, needed)
+
+    genuine = type(backend).backward
+    monkeypatch.setattr(type(backend), "backward", spy)
+    case = Case(5, 16, 8, 4, bias=True, lora_bias=True)
+    run(case, make(case, target.device), target.backend, needs)
+    assert asked == [(tuple(name in needs for name in TRAINABLE), "lora_A" in needs, "lora_B" in needs)]
+
+
+def test_saved_for_backward_is_x_and_s_alone(target: Target):
+    """Beside parameters: x, s, two RNG integers, a 0-d scaling. No mask, no dropped or widened x."""
+    case = Case(64, 128, 96, 8, BF16, F32, 0.1, bias=True, lora_bias=True)
+    t = make(case, target.device)
+    leaf = leaves_of(t)
+    given = {tensor.untyped_storage().data_ptr() for tensor in (t.weight, t.lora_A, t.lora_B, t.bias, t.lora_bias)}
+    saved: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        peftkern.lora_linear(
+            leaf["x"], t.weight, leaf["lora_A"], leaf["lora_B"], torch.tensor(2.0, device=target.device),
+            bias=leaf["bias"], lora_bias=leaf["lora_bias"], dropout_p=case.p, backend=target.backend,
+        )  # fmt: skip
+    x, s, rng_state, scaling = case.M * case.K * 2, case.M * case.R * 4, 16, 4
+    assert sorted(saved.values()) == sorted([x, s, rng_state, scaling])
+
+
+@pytest.mark.parametrize("value", [2.5, -0.5, 1.0])
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES[:3])
+def test_scaling_as_a_tensor(dtype, adapter, value, target: Target):
+    case = Case(23, 72, 40, 8, dtype, adapter, 0.1, lora_bias=True, scaling=value)
+    check(case, target, scaling=torch.tensor(value, device=target.device))
+
+
+def test_scaling_tensor_may_live_on_the_host_and_in_fp64(target: Target):
+    case = Case(23, 72, 40, 8, F32, F32, scaling=0.3)
+    check(case, target, scaling=torch.tensor(0.3, dtype=F64))
+
+
+def test_backward_uses_the_scaling_that_forward_saw(target: Target):
+    case = Case(23, 72, 40, 8, F32, F32, 0.1, lora_bias=True, scaling=0.75)
+    t = make(case, target.device)
+    leaf = leaves_of(t)
+    scaling = torch.tensor(0.75, device=target.device)
+    options = dict(lora_bias=leaf["lora_bias"], dropout_p=case.p, rng_state=t.rng_state, backend=target.backend)
+    first = peftkern.lora_linear(leaf["x"], t.weight, leaf["lora_A"], leaf["lora_B"], scaling, **options)
+    scaling.fill_(100.0)
+    judge(case, target.backend, (t, grads(first, leaf, t.dy)))
+    with torch.no_grad():  # and the next call reads the new value
+        second = peftkern.lora_linear(leaf["x"], t.weight, leaf["lora_A"], leaf["lora_B"], scaling, **options)
+    assert (second - first).norm() > 50 * first.norm() / 2
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES)
+def test_int8_weight_equals_its_materialised_dense(dtype, adapter, p, target: Target):
+    case = Case(33, 96, 72, 8, dtype, adapter, p, bias=True, weight_format="int8")
+    t = make(case, target.device)
+    packed = run(case, t, target.backend)
+    assert isinstance(t.weight, FrozenWeight)
+    t.weight = t.weight.materialize(dtype)
+    dense = run(case, t, target.backend)
+    for name in NAMES[:-1]:
+        assert torch.equal(packed[name], dense[name]), name
+
+
+def test_int8_round_trip_is_within_half_a_step():
+    W = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    W[3] = 0
+    packed = FrozenWeight.quantize(W, "int8")
+    error = (packed.materialize(F64) - W.double()).abs()
+    assert (error <= packed.scale.double().unsqueeze(1) * 0.5 * (1 + 1e-6)).all()
+    assert packed.shape == (40, 64) and not packed.materialize(F32)[3].any()
+
+
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES)
+def test_determinism_is_bitwise(dtype, adapter, target: Target):
+    for case in (
+        Case(300, 200, 136, 16, dtype, adapter, 0.1, bias=True, lora_bias=True),
+        Case(1000, 65, 33, 7, dtype, adapter, bias=True, lora_bias=True, precision="fp32"),
+    ):
+        t = make(case, target.device)
+        first = run(case, t, target.backend)
+        for _ in range(3):
+            again = run(case, t, target.backend)
+            for name in NAMES:
+                assert torch.equal(first[name], again[name]), name
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpoint_recomputes_the_same_mask(use_reentrant, target: Target):
+    case = Case(40, 64, 48, 8, F32, F32, 0.3, bias=True, lora_bias=True)
+    t = make(case, target.device)
+
+    def gradients(wrap):
+        torch.manual_seed(5)
+        leaf = leaves_of(t)
+
+        def layer(x):
+            y = peftkern.lora_linear(
+                x, t.weight, leaf["lora_A"], leaf["lora_B"], case.scaling, bias=leaf["bias"],
+                lora_bias=leaf["lora_bias"], dropout_p=case.p, backend=target.backend,
+            )  # fmt: skip
+            return torch.tanh(y)
+
+        y = wrap(layer, leaf["x"])
+        torch.rand(3, device=target.device)  # others draw from the generator before backward does
+        return grads(y, leaf, t.dy)
+
+    plain = gradients(lambda layer, x: layer(x))
+    recomputed = gradients(lambda layer, x: checkpoint(layer, x, use_reentrant=use_reentrant))
+    for name in NAMES:
+        assert torch.equal(plain[name], recomputed[name]), name
+
+
+def test_outputs_are_fresh_and_contiguous(target: Target):
+    case = Case(6, 40, 24, 8, F32, F32, bias=True, lora_bias=True)
+    t = make(case, target.device)
+    t.dy = t.dy.T.contiguous().T
+    found = run(case, t, target.backend)
+    storages = [found[name].untyped_storage().data_ptr() for name in NAMES]
+    assert all(found[name].is_contiguous() for name in NAMES) and len(set(storages)) == len(storages)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (2, 1, 4)], ids=str)
+def test_any_leading_dimensions(shape, target: Target):
+    case = Case(max(1, torch.Size(shape).numel()), 24, 16, 4, F32, F32, 0.2, bias=True)
+    t = make(case, target.device)
+    flat = run(case, t, target.backend)
+    t.x, t.dy = t.x.reshape(*shape, 24), t.dy.reshape(*shape, 16)
+    found = run(case, t, target.backend)
+    assert found["y"].shape == t.dy.shape and found["x"].shape == t.x.shape
+    for name in NAMES[:-1]:
+        assert torch.equal(found[name].reshape(flat[name].shape), flat[name]), name
