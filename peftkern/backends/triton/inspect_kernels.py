@@ -126,7 +126,7 @@ def _launch(variant: Variant, arch: tiles.Arch) -> tuple[launch.Launch, str]:
         return launch.shrink(direction, X, T, arch), str(tiles.shrink_tile(v.dtype, arch))
     if v.body == "grad":
         made, _, _ = launch.grad(operands, X, T, sums=v.bias, masked=v.dropout, arch=arch)
-        return made, str(tiles.grad_tile(v.dtype, arch))
+        return made, str(tiles.grad_tile(v.dtype, R, arch))
     choice = select.best(operands.problem(v.M, v.dtype), arch, v.backward, v.body)
     return launch.fused(direction, X, T, empty(v.M, P), choice), str(choice.tile)
 
@@ -172,8 +172,10 @@ def _usage(compiled: Any) -> tuple[int, int, int]:
         cubin.write_bytes(compiled.asm["cubin"])
         tool = triton.knobs.nvidia.cuobjdump.path
         text = subprocess.run([tool, "-res-usage", str(cubin)], check=True, capture_output=True, text=True).stdout
+        registers, stack = (int(re.search(rf"{field}:(\d+)", text).group(1)) for field in ("REG", "STACK"))
+        if stack == 0:
+            return registers, 0, 0
         code = subprocess.run([tool, "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
-    registers, stack = (int(re.search(rf"{field}:(\d+)", text).group(1)) for field in ("REG", "STACK"))
     widths = re.findall(r"\bSTL(?:\.(\d+))?\b", code)
     return registers, stack, sum(int(width or 32) // 8 for width in widths)
 

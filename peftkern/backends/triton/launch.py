@@ -141,6 +141,7 @@ def fused(direction: Direction, X: Tensor, T: Tensor, Z: Tensor, choice: Choice)
         **_dropout(operands, active=choice.one_pass or backward), **_epilogue(operands, backward),
         **_numerics(operands, direction.dtype),
         "T_READY": not choice.one_pass, "BACKWARD": backward,
+        "MASK_OUT": backward and operands.rng_state is not None,
         "BLOCK_M": tile.BLOCK_M, "BLOCK_P": tile.BLOCK_P, "BLOCK_Q": tile.BLOCK_Q,
         "BLOCK_R": tiles.rank_block(R), "GROUP_M": tile.GROUP_M,
     }  # fmt: skip
@@ -171,7 +172,7 @@ def grad(
     """Stage one: D(wide)^T thin and the column sums of wide, as partials [runs, C, R] and [runs, C]."""
     M, C = wide.shape
     R = 1 if thin is None else thin.shape[1]
-    tile = tiles.grad_tile(wide.dtype, arch)
+    tile = tiles.grad_tile(wide.dtype, R, arch)
     BLOCK_R = tiles.rank_block(R)
     columns, chunks = triton.cdiv(C, tile.BLOCK_P), triton.cdiv(R, BLOCK_R)
     wanted = max(1, 2 * arch.units // (columns * chunks))

@@ -14,13 +14,12 @@ say in the power, so it stays in its row or column.
 import triton
 import triton.language as tl
 
-# triton.jit looks at the same switch when it decorates: the interpreter multiplies the raw bits of bf16 operands.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from peftkern.backends.triton.kernels.cast import INTERPRETED, narrow
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a · b. PRECISION ("ieee" or "tf32") is for fp32 operands."""
+    """acc + a · b. PRECISION ("ieee" or "tf32") is for fp32 operands; the interpreter multiplies raw bits of bf16 ones."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif a.dtype == tl.float32:
@@ -50,11 +49,11 @@ def _split_dot(value, factor, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     FACTOR_TERMS: tl.constexpr = 1 if factor.dtype == DTYPE else TERMS
     value_rest = value
     for i in tl.static_range(VALUE_TERMS):
-        value_part = value_rest.to(DTYPE)
+        value_part = narrow(value_rest, DTYPE)
         factor_rest = factor
         for j in tl.static_range(FACTOR_TERMS):
             if i + j < TERMS:
-                factor_part = factor_rest.to(DTYPE)
+                factor_part = narrow(factor_rest, DTYPE)
                 acc = dot(value_part, factor_part, acc, PRECISION)
                 if j + 1 < FACTOR_TERMS:
                     factor_rest = factor_rest - factor_part.to(tl.float32)

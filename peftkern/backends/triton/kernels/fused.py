@@ -4,7 +4,7 @@
     Z[M, P] = X[M, Q] · op(W) + c · D_out(T · G^T) + columns       G: second low-rank factor, [P, R]
 
 Forward: P = N, Q = K, op(W) = W^T, (F, G) = (A, B), dropout is D_in.  Backward (dx): P = K, Q = N, op(W) = W,
-(F, G) = (B^T, A^T), dropout is D_out. ``T_READY``: T was written by ``shrink`` and its product starts the accumulator;
+(F, G) = (B^T, A^T), dropout is D_out (``MASK_OUT``). ``T_READY``: T was written by ``shrink`` and its product starts the accumulator;
 otherwise T is accumulated beside Z, and the programs of the first tile column store it. T leaves without c, in fp32;
 ``t_scale`` is D_in's scale and c carries D_out's.
 """
@@ -23,7 +23,8 @@ def fused(
     w_operands, drop_operands, column_operands,
     t_scale, scaling, scaling_tensor, M, P, Q, R,
     LOAD_W: tl.constexpr, DROP: tl.constexpr, ADAPTER: tl.constexpr, EPILOGUE: tl.constexpr,
-    T_READY: tl.constexpr, BACKWARD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    T_READY: tl.constexpr, BACKWARD: tl.constexpr, MASK_OUT: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +40,7 @@ def fused(
             t = load_tile(T, R, 1, m0, r0, M, R, BLOCK_M, BLOCK_R)
             g = load_tile(G, stride_gr, stride_gp, r0, p0, R, P, BLOCK_R, BLOCK_P)
             acc = ADAPTER(t * c, g, acc, DTYPE, PRECISION)
-        if BACKWARD:
+        if MASK_OUT:
             acc = DROP(drop_operands, acc, m0, p0, BLOCK_M, BLOCK_P)
 
     for q0 in range(0, Q, BLOCK_Q):
@@ -48,7 +49,7 @@ def fused(
         acc = dot(x, w, acc, PRECISION)
         if not T_READY:
             f = load_tile(F, stride_fq, stride_fr, q0, 0, Q, R, BLOCK_Q, BLOCK_R)
-            if not BACKWARD:
+            if not MASK_OUT:
                 x = DROP(drop_operands, x, m0, q0, BLOCK_M, BLOCK_Q)
             t = ADAPTER(x, f, t, DTYPE, PRECISION)
 
@@ -56,7 +57,7 @@ def fused(
         t *= t_scale
         store_tile(T, R, t, m0, 0, tl.where(tile_p == 0, M, 0), R, BLOCK_M, BLOCK_R)
         g = load_tile(G, stride_gr, stride_gp, 0, p0, R, P, BLOCK_R, BLOCK_P)
-        if BACKWARD:
+        if MASK_OUT:
             low = ADAPTER(t * c, g, tl.zeros((BLOCK_M, BLOCK_P), tl.float32), DTYPE, PRECISION)
             acc += DROP(drop_operands, low, m0, p0, BLOCK_M, BLOCK_P)
         else:

@@ -10,6 +10,7 @@ added in the order of i; ``scale`` is c (with D's scale for dA, 1 for dbias).
 import triton
 import triton.language as tl
 
+from peftkern.backends.triton.kernels.cast import narrow
 from peftkern.backends.triton.kernels.tile import load_scaling, load_tile, store_tile
 
 
@@ -57,4 +58,4 @@ def reduce(
     column, rank = c0 + tl.arange(0, BLOCK_C), r0 + tl.arange(0, BLOCK_R)
     offsets = column.to(tl.int64)[:, None] * stride_oc + rank.to(tl.int64)[None, :] * stride_or
     inside = (column < C)[:, None] & (rank < R)[None, :]
-    tl.store(OUT + offsets, total.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(OUT + offsets, narrow(total, OUT.dtype.element_ty), mask=inside)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from peftkern.backends.triton.kernels.cast import narrow
+
 
 @triton.jit
 def load_tile(
@@ -25,7 +27,7 @@ def store_tile(
     pointer += tl.cast(origin_0, tl.int64) * stride_0 + origin_1
     offsets = index_0.to(tl.int64)[:, None] * stride_0 + index_1[None, :]
     inside = (origin_0 + index_0 < extent_0)[:, None] & (origin_1 + index_1 < extent_1)[None, :]
-    tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=inside)
+    tl.store(pointer + offsets, narrow(value, pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ Elements outside [Q, P] are zero. A loader agrees with its format's ``materializ
 import triton
 import triton.language as tl
 
+from peftkern.backends.triton.kernels.cast import narrow
 from peftkern.backends.triton.kernels.tile import load_tile
 
 
@@ -30,4 +31,4 @@ def int8(
     else:
         n = p0 + tl.arange(0, BLOCK_P)
         scale = tl.load(operands[3] + n * operands[4], mask=n < P, other=0.0)[None, :]
-    return (data * scale).to(DTYPE)
+    return narrow(data * scale, DTYPE)

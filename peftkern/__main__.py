@@ -1,0 +1,36 @@
+"""``python -m peftkern``: what is here, and what the kernels compile to."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+Command = Callable[[argparse.Namespace], str]
+
+
+def _kernels(options: argparse.Namespace) -> str:
+    from peftkern.backends.triton import inspect_kernels
+
+    return inspect_kernels.kernels_table(options.json)
+
+
+# name: (what it prints, its function); each takes --json.
+COMMANDS: dict[str, tuple[str, Command]] = {
+    "kernels": ("registers, stack, shared memory and MMA kind of every Triton kernel on every target", _kernels),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one sub-command and print what it returns."""
+    parser = argparse.ArgumentParser(prog="python -m peftkern", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (meaning, _) in COMMANDS.items():
+        commands.add_parser(name, help=meaning).add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    print(COMMANDS[options.command][1](options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
