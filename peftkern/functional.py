@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,8 +84,8 @@ def _prepare(
     """Validate, apply autocast's rule, draw the RNG state."""
     if not isinstance(weight, FrozenWeight):
         weight = DenseWeight(weight)
-    tensors = {"x": x, "weight": weight.data, "lora_A": lora_A, "lora_B": lora_B, "bias": bias, "lora_bias": lora_bias}
-    _check_devices(tensors)
+    named = {"x": x, "weight": weight.data, "lora_A": lora_A, "lora_B": lora_B, "bias": bias, "lora_bias": lora_bias}
+    _check_devices(named)
     _check_shapes(x, weight, lora_A, lora_B, bias, lora_bias)
     if weight.data.requires_grad:
         raise ValueError("weight requires grad, but only the adapter is trained: call weight.requires_grad_(False)")
@@ -109,15 +108,13 @@ def _prepare(
     )
 
 
-def _check_devices(tensors: Mapping[str, Tensor | None]) -> None:
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
+def _check_devices(tensors: dict[str, Tensor | None]) -> None:
+    device = tensors["x"].device if isinstance(tensors["x"], Tensor) else None
+    for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is not a tensor but {type(tensor).__name__}")
-    device = given["x"].device
-    for tensor in given.values():
-        if tensor.device != device:
-            listing = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
+        if tensor is not None and tensor.device != device:
+            listing = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
             raise ValueError(f"all tensors must be on one device, got {listing}")
 
 

@@ -13,7 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
@@ -30,7 +30,6 @@ logger = logging.getLogger("peftkern")
 _disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("peftkern_disabled", default=False)
 _open_blocks = 0  # of disabled(), in any context: torch.compile can guard on a number, not on a context variable
 _NARROW = (torch.float16, torch.bfloat16)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @contextlib.contextmanager
@@ -57,29 +56,49 @@ class PeftkernLoraLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or (_open_blocks and _disabled_here()):
             return super().forward(x, *args, **kwargs)
-        if why_not(self) is not None or _why_not_input(self, x) is not None:
-            return super().forward(x, *args, **kwargs)
-        name = self.active_adapters[0]
-        base, A, B = self.base_layer, self.lora_A[name], self.lora_B[name]
-        dropout = self.lora_dropout[name]
+        parts = _plain_parts(self)
+        if isinstance(parts, str) or _why_not_input(parts, x) is not None:
+            return super().forward(x)
         return lora_linear(
             x,
-            base.weight,
-            A.weight,
-            B.weight,
-            self.scaling[name],
-            bias=base.bias,
-            lora_bias=B.bias,
-            dropout_p=getattr(dropout, "p", 0.0),
-            training=dropout.training,
+            parts.weight,
+            parts.lora_A,
+            parts.lora_B,
+            self.scaling[parts.name],
+            bias=parts.bias,
+            lora_bias=parts.lora_bias,
+            dropout_p=parts.dropout_p,
+            training=parts.training,
         )
 
     def _get_name(self) -> str:
         return "Linear"  # print(model) looks as PEFT's does
 
 
+class _Parts(NamedTuple):
+    """What the fast path reads of a layer."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_bias: Tensor | None
+    dropout_p: float
+    training: bool
+
+
 def why_not(layer: lora.Linear) -> str | None:
     """Why this layer, in its present state, runs PEFT's own forward; None where it is fast."""
+    parts = _plain_parts(layer)
+    return parts if isinstance(parts, str) else None
+
+
+def _plain_parts(layer: lora.Linear) -> _Parts | str:
+    """The parts of a layer whose forward is base(x) + B(A(dropout(x))) scaling and nothing else, or the reason why not.
+
+    Runs at every call, so it reads the modules' dictionaries: nn.Module's attribute lookup costs ten times as much.
+    """
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged_adapters:
@@ -88,68 +107,86 @@ def why_not(layer: lora.Linear) -> str | None:
     if len(active) != 1:
         return f"{len(active)} adapters are active"
     name = active[0]
-    if name not in layer.lora_A:
+    modules: Any = layer._modules
+    if name not in modules["lora_A"]._modules:
         return f"the active adapter {name!r} is not on this layer"
-    variant = getattr(layer, "lora_variant", None)
-    if variant is not None and name in variant:
-        return f"it uses the LoRA variant {type(variant[name]).__name__}"
-    if getattr(layer, "use_dora", {}).get(name):
+    state = layer.__dict__
+    if name in state.get("lora_variant", ()):
+        return f"it uses the LoRA variant {type(state['lora_variant'][name]).__name__}"
+    if state.get("use_dora", {}).get(name):  # PEFT before 0.16
         return "it uses DoRA"
-    if not getattr(layer, "cast_input_dtype_enabled", True):
+    if not state.get("cast_input_dtype_enabled", True):
         return "casting of its input is disabled"
-    dropout = layer.lora_dropout[name]
+    dropout = modules["lora_dropout"]._modules[name]
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"its dropout is a {type(dropout).__name__}"
-    children = {"base_layer": layer.base_layer, "lora_A": layer.lora_A[name], "lora_B": layer.lora_B[name]}
-    for label, child in children.items():
-        reason = _why_not_plain(child)
-        if reason is not None:
-            return f"{label} {reason}"
+    base, A, B = modules["base_layer"], modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    reason = _why_not_plain("base_layer", base) or _why_not_plain("lora_A", A) or _why_not_plain("lora_B", B)
+    if reason is not None:
+        return reason
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "global module hooks are registered"
-    return _why_not_parameters(children["base_layer"], children["lora_A"], children["lora_B"])
+    base, A, B = base._parameters, A._parameters, B._parameters
+    if A["bias"] is not None:
+        return "lora_A has a bias"
+    parts = _Parts(
+        name,
+        base["weight"],
+        base["bias"],
+        A["weight"],
+        B["weight"],
+        B["bias"],
+        getattr(dropout, "p", 0.0),
+        dropout.training,
+    )
+    return _why_not_parameters(parts) or parts
 
 
-def _why_not_plain(child: Any) -> str | None:
+def _why_not_plain(label: str, child: Any) -> str | None:
     """A child whose forward does more than a product with its own weight must be called, not read."""
     if type(child) is not nn.Linear:
-        return f"is a {type(child).__name__}, not a plain nn.Linear"
+        return f"{label} is a {type(child).__name__}, not a plain nn.Linear"
     state = child.__dict__
     if "forward" in state or "_hf_hook" in state:
-        return "has a replaced forward"
-    if any(state.get(hooks) for hooks in _HOOKS):
-        return "has hooks"
-    if type(child.weight) not in (nn.Parameter, Tensor):
-        return f"has a weight of type {type(child.weight).__name__}"
+        return f"{label} has a replaced forward"
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return f"{label} has hooks"
+    weight = state["_parameters"].get("weight")
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"{label} has a weight of type {type(weight).__name__}"
     return None
 
 
-def _why_not_parameters(base: Any, A: Any, B: Any) -> str | None:
-    W, lora_A, lora_B = base.weight, A.weight, B.weight
-    N, K = W.shape
+def _why_not_parameters(parts: _Parts) -> str | None:
+    W, A, B = parts.weight, parts.lora_A, parts.lora_B
+    (N, K), (R, A_K), B_shape = W.shape, A.shape, B.shape
     if W.requires_grad:
         return "its base weight requires grad"
-    if A.bias is not None:
-        return "lora_A has a bias"
-    if lora_A.shape[1:] != (K,) or lora_B.shape != (N, lora_A.shape[0]):
-        return f"shapes {tuple(W.shape)}, {tuple(lora_A.shape)}, {tuple(lora_B.shape)} do not fit"
-    if not W.device == lora_A.device == lora_B.device:
-        return f"its weights are on {W.device}, {lora_A.device} and {lora_B.device}"
-    if lora_A.dtype != lora_B.dtype:
-        return f"lora_A is {lora_A.dtype} and lora_B {lora_B.dtype}"
+    if A_K != K or B_shape != (N, R):
+        return f"shapes {tuple(W.shape)}, {tuple(A.shape)}, {tuple(B.shape)} do not fit"
+    if not W.device == A.device == B.device:
+        return f"its weights are on {W.device}, {A.device} and {B.device}"
+    if A.dtype != B.dtype:
+        return f"lora_A is {A.dtype} and lora_B {B.dtype}"
     return None
 
 
-def _why_not_input(layer: lora.Linear, x: Tensor) -> str | None:
+def _why_not_input(parts: _Parts, x: Tensor) -> str | None:
     """The part of the predicate that looks at x: type, device and the dtype rule."""
-    if type(x) not in (Tensor, nn.Parameter):
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x is a {type(x).__name__}"
-    W, lora_A = layer.base_layer.weight, layer.lora_A[layer.active_adapters[0]].weight
-    if x.device != W.device:
+    if x.device != parts.weight.device:
         return f"x is on {x.device}"
     device = x.device.type
-    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
-    return _why_not_dtypes(x.dtype if compute is W.dtype else compute, compute, lora_A.dtype)
+    if torch.is_autocast_enabled(device):
+        compute = torch.get_autocast_dtype(device)
+        return _why_not_dtypes(compute, compute, parts.lora_A.dtype)
+    return _why_not_dtypes(x.dtype, parts.weight.dtype, parts.lora_A.dtype)
 
 
 def _why_not_dtypes(x: torch.dtype, compute: torch.dtype, adapter: torch.dtype) -> str | None:
@@ -217,20 +254,19 @@ def _swap(layer: Any) -> str | None:
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
     layer.__class__ = PeftkernLoraLinear
-    reason = why_not(layer)
-    if reason is None:
-        W, A = layer.base_layer.weight, layer.lora_A[layer.active_adapters[0]].weight
-        reason = _why_not_dtypes(W.dtype, W.dtype, A.dtype)
-    return reason
+    parts = _plain_parts(layer)
+    if isinstance(parts, str):
+        return parts
+    return _why_not_dtypes(parts.weight.dtype, parts.weight.dtype, parts.lora_A.dtype)
 
 
 def _expected_backend(layer: lora.Linear, M: int = 1024) -> str:
     """The backend that a call of M rows would take in training."""
-    name = layer.active_adapters[0]
-    W, A = layer.base_layer.weight, layer.lora_A[name].weight
-    dropout = getattr(layer.lora_dropout[name], "p", 0.0) > 0
-    N, K = W.shape
-    problem = Problem(W.device.type, M, K, N, A.shape[0], W.dtype, A.dtype, dropout=dropout)
+    parts = _plain_parts(layer)
+    assert isinstance(parts, _Parts)  # the caller has just seen to it
+    N, K = parts.weight.shape
+    R, dtype = parts.lora_A.shape[0], parts.weight.dtype
+    problem = Problem(parts.weight.device.type, M, K, N, R, dtype, parts.lora_A.dtype, dropout=parts.dropout_p > 0)
     return dispatch.select(problem, "").name
 
 

@@ -1,0 +1,134 @@
+"""What only the C++ backend has: instruction sets chosen at run time, threads, blocks of rows, raw addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import NAMES, Case, judge, make, run
+
+import peftkern
+from peftkern import dropout
+from peftkern.backends.cpp.backend import extension
+from peftkern.ops import dispatch
+from peftkern.testing import dropout_mask
+
+C = extension()[0]
+pytestmark = [
+    pytest.mark.skipif(C is None, reason="pure Python install"),
+    pytest.mark.usefixtures("poisoned"),
+]
+SETS = C.instruction_sets() if C is not None else []
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each set of kernels that this processor runs, forced in turn."""
+    before = C.instruction_set()
+    C.use(request.param)
+    yield request.param
+    C.use(before)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_the_best_set_is_taken_and_the_worst_is_always_there():
+    assert SETS[-1] == "baseline" and C.instruction_set() == SETS[0]
+    with pytest.raises(ValueError, match="no_such_set"):
+        C.use("no_such_set")
+
+
+@pytest.mark.parametrize("p", [1e-4, 0.05, 0.5, 0.9999, 1.0])
+@pytest.mark.parametrize(("M", "K"), [(1, 1), (3, 64), (2, 65), (5, 513), (4, 1030)])
+def test_mask_bits(instruction_set, M, K, p):
+    """Every instruction set draws the frozen mask, for seeds and offsets that use all 64 bits."""
+    for state in ([0, 0], [-1, -1], [0x0123456789ABCDEF, -0x0123456789ABCDEF]):
+        rng_state = torch.tensor(state)
+        words = torch.zeros(M, (K + 63) // 64, dtype=torch.int64)
+        C.keep_bits(dropout.threshold(p), rng_state.data_ptr(), M, K, words.data_ptr())
+        bits = (words.unsqueeze(-1) >> torch.arange(64)) & 1
+        assert torch.equal(bits.reshape(M, -1)[:, :K].bool(), dropout_mask(M, K, p, rng_state))
+
+
+# Rows around the block of 32 (16 in fp32), columns around the chunk of 512 (256) and the vector, odd counts everywhere.
+EDGES = [
+    (31, 511, 33, 15),
+    (33, 513, 31, 17),
+    (64, 512, 32, 16),
+    (65, 1025, 257, 33),
+    (16, 255, 63, 5),
+    (2, 30, 1026, 2),
+]
+
+
+@pytest.mark.parametrize("precision", ["base", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("edge", EDGES, ids=str)
+def test_edges(instruction_set, edge, dtype, precision):
+    case = Case(*edge, dtype, torch.float32, 0.1, bias=True, lora_bias=True, precision=precision)
+    tensors = make(case)
+    judge(case, "cpp", (tensors, run(case, tensors, "cpp")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads(threads, dtype):
+    """Right for any number of threads, also more than there are blocks, and the same bits every time."""
+    for M in (1, 40, 200):
+        case = Case(M, 96, 80, 16, dtype, torch.float32, 0.2, lora_bias=True)
+        tensors = make(case)
+        found = run(case, tensors, "cpp")
+        judge(case, "cpp", (tensors, found))
+        again = run(case, tensors, "cpp")
+        assert all(torch.equal(found[name], again[name]) for name in NAMES if found[name] is not None)
+
+
+def test_fp16_conversions(instruction_set):
+    """Every finite fp16 value, subnormals too, survives the accumulation into y, and halves round to even."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    values = values[values.isfinite()].reshape(1, -1)  # [1, K]
+    K = values.shape[1]
+    A, B = torch.zeros(1, K), torch.zeros(K, 1)
+    y = forward(values.T.contiguous(), torch.ones(1, 1).half(), A[:, :1], B[:1])
+    assert torch.equal(y, values.T)  # x W^T with W = 1, plus an update of 0: the accumulation reads and writes y
+    # y + c s B^T at the midpoint between neighbours: 1 + 2^-11 rounds to even, that is to 1; 1 + 3 2^-11 to 1 + 2^-9
+    x = torch.ones(1, 1).half()
+    for delta, expected in ((2.0**-11, 1.0), (3 * 2.0**-11, 1 + 2.0**-9), (2.0**-10, 1 + 2.0**-10)):
+        y = forward(x, torch.ones(1, 1).half(), torch.tensor([[delta]]), torch.ones(1, 1), precision="fp32")
+        assert y.item() == expected
+
+
+def forward(x, W, A, B, **options):
+    return peftkern.lora_linear(x, W, A, B, backend="cpp", **options)
+
+
+def test_one_pool_of_threads():
+    """On Linux the work runs on torch's own OpenMP pool; a second pool would fight it for the cores."""
+    if "libgomp" in open("/proc/self/maps").read():
+        assert C.parallel_runtime() == "openmp"
+
+
+def test_unaligned_rows(instruction_set):
+    """Addresses that are multiples of the element's size and of nothing else; the bytes around them stay untouched."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(35, 70, 66, 9, dtype, torch.float32, 0.1)
+        tensors = make(case)
+        guard = torch.full((1 + 35 * 71,), 7.0, dtype=dtype)
+        view = guard[1:].view(35, 71)[:, :70]
+        view.copy_(tensors.x)
+        tensors.x = view
+        tensors.lora_A = torch.cat([torch.zeros(1), tensors.lora_A.flatten()])[1:].view(9, 70)
+        judge(case, "cpp", (tensors, run(case, tensors, "cpp")))
+        assert (guard[1:].view(35, 71)[:, 70] == 7).all() and guard[0] == 7
+
+
+def test_a_missing_extension_is_said(monkeypatch):
+    backend = dispatch.backend_named("cpp")
+    monkeypatch.setattr("peftkern.backends.cpp.backend.extension", lambda: (None, "not built here", False))
+    assert backend.unavailable() == "not built here" and not backend.broken
