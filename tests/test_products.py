@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import peftkern
 from peftkern.backends.base import Backend
 from peftkern.ops import dispatch
+from peftkern.testing import problems
 from peftkern.weights import FrozenWeight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -43,19 +44,23 @@ def small_cases() -> list[Case]:
     return cases
 
 
-# A thin sample of anchors.md's layers, with M K N <= 2^30 (the last two with one dimension cut).
+def of(name: str, M: int, R: int, *options, **more) -> Case:
+    _, K, N = problems.layer(name)
+    assert M * K * N <= problems.CPU_LIMIT
+    return Case(M, K, N, R, *options, **more)
+
+
 LAYERS = [
-    Case(1024, 576, 576, 16, BF16, F32, 0.05),
-    Case(256, 576, 1536, 16, BF16, F32, 0.05, lora_bias=True),
-    Case(256, 1536, 576, 16, F32, F32, 0.05),
-    Case(256, 576, 192, 256, BF16, BF16, 0.1),
-    Case(256, 1000, 1100, 24, BF16, F32, 0.1, bias=True),
-    Case(64, 1000, 1100, 512, F32, F32, precision="fp32"),
-    Case(64, 3584, 512, 32, BF16, F32, 0.05, bias=True),
-    Case(16, 4096, 1024, 64, F16, F32, 0.05),
-    Case(64, 4096, 4096, 16, BF16, F32, 0.05),
-    Case(4, 1024, 1024, 128, BF16, F32, precision="fp32"),
-    Case(1, 1024, 14336, 16, BF16, BF16),
+    of("smollm2-135m.qo", 1024, 16, BF16, F32, 0.05),
+    of("smollm2-135m.up", 256, 16, BF16, F32, 0.05, lora_bias=True),
+    of("smollm2-135m.down", 256, 16, F32, F32, 0.05),
+    of("smollm2-135m.kv", 256, 256, BF16, BF16, 0.1),
+    of("odd", 256, 24, BF16, F32, 0.1, bias=True),
+    of("odd", 64, 512, F32, F32, precision="fp32"),
+    of("qwen2.5-7b.kv", 64, 32, BF16, F32, 0.05, bias=True),
+    of("llama3-8b.kv", 16, 64, F16, F32, 0.05),
+    of("llama3-8b.qo", 64, 16, BF16, F32, 0.05),
+    of("llama3-70b.kv", 4, 128, BF16, F32, 0.05),
 ]
 
 

@@ -1,0 +1,371 @@
+"""Rows of bad_inputs.md: what a user must get from a bad input or a fault. The row's number is in each test's name.
+
+Rows 16, 17 (autocast), 22 and 23 are in test_torch_integration.py, rows 21 and 25 in test_lora_linear.py, row 24 in
+test_products.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import NAMES, ROOT, TRAINABLE, Case, Target, check, judge, make, run
+from torch import Tensor
+
+import peftkern
+from peftkern.backends.cpp.backend import CppBackend
+from peftkern.backends.triton.backend import TritonBackend
+from peftkern.ops import dispatch
+from peftkern.ops.problem import Problem
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F32)]
+dtypes = pytest.mark.parametrize(("dtype", "adapter"), DTYPES)
+nan, inf = float("nan"), float("inf")
+EXTENSION = list((ROOT / "peftkern").glob("_C*.so"))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 5)], ids=str)
+@dtypes
+def test_row_1_no_tokens(shape, dtype, adapter, target: Target, poisoned, monkeypatch):
+    backend = type(dispatch.backend_named(target.backend))
+    monkeypatch.setattr(backend, "forward", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr(backend, "backward", lambda *_: pytest.fail("launched"))
+    case = Case(0, 24, 16, 4, dtype, adapter, 0.5, bias=True, lora_bias=True)
+    t = make(case, target.device)
+    t.x, t.dy = t.x.new_empty(*shape, 24), t.dy.new_empty(*shape, 16)
+    found = run(case, t, target.backend)
+    assert found["y"].shape == (*shape, 16) and found["y"].dtype == dtype and found["x"].shape == (*shape, 24)
+    for name in NAMES[2:]:
+        assert found[name].dtype == getattr(t, name).dtype and torch.equal(found[name], torch.zeros_like(found[name]))
+
+
+@pytest.mark.parametrize("sizes", [(5, 17, 9, 3), (33, 1, 1, 1), (2, 63, 31, 5), (65, 127, 129, 15)], ids=str)
+@dtypes
+def test_row_3_extents_that_are_multiples_of_nothing(sizes, dtype, adapter, target: Target, poisoned):
+    check(Case(*sizes, dtype, adapter, 0.1, bias=True, lora_bias=True), target)
+
+
+@dtypes
+def test_row_4_rank_zero_is_the_base_alone(dtype, adapter, target: Target, poisoned):
+    if target.backend == "cpp":
+        assert "r = 0" in dispatch.backend_named("cpp").supports(Problem("cpu", 9, 24, 16, 0, dtype, adapter))
+    backend = "auto" if target.backend == "cpp" else target.backend
+    case = Case(9, 24, 16, 0, dtype, adapter, 0.3, bias=True)
+    t = make(case, target.device)
+    found = run(case, t, backend)
+    assert torch.equal(found["y"], torch.nn.functional.linear(t.x, t.weight, t.bias))
+    assert torch.equal(found["x"], t.dy @ t.weight)
+    assert found["lora_A"].shape == (0, 24) and found["lora_B"].shape == (16, 0)
+
+
+@pytest.mark.parametrize("R", [1, 2, 3, 7, 24, 512])
+def test_row_4_ranks(R, target: Target, poisoned):
+    check(Case(21, 40, 56, R, BF16, F32, 0.1, lora_bias=True), target)
+
+
+def far_apart(tensor: Tensor, storage: Tensor, start: int) -> Tensor:
+    """The same values, rows 2^30 elements apart in ``storage``, of which only the pages in use take memory."""
+    view = storage.as_strided(tensor.shape, (2**30, 1), start)
+    return view.copy_(tensor)
+
+
+def test_row_8_rows_that_lie_more_than_2_31_elements_apart(backend):
+    case = Case(4, 24, 16, 8, BF16, F32, 0.2)
+    t = make(case)
+    near = run(case, t, backend)
+    storage = torch.empty(3 * 2**30 + 4096, dtype=BF16)
+    t.x, t.dy = far_apart(t.x, storage, 0), far_apart(t.dy, storage, 1024)
+    assert 3 * t.x.stride(0) > 2**31
+    far = run(case, t, backend)
+    for name in NAMES[:4]:
+        assert torch.equal(near[name], far[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("sizes", [(2**19 + 3, 4104, 16), (2**19 + 3, 16, 4104)], ids=["x and dx", "y and dy"])
+def test_row_8_more_than_2_31_elements(sizes):
+    """Rows are independent: the last ones of the whole are those of a small call on them alone."""
+    M, K, N = sizes
+    tail = 3
+    x, dy = (torch.randn(M, width, device="cuda", dtype=BF16) for width in (K, N))
+    W, A = torch.randn(N, K, device="cuda", dtype=BF16) * K**-0.5, torch.randn(8, K, device="cuda") * K**-0.5
+    B = torch.randn(N, 8, device="cuda")
+
+    def call(x, dy):
+        x.requires_grad_()
+        y = peftkern.lora_linear(x, W, A, B, backend="triton")
+        return y.detach(), *torch.autograd.grad(y, x, dy)
+
+    whole, part = call(x, dy), call(x.detach()[-tail:].clone(), dy[-tail:])
+    for large, small in zip(whole, part, strict=True):
+        assert (large[-tail:].double() - small.double()).norm() <= 2**-7 * small.double().norm()  # one bf16 rounding
+
+
+VIEWS = {
+    "transposed": lambda v: v.t().contiguous().t(),
+    "sliced rows": lambda v: v.repeat_interleave(2, 0)[::2],
+    "sliced columns": lambda v: torch.cat([v, v], 1)[:, : v.shape[1]],
+    "every second column": lambda v: v.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "dy"])
+def test_rows_9_and_10_strided_operands(name, view, target: Target, poisoned):
+    case = Case(34, 48, 40, 8, BF16, F32, 0.2, bias=True)
+    t = make(case, target.device)
+    setattr(t, name, VIEWS[view](getattr(t, name)))
+    judge(case, target.backend, (t, run(case, t, target.backend)))
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "dy"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_rows_9_and_10_expanded_operands(name, dim, target: Target, poisoned):
+    case = Case(34, 48, 40, 8, F32, F32, 0.2)
+    t = make(case, target.device)
+    tensor = getattr(t, name)
+    setattr(t, name, tensor.narrow(dim, 0, 1).expand_as(tensor))
+    assert getattr(t, name).stride(dim) == 0
+    judge(case, target.backend, (t, run(case, t, target.backend)))
+
+
+def test_row_10_gradient_of_a_sum_is_expanded(target: Target, poisoned):
+    case = Case(34, 48, 40, 8, F32, F32, 0.2, bias=True, lora_bias=True)
+    t = make(case, target.device)
+    t.dy = torch.ones((), device=target.device).expand_as(t.dy)
+    judge(case, target.backend, (t, run(case, t, target.backend)))
+
+
+def test_row_9_strided_vectors(target: Target, poisoned):
+    case = Case(34, 48, 40, 8, F32, F32, 0.2, bias=True, lora_bias=True)
+    t = make(case, target.device)
+    contiguous = run(case, t, target.backend)
+    for name in ("bias", "lora_bias"):
+        setattr(t, name, getattr(t, name).repeat_interleave(2)[::2])
+    strided = run(case, t, target.backend)
+    for name in NAMES:
+        assert torch.equal(contiguous[name], strided[name]), name
+
+
+@dtypes
+def test_row_11_storage_offsets_that_are_not_aligned(dtype, adapter, target: Target, poisoned):
+    case = Case(34, 48, 40, 8, dtype, adapter, 0.2, bias=True, lora_bias=True)
+    t = make(case, target.device)
+    for name in (*TRAINABLE, "weight", "dy"):
+        tensor = getattr(t, name)
+        shifted = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+        assert shifted.data_ptr() % 16 == tensor.element_size()
+        setattr(t, name, shifted)
+    judge(case, target.backend, (t, run(case, t, target.backend)))
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "bias", "lora_bias"])
+def test_row_13_devices_that_differ(name):
+    t = make(Case(3, 8, 6, 2, bias=True, lora_bias=True))
+    setattr(t, name, getattr(t, name).to("meta"))
+    with pytest.raises(ValueError, match="all tensors must be on one device") as caught:
+        peftkern.lora_linear(t.x, t.weight, t.lora_A, t.lora_B, bias=t.bias, lora_bias=t.lora_bias)
+    for other in ("x", "weight", "lora_A", "lora_B", "bias", "lora_bias"):
+        assert f"{other} on {'meta' if other == name else 'cpu'}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in (*TRAINABLE, "weight") for dtype in (torch.int64, torch.float64, F16)]
+    + [("x", F32), ("weight", F32), ("bias", F32), ("lora_A", BF16), ("lora_bias", BF16)],
+    ids=str,
+)
+def test_row_17_mixed_dtypes_are_a_type_error_that_lists_them(name, dtype):
+    t = make(Case(3, 8, 6, 2, BF16, F32, bias=True, lora_bias=True))
+    setattr(t, name, getattr(t, name).to(dtype))
+    with pytest.raises(TypeError, match="must share one floating dtype") as caught:
+        peftkern.lora_linear(t.x, t.weight, t.lora_A, t.lora_B, bias=t.bias, lora_bias=t.lora_bias)
+    for other in ("x", "weight", "lora_A", "lora_B", "bias", "lora_bias"):
+        assert f"{other} {getattr(t, other).dtype}" in str(caught.value)
+
+
+WRONG_SHAPES = {
+    "x": [(3, 9), ()],
+    "weight": [(6,), (6, 8, 1), (6, 9)],
+    "lora_A": [(2, 9), (8,), (3, 8)],
+    "lora_B": [(6, 3), (5, 2), (6,)],
+    "bias": [(5,), (6, 1), ()],
+    "lora_bias": [(1,), (7,)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, shape) for name, shapes in WRONG_SHAPES.items() for shape in shapes]
+)
+def test_wrong_shapes_are_value_errors_with_both_shapes(name, shape):
+    t = make(Case(3, 8, 6, 2, bias=True, lora_bias=True))
+    setattr(t, name, torch.zeros(shape))
+    with pytest.raises(ValueError) as caught:
+        peftkern.lora_linear(t.x, t.weight, t.lora_A, t.lora_B, bias=t.bias, lora_bias=t.lora_bias)
+    assert str(shape) in str(caught.value) and "6" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(precision="half"), ValueError, "precision='half' is not one of"),
+        (dict(backend="cuda"), ValueError, "backend='cuda' is not one of auto, triton, cpp, reference"),
+        (dict(scaling=inf), ValueError, "scaling=inf is not finite"),
+        (dict(scaling=torch.ones(1)), ValueError, "0-d and floating"),
+        (dict(scaling=torch.tensor(2)), ValueError, "0-d and floating"),
+        (dict(scaling=torch.tensor(2.0, requires_grad=True)), ValueError, "scaling is not trained"),
+        (dict(bias=[0.0] * 6), TypeError, "bias is not a tensor but list"),
+        (dict(weight=torch.zeros(6, 8, requires_grad=True)), ValueError, "weight requires grad"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_options_are_named(change, error, words):
+    t = make(Case(3, 8, 6, 2))
+    with pytest.raises(error, match=words):
+        peftkern.lora_linear(**(dict(x=t.x, weight=t.weight, lora_A=t.lora_A, lora_B=t.lora_B) | change))
+
+
+# -------------------------------------------------------------------------------------------- row 18: NaN and infinity
+
+
+def row_18(target: Target, name: str, at: tuple[int, int], value: float, p: float = 0.0):
+    """(clean, dirty) results of an odd-sized call, dirty with ``value`` at one place of one operand."""
+    case = Case(19, 37, 23, 5, F32, F32, p)
+    t = make(case, target.device)
+    clean = run(case, t, target.backend)
+    getattr(t, name)[at] = value
+    return clean, run(case, t, target.backend)
+
+
+@pytest.mark.parametrize("value", [nan, inf, -inf])
+@pytest.mark.parametrize("end", [0, -1], ids=["first", "last"])
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "dy"])
+def test_row_18_nan_and_inf_go_where_the_mathematics_says(name, end, value, target: Target, poisoned):
+    clean, dirty = row_18(target, name, (end, end), value)
+    everywhere, row, column = slice(None), (end, slice(None)), (slice(None), end)
+    reached = {  # which part of each result depends on that element; None: nothing
+        "x": {"y": row, "x": None, "lora_A": column, "lora_B": everywhere},
+        "weight": {"y": column, "x": column, "lora_A": None, "lora_B": None},
+        "lora_A": {"y": everywhere, "x": column, "lora_A": None, "lora_B": column},
+        "lora_B": {"y": column, "x": everywhere, "lora_A": row, "lora_B": None},
+        "dy": {"y": None, "x": row, "lora_A": everywhere, "lora_B": row},
+    }[name]
+    for result, index in reached.items():
+        mask = torch.zeros_like(dirty[result], dtype=torch.bool)
+        if index is not None:
+            mask[index] = True
+        assert not dirty[result][mask].isfinite().any(), f"{result} hides it"
+        assert torch.equal(dirty[result][~mask], clean[result][~mask]), f"{result} spreads it"
+
+
+@pytest.mark.parametrize("value", [nan, inf])
+def test_row_18_a_dropped_nan_is_zero(value, target: Target, poisoned):
+    """Seen in dB = c dy^T D(x) A^T and dA = c t^T D(x), which read the dropped x alone."""
+    p = 0.5
+    state = make(Case(19, 37, 23, 5)).rng_state
+    kept = peftkern.testing.dropout_mask(19, 37, p, state)
+    (drop, keep) = ((~kept[-1]).nonzero()[-1].item(), kept[-1].nonzero()[-1].item())
+    _, zero = row_18(target, "x", (-1, drop), 0.0, p)
+    _, dropped = row_18(target, "x", (-1, drop), value, p)
+    for name in ("x", "lora_A", "lora_B"):
+        assert torch.equal(dropped[name], zero[name]), name
+    assert not dropped["y"][-1].isfinite().any()  # the base product sees the undropped x
+    _, seen = row_18(target, "x", (-1, keep), value, p)
+    assert not seen["lora_B"].isfinite().any()
+
+
+def test_row_18_a_dropped_nan_of_the_update_is_zero_in_dx(target: Target, poisoned):
+    p = 0.5
+    kept = peftkern.testing.dropout_mask(19, 37, p, make(Case(19, 37, 23, 5)).rng_state)[:, -1].to(target.device)
+    clean, dirty = row_18(target, "lora_A", (0, -1), nan, p)
+    assert torch.equal(dirty["x"][:, -1].isnan(), kept)
+    assert torch.equal(dirty["x"][~kept], clean["x"][~kept]) and torch.equal(dirty["x"][:, :-1], clean["x"][:, :-1])
+
+
+# ------------------------------------------------------------------------------------------------------- row 19
+
+
+@dtypes
+def test_row_19_scaling_zero_and_a_zeroed_adapter_are_the_base(dtype, adapter, target: Target, poisoned):
+    case = Case(34, 48, 40, 8, dtype, adapter, 0.2, bias=True, scaling=0.0)
+    t = make(case, target.device)
+    base = torch.nn.functional.linear(t.x, t.weight, t.bias)
+    found = run(case, t, target.backend)
+    assert torch.equal(found["y"], base) and torch.equal(found["x"], t.dy @ t.weight)
+    assert not found["lora_A"].any() and not found["lora_B"].any()
+    t.lora_B.zero_()  # the first step of every LoRA training
+    found = run(case, t, target.backend, scaling=2.0)
+    assert torch.equal(found["y"], base) and torch.equal(found["x"], t.dy @ t.weight)
+    assert not found["lora_A"].any() and found["lora_B"].any()
+
+
+# -------------------------------------------------------------------------------------------------------------- row 33
+
+
+def gone(monkeypatch, backend: type, reason: str | None, broken: bool) -> None:
+    monkeypatch.setattr(backend, "unavailable", lambda self: reason)
+    monkeypatch.setattr(backend, "broken", property(lambda self: broken))
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "broken", "warned"),
+    [("cuda", TritonBackend, False, 1), ("cpu", CppBackend, False, 0), ("cpu", CppBackend, True, 1)],
+    ids=["no triton on a GPU", "no extension", "broken extension"],
+)
+def test_row_33_falls_back_with_one_warning(device, backend, broken, warned, dispatch_env, monkeypatch, caplog):
+    dispatch_env(PEFTKERN_BACKEND="auto")
+    gone(monkeypatch, backend, "simulated: out of order", broken)
+    with caplog.at_level(logging.WARNING, logger="peftkern"):
+        for M in range(1, 5):
+            assert dispatch.select(Problem(device, M, 24, 16, 4, F32, F32), "").name == "reference"
+    assert [record.getMessage().count("simulated: out of order") for record in caplog.records] == [1] * warned
+    for variable, argument in (("auto", backend.name), (backend.name, "")):  # asked for by name, it fails loudly
+        dispatch_env(PEFTKERN_BACKEND=variable)
+        with pytest.raises(RuntimeError, match="simulated: out of order"):
+            dispatch.select(Problem(device, 1, 24, 16, 4, F32, F32), argument)
+    assert peftkern.env_report()["backends"][backend.name] == "simulated: out of order"
+
+
+def test_row_33_same_numerics_after_a_fallback(dispatch_env, monkeypatch):
+    gone(monkeypatch, CppBackend, "simulated: out of order", True)
+    dispatch_env(PEFTKERN_BACKEND="auto")
+    check(Case(34, 48, 40, 8, BF16, F32, 0.2, bias=True), Target("auto", "cpu"))
+
+
+def test_row_33_a_bad_variable_names_the_values(dispatch_env):
+    dispatch_env(PEFTKERN_BACKEND="cuda")
+    with pytest.raises(ValueError, match="PEFTKERN_BACKEND='cuda' is not one of auto, triton, cpp, reference"):
+        peftkern.lora_linear(*(torch.eye(4) for _ in range(4)))
+
+
+@pytest.mark.parametrize("missing", [["triton"], ["peftkern._C"], ["triton", "peftkern._C", "peft", "transformers"]])
+def test_row_33_works_where_packages_are_missing(missing):
+    program = f"""
+import json, sys, torch
+sys.modules.update(dict.fromkeys({missing!r}))  # importing any of these is a ModuleNotFoundError
+import peftkern
+layer = peftkern.nn.LoRALinear(8, 6, 2, 4, lora_dropout=0.5)
+layer(torch.ones(3, 8)).sum().backward()
+assert layer.lora_B.grad.shape == (6, 2)
+print(json.dumps(peftkern.env_report()["backends"]))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PEFTKERN_BACKEND": "auto"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    backends = json.loads(done.stdout)
+    assert backends["reference"] == "ready"
+    assert (backends["cpp"] == "ready") == (bool(EXTENSION) and "peftkern._C" not in missing)
+    assert "triton" not in missing or backends["triton"] == "triton is not installed"
+
+
+def test_row_33_a_built_extension_is_ready():
+    """It may not silently be left out: where the file is, the backend runs."""
+    assert not EXTENSION or peftkern.env_report()["backends"]["cpp"] == "ready"
