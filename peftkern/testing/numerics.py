@@ -29,7 +29,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 def assert_as_good_as(ours: Tensor, torch_result: Tensor, truth: Tensor, name: str = "the result") -> None:
     """Hold ``ours`` to the rule.
 
-    Args: ours: what is judged; torch_result: plain PyTorch doing the same roundings; truth: fp64; name: for the message.
+    Args: ours: what is judged; torch_result: plain PyTorch, same roundings; truth: fp64; name: for the message.
     Raises: AssertionError with both errors.
     """
     error, peer = relative_error(ours, truth), relative_error(torch_result, truth)

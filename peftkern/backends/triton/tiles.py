@@ -116,7 +116,7 @@ def supports(launch: Pass, tile: TileConfig, arch: Arch) -> str | None:
 
 
 def registers_needed(launch: Pass, tile: TileConfig, arch: Arch) -> int:
-    """Registers a thread of the accumulators, and allowances for what else is alive; from compiled kernels (2026-11)."""
+    """Registers a thread of the accumulators, and allowances for what else is alive, from compiled kernels."""
     problem, threads = launch.problem, arch.warp * tile.num_warps
     produced = tile.BLOCK_M * tile.BLOCK_P // threads
     total = produced
@@ -141,8 +141,8 @@ def shared_memory(launch: Pass, tile: TileConfig) -> int:
 def estimate(launch: Pass, tile: TileConfig, arch: Arch) -> float:
     """Seconds that the launch, and the ``shrink`` that it needs unless it is one_pass, would take.
 
-    A model, for choosing only: whole waves of tiles, each bound by its multiplications, its mask arithmetic and its share
-    of the memory traffic; launches of ``shrink`` read X once more.
+    A model, for choosing only: whole waves of tiles, each bound by its multiplications and its mask arithmetic, or the
+    memory traffic of all; a launch of ``shrink`` reads X once more.
     """
     problem, P, Q = launch.problem, launch.P, launch.Q
     size = problem.dtype.itemsize
@@ -168,14 +168,14 @@ def estimate(launch: Pass, tile: TileConfig, arch: Arch) -> float:
 
 
 def shrink_tile(dtype: torch.dtype, arch: Arch) -> TileConfig:
-    """``shrink`` reads X once and multiplies little: narrow rows, so that there are programs enough. BLOCK_P is not used."""
+    """``shrink`` reads X once and multiplies little: few rows each, for programs enough. BLOCK_P is unused."""
     if arch.name == "interpreter":
         return TileConfig(64, 16, 64, 8, 1)
     return TileConfig(32, 16, 64, 4, 2 if arch.name == "gfx942" or dtype == torch.float32 else 4)
 
 
 def grad_tile(dtype: torch.dtype, R: int, arch: Arch) -> TileConfig:
-    """``grad``: BLOCK_M rows a step, BLOCK_P columns of wide. BLOCK_Q is not used."""
+    """``grad``: BLOCK_M rows a step, BLOCK_P columns of wide. BLOCK_Q is unused."""
     if arch.name == "interpreter":
         return TileConfig(32, 128, 16, 8, 1)
     if dtype == torch.float32:

@@ -1,7 +1,7 @@
 """Every ``tl.dot`` of the backend goes through here.
 
     dot      acc + a · b
-    product  acc + value · factor, where value and factor may be fp32 and are rounded, or split into TERMS parts, of DTYPE
+    product  acc + value · factor, where either may be fp32 and is rounded, or split into TERMS parts, of DTYPE
 
 Splitting: v = v_0 + v_1 + ... with v_0 = round(v), v_1 = round(v - v_0), ...; the parts of a product below the last
 part of either side are dropped, so bf16 in three terms is as good as fp32.
@@ -19,7 +19,7 @@ from peftkern.backends.triton.kernels.cast import INTERPRETED, narrow
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a · b. PRECISION ("ieee" or "tf32") is for fp32 operands; the interpreter multiplies raw bits of bf16 ones."""
+    """acc + a · b. PRECISION ("ieee" or "tf32") is for fp32 operands. The interpreter takes bf16 bits for numbers."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif a.dtype == tl.float32:

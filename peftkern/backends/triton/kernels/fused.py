@@ -4,9 +4,9 @@
     Z[M, P] = X[M, Q] · op(W) + c · D_out(T · G^T) + columns       G: second low-rank factor, [P, R]
 
 Forward: P = N, Q = K, op(W) = W^T, (F, G) = (A, B), dropout is D_in.  Backward (dx): P = K, Q = N, op(W) = W,
-(F, G) = (B^T, A^T), dropout is D_out (``MASK_OUT``). ``T_READY``: T was written by ``shrink`` and its product starts the accumulator;
-otherwise T is accumulated beside Z, and the programs of the first tile column store it. T leaves without c, in fp32;
-``t_scale`` is D_in's scale and c carries D_out's.
+(F, G) = (B^T, A^T), dropout is D_out (``MASK_OUT``). ``T_READY``: T was written by ``shrink`` and its product starts
+the accumulator; otherwise T is accumulated beside Z, and the programs of the first tile column store it. T leaves
+without c, in fp32; ``t_scale`` is D_in's scale and c carries D_out's.
 """
 
 import triton
