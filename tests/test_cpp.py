@@ -57,14 +57,14 @@ def test_mask_bits(instruction_set, M, K, p):
         assert torch.equal(bits.reshape(M, -1)[:, :K].bool(), dropout_mask(M, K, p, rng_state))
 
 
-# Rows around the block of 32 (16 in fp32), columns around the chunk of 512 (256) and the vector, odd counts everywhere.
+# Rows around the block of 64 (16 in fp32), columns around the chunk of 256 and the vector, odd counts everywhere.
 EDGES = [
-    (31, 511, 33, 15),
-    (33, 513, 31, 17),
-    (64, 512, 32, 16),
-    (65, 1025, 257, 33),
+    (63, 255, 33, 15),
+    (65, 257, 31, 17),
+    (64, 256, 32, 16),
+    (130, 513, 257, 33),
     (16, 255, 63, 5),
-    (2, 30, 1026, 2),
+    (2, 30, 514, 2),
 ]
 
 

@@ -15,7 +15,8 @@ struct ThinBF16 {
   typedef bf16 Storage;
   typedef bf16 Element;
   typedef uint32_t Packed;
-  static constexpr int64_t kRows = 32, kColumns = 512, kPad = 32;
+  static constexpr int64_t kRows = 64, kColumns = 256, kPad = 32;
+  static constexpr int64_t kLine = 32;  // elements of a cache line; the rows after these are fetched while these are worked on
 
   static int64_t pairs(int64_t count) { return (count + 1) / 2; }
 
@@ -114,9 +115,12 @@ struct ThinBF16 {
     for (int64_t r = 0; r < Rp; r += 16) {
       __m512 sum[ROWS];
       for (int i = 0; i < ROWS; ++i) sum[i] = _mm512_loadu_ps(t + i * Rp + r);
-      for (int64_t q = 0; q < count; q += 2) {
-        const __m512i factor = _mm512_loadu_si512(f + q / 2 * Rp + r);
-        for (int i = 0; i < ROWS; ++i) sum[i] = dot(sum[i], factor, broadcast_pair(x + i * ld + q));
+      for (int64_t line = 0; line < count; line += kLine) {
+        if (r == 0) for (int i = 0; i < ROWS; ++i) __builtin_prefetch(x + (i + ROWS) * ld + line);
+        for (int64_t q = line; q < smaller(line + kLine, count); q += 2) {
+          const __m512i factor = _mm512_loadu_si512(f + q / 2 * Rp + r);
+          for (int i = 0; i < ROWS; ++i) sum[i] = dot(sum[i], factor, broadcast_pair(x + i * ld + q));
+        }
       }
       for (int i = 0; i < ROWS; ++i) _mm512_storeu_ps(t + i * Rp + r, sum[i]);
     }
@@ -157,7 +161,10 @@ struct ThinBF16 {
     const __m512 scale = _mm512_set1_ps(c);
     for (int64_t col = 0; col < count; col += 32) {
       __m512 low[ROWS], high[ROWS];
-      for (int i = 0; i < ROWS; ++i) low[i] = high[i] = _mm512_setzero_ps();
+      for (int i = 0; i < ROWS; ++i) {
+        low[i] = high[i] = _mm512_setzero_ps();
+        __builtin_prefetch(z + (i + ROWS) * stride + col, 1);
+      }
       for (int64_t r = 0; r < R; r += 2) {
         const __m512i g0 = _mm512_loadu_si512(g + r / 2 * ldg + col), g1 = _mm512_loadu_si512(g + r / 2 * ldg + col + 16);
         for (int i = 0; i < ROWS; ++i) {
