@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 METHOD = (
-    "interleaved rounds in one process; median and quartiles over rounds; a ratio is the median over rounds of the case's "
-    "time divided by the baseline's time in the same round; every case passed its check before it was timed"
+    "interleaved rounds in one process; median and quartiles over rounds; a ratio is the median over rounds of the "
+    "case's time divided by the baseline's time in the same round; every case passed its check before it was timed"
 )
 _SAMPLE_SECONDS = 0.004  # a sample repeats a short case until it lasts about this long
 

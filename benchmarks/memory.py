@@ -27,10 +27,10 @@ class SavedBytes:
 
 
 class _Held:
-    """One saved tensor, for as long as autograd keeps it."""
+    """One saved tensor, for as long as autograd keeps it; detached, since a saved output would hold its own node."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()
 
 
 def saved_for_backward(forward: Callable[[], object], model: nn.Module | None = None) -> SavedBytes:

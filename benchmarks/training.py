@@ -28,8 +28,8 @@ def shared_copy(model: nn.Module) -> Any:
 def variants(model: Any, dropout_p: float, seed: int = 0) -> dict[str, Any]:
     """{"frozen", "peft", "peftkern"}: the bare model, and one seeded adapter on it run by PEFT and by peftkern.
 
-    The adapter's B is small but not zero, as it is after some training: with PEFT's B = 0 the gradient of A vanishes and
-    a check of it would say nothing.
+    The adapter's B is small but not zero, as it is after some training: with PEFT's B = 0 the gradient of A vanishes
+    and a check of it would say nothing.
     """
     frozen = shared_copy(model)
     torch.manual_seed(seed)
@@ -108,9 +108,9 @@ def with_published_dropout(model: Any) -> Any:
 def check_gradients(plain: Any, patched: Any, ids: Tensor, seed: int = 7) -> dict[str, float]:
     """Loss and adapter-gradient errors of one step of PEFT and of peftkern against the same step one precision up.
 
-    All three drop the same elements. The truth is PEFT's own forward with weights and activations in fp32 for a 16-bit base
-    (fp64 for fp32): the roundings of the base dtype are what separates it from the other two, so PEFT's error is the size
-    that such roundings have in this model, and peftkern may have at most twice it (design rule 2 err(torch) + 1e-6).
+    All three drop the same elements. The truth is PEFT's own forward with weights and activations in fp32 for a 16-bit
+    base (fp64 for fp32): the roundings of the base dtype are what separates it from the other two, so PEFT's error is
+    the size that such roundings have in this model, and peftkern may have at most twice it (2 err(torch) + 1e-6).
 
     Returns: losses and relative gradient errors; key "ok" is 1.0 where peftkern keeps within the rule.
     """
@@ -128,5 +128,5 @@ def check_gradients(plain: Any, patched: Any, ids: Tensor, seed: int = 7) -> dic
 
 
 def _loss_rounding(base: torch.dtype) -> float:
-    """What a loss may move: one scalar can agree by luck, so beside PEFT's own difference half an ulp of the base counts."""
+    """What a loss may move beside PEFT's own difference, which one scalar can have small by luck: one rounding."""
     return torch.finfo(base).eps / 2

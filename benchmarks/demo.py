@@ -1,0 +1,223 @@
+"""The demo: a real language model fine-tuned by plain PEFT and then by peftkern, on whatever this machine has.
+
+    python -m benchmarks.demo [--steps 60] [--out demo_out]
+
+Writes report.json, report.png and the trained adapter into the output folder, each whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import demo_report, harness, packages, record, smollm2
+
+if TYPE_CHECKING:
+    from benchmarks.finetune import Job, Run
+
+AGREEMENT_STEPS = 5
+AGREEMENT_BOUND = torch.finfo(torch.bfloat16).eps / 2  # one rounding to bf16, relative
+HELD_OUT_BATCHES = 6
+PROMPT = "**LADY MACBETH**  \nMy lord, the hour is late, and"
+
+
+class Disagreement(RuntimeError):
+    """PEFT and peftkern differ by more than the roundings of bf16."""
+
+
+def agreement(job: Job, batches: Sequence[Tensor]) -> dict[str, Any]:
+    """Train a few steps without dropout both ways; the losses must agree to bf16 rounding.
+
+    Raises: Disagreement with both curves in the text.
+    """
+    from benchmarks import finetune
+
+    plain = finetune.train(finetune.build(job, 0.0), batches, job, "p=0 PEFT")
+    own = finetune.train(finetune.patched(finetune.build(job, 0.0))[0], batches, job, "p=0 ours")
+    largest = max(abs(a - b) / abs(a) for a, b in zip(plain.losses, own.losses, strict=True))
+    if not largest <= AGREEMENT_BOUND:
+        raise Disagreement(
+            f"without dropout PEFT's losses {plain.losses} and peftkern's {own.losses} differ by {largest:.2e} "
+            f"relative, more than one rounding to bf16 ({AGREEMENT_BOUND:.2e})"
+        )
+    return {
+        "peft": plain.losses,
+        "peftkern": own.losses,
+        "largest_relative_difference": largest,
+        "bound": AGREEMENT_BOUND,
+    }
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """``save_pretrained`` into ``folder``, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        fresh, old = Path(scratch) / "new", Path(scratch) / "old"
+        model.save_pretrained(fresh)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(fresh, folder)
+
+
+def reload_difference(model: Any, batch: Tensor, adapter: Path, job: Job) -> dict[str, float]:
+    """Relative difference of the logits of plain PEFT in a fresh process to PEFT's and to peftkern's in this one.
+
+    Raises: Disagreement where a fresh PEFT computes something else than PEFT does here; RuntimeError where it fails.
+    """
+    from safetensors.torch import load_file, save_file
+
+    import peftkern
+    from benchmarks import finetune
+
+    fused = finetune.logits(model, batch)
+    with peftkern.disabled():
+        plain = finetune.logits(model, batch)
+    with tempfile.TemporaryDirectory() as scratch:
+        ids_file, logits_file = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"
+        save_file({"ids": batch.cpu()}, ids_file)
+        arguments = [adapter, job.cache, job.device, ids_file, logits_file]
+        command = [sys.executable, "-m", "benchmarks.reload_adapter", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"reloading the adapter in a fresh process failed:\n{done.stderr}")
+        fresh = load_file(logits_file)["logits"]
+    difference = {
+        "plain_difference": ((fresh - plain).norm() / plain.norm()).item(),
+        "fused_difference": ((fresh - fused).norm() / fused.norm()).item(),
+    }
+    if not difference["plain_difference"] <= AGREEMENT_BOUND:
+        raise Disagreement(f"the reloaded adapter gives other logits: {difference}")
+    return difference
+
+
+def _run_record(run: Run, before: float, job: Job) -> dict[str, Any]:
+    from benchmarks.finetune import WARMUP_STEPS
+
+    first, last = demo_report.first_and_last(run.losses)
+    q1, median, q3 = harness.quartiles(run.seconds[WARMUP_STEPS:] or run.seconds)
+    return {
+        "losses": run.losses,
+        "seconds": run.seconds,
+        "first_loss": first,
+        "last_loss": last,
+        "held_out_before": before,
+        "held_out_after": run.held_out,
+        "median_seconds": median,
+        "seconds_quartiles": [q1, q3],
+        "tokens_per_second": job.tokens / median,
+        "saved_mib": run.saved_mib,
+    }
+
+
+def fine_tune(job: Job, out: Path) -> dict[str, Any]:
+    """Everything the demo does but printing its tables; a JSON-ready report."""
+    from benchmarks import finetune
+
+    tokenizer = smollm2.load_tokenizer(job.cache)
+    plays = smollm2.Plays(tokenizer)
+    count = max(job.steps, AGREEMENT_STEPS)
+    batches = [ids.to(job.device) for ids in plays.train_batches(count, job.rows, job.length, job.seed)]
+    held_out = [ids.to(job.device) for ids in plays.held_out_batches(HELD_OUT_BATCHES, job.rows, job.length)]
+
+    print(f"1. {AGREEMENT_STEPS} steps without dropout, PEFT and then peftkern: the losses must agree", flush=True)
+    agreed = agreement(job, batches[:AGREEMENT_STEPS])
+    print(f"   they do: largest relative difference {agreed['largest_relative_difference']:.1e}", flush=True)
+
+    runs: dict[str, Run] = {}
+    print(f"2. {job.steps} steps with dropout 0.05 under plain PEFT", flush=True)
+    model = finetune.build(job, 0.05)
+    before = finetune.held_out_loss(model, held_out)
+    samples = {"prompt": PROMPT, "before": finetune.continuation(model, tokenizer, PROMPT)}
+    runs["PEFT"] = finetune.train(model, batches[: job.steps], job, "PEFT")
+    runs["PEFT"].held_out = finetune.held_out_loss(model, held_out)
+
+    print(f"3. the same {job.steps} steps after peftkern.patch(model)", flush=True)
+    model, layers = finetune.patched(finetune.build(job, 0.05))
+    runs["peftkern"] = finetune.train(model, batches[: job.steps], job, "peftkern")
+    runs["peftkern"].held_out = finetune.held_out_loss(model, held_out)
+    samples["after"] = finetune.continuation(model, tokenizer, PROMPT)
+
+    print("4. save the adapter, load it with plain PEFT in a fresh process", flush=True)
+    save_adapter(model, out / "adapter")
+    return {
+        "machine": record.machine(),
+        "job": {
+            "steps": job.steps,
+            "rows": job.rows,
+            "length": job.length,
+            "tokens": job.tokens,
+            "learning_rate": job.learning_rate,
+            "seed": job.seed,
+            "held_out_play": smollm2.HELD_OUT_PLAY,
+        },
+        "agreement": agreed,
+        "runs": {name: _run_record(run, before, job) for name, run in runs.items()},
+        "layers": layers.to_dict(),
+        "layers_text": str(layers),
+        "reload": reload_difference(model, held_out[0], out / "adapter", job),
+        "samples": samples,
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the report's tables, samples and explanation."""
+    print("\nLoss at some steps (one batch each)")
+    print(demo_report.curve_table({name: run["losses"] for name, run in report["runs"].items()}))
+    print(f"\n{demo_report.summary_table(report)}")
+    print(f"\nWhich layers ran where\n{report['layers_text']}")
+    samples = report["samples"]
+    for label in ("before", "after"):
+        text = samples[label].replace("\n", "\n    ")
+        print(f"\nContinuation {label} training\n    {samples['prompt']}".replace("  \n", "\n    ") + f" [...] {text}")
+    print(f"\n{demo_report.explanation(report)}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60, help="training steps of each of the two runs")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_out"), help="folder of report.json, report.png, adapter/"
+    )
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error("--steps is at least 1")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the demo and write its report."""
+    options = _parse(arguments)
+    packages.require("tqdm", *packages.REAL_MODEL)
+    from benchmarks.finetune import Job
+
+    start = time.monotonic()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    job = Job(device, options.out / smollm2.CACHE.name, options.steps)
+    record.print_machine(record.machine())
+    report = fine_tune(job, options.out)
+    report["seconds_in_all"] = time.monotonic() - start
+    show(report)
+    record.write_json(options.out / "report.json", report)
+    picture = demo_report.figure(report)
+    if picture is not None:
+        record.write_png(options.out / "report.png", picture)
+    print(f"\nwritten to {options.out}: report.json, {'report.png, ' if picture else ''}adapter/")
+    print(f"{report['seconds_in_all']:.0f} s in all")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing half-written is left behind", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,198 @@
+"""The benchmarks' own machinery: nothing here looks at a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import harness, memory, record
+from benchmarks.harness import Case, WrongResult
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny problems, which threads of a busy machine only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def right() -> None:
+    return None
+
+
+def test_a_wrong_result_is_not_timed():
+    runs = []
+    cases = [Case("base", lambda: runs.append("base"), right), Case("other", lambda: runs.append("other"), lambda: "y")]
+    with pytest.raises(WrongResult, match="other is wrong and is not timed: y"):
+        harness.measure(cases, rounds=2)
+    assert runs == []
+
+
+def test_rounds_are_interleaved_and_prepared(monkeypatch):
+    monkeypatch.setattr(harness, "_SAMPLE_SECONDS", 0.0)
+    order = []
+    cases = [
+        Case("a", lambda: order.append("a"), right),
+        Case("b", lambda: order.append("b"), right, prepare=lambda: order.append("prepare")),
+    ]
+    timings = harness.measure(cases, rounds=2, warmup=1)
+    assert order == ["a", "prepare", "b"] * 3
+    assert [timing.name for timing in timings] == ["a", "b"]
+    assert timings[0].ratio == timings[0].ratio_q1 == timings[0].ratio_q3 == 1.0
+    for timing in timings:
+        assert len(timing.samples) == 2
+        assert timing.q1 <= timing.median <= timing.q3
+        assert timing.ratio_q1 <= timing.ratio <= timing.ratio_q3
+
+
+def test_the_record_says_where_and_when():
+    machine = record.machine()
+    for field in ("date", "commit", "dirty", "cpu", "cores", "threads", "load_average_at_start", "method", "versions"):
+        assert field in machine, field
+    assert machine["versions"]["torch"]
+    json.dumps(machine)
+
+
+def test_saved_bytes_of_a_known_graph():
+    model = nn.Linear(8, 4, bias=False)
+    x = torch.randn(16, 8)
+    assert memory.saved_for_backward(lambda: model(x), model).total == x.nbytes  # the weight is a parameter
+    y = torch.randn(32, requires_grad=True)
+
+    def views_of_one_storage():
+        wide = y * 1.0
+        return wide[:16].sigmoid() * wide[16:]  # saves sigmoid's result once and one half of wide, in full
+
+    saved = memory.saved_for_backward(views_of_one_storage)
+    assert saved.total == 16 * 4 + 32 * 4
+    assert saved.by_dtype == {"float32": saved.total}
+
+
+def test_what_forward_drops_is_not_saved():
+    x = torch.randn(64, requires_grad=True)
+
+    def forward():
+        x.exp()  # saves its result, and is dropped at once
+        return x.sum()
+
+    assert memory.saved_for_backward(forward).total == 0
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "report.json"
+    record.write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        record.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_tables_align():
+    rows = [{"name": "a", "ms": "1.0"}, {"name": "longer", "ms": "10.0"}]
+    assert record.table(rows, right=("ms",)).splitlines() == [
+        "name      ms",
+        "------  ----",
+        "a        1.0",
+        "longer  10.0",
+    ]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_products_check_every_variant(dtype, p):
+    from benchmarks import linear
+
+    cell = linear.Cell("small", 24, 65, 33, 4, p, dtype, torch.float32, "cpu")
+    checker = linear.Checker(cell, linear.operands(cell))
+    for name in linear.VARIANTS:
+        if name != "compiled":
+            assert checker.check(name) is None
+    with_error = linear.Checker(cell, linear.operands(cell))
+    with_error.truth[2] = with_error.truth[2] * 1.05
+    assert "dA" in with_error.check("peftkern")
+
+
+def test_products_rows():
+    from benchmarks import linear, products
+
+    cell = linear.Cell("small", 24, 65, 33, 4, 0.05, torch.float32, torch.float32, "cpu")
+    rows = products.measure_cell(cell, ("frozen", "naive", "addmm_", "peftkern"), rounds=2)
+    assert len(rows) == 3 * 4
+    assert {"layer", "M", "K", "N", "r", "p", "phase", "name", "median", "ratio", "arithmetic"} <= rows[0].keys()
+    assert "forward+backward" in products.text(rows)
+
+
+def test_layer_checks_and_measures():
+    pytest.importorskip("peft")
+    from benchmarks import layer, linear
+
+    cell = linear.Cell("small", 24, 65, 33, 4, 0.05, torch.bfloat16, torch.float32, "cpu")
+    assert layer.Layers(cell).check("peftkern") is None
+    rows = layer.measure_cell(cell, ("frozen", "peft", "peftkern"), rounds=1)
+    assert [row["name"] for row in rows[:3]] == ["frozen", "peft", "peftkern"]
+
+
+def tiny_llama(dtype: torch.dtype) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config).to(dtype).requires_grad_(False).train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_model_benchmark_end_to_end(dtype):
+    pytest.importorskip("peft")
+    from benchmarks import model
+
+    ids = torch.randint(128, (2, 24), generator=torch.Generator().manual_seed(0))
+    result = model.compare(tiny_llama(dtype), ids, 0.05, rounds=2)
+    frozen, peft, own = result["rows"]
+    assert [row["name"] for row in result["rows"]] == ["frozen", "peft", "peftkern"]
+    assert frozen["ratio"] == 1.0
+    assert frozen["saved_mib"] < own["saved_mib"] < peft["saved_mib"]
+    assert result["check"]["ok"]
+    assert sum(result["backends"].values()) == 14
+    json.dumps(result)
+    assert "x frozen" in model.text(result, (1.1, 400.0))
+
+
+def test_a_wrong_gradient_stops_the_model_benchmark(monkeypatch):
+    pytest.importorskip("peft")
+    import peftkern.integrations.peft as integration
+    from benchmarks import model
+
+    exact = integration.lora_linear
+    monkeypatch.setattr(
+        integration,
+        "lora_linear",
+        lambda x, W, A, B, scaling, **options: exact(x, W, A, B, scaling * 1.05, **options),
+    )
+    ids = torch.randint(128, (1, 16), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(WrongResult, match="peftkern is wrong"):
+        model.compare(tiny_llama(torch.float32), ids, 0.0, rounds=1)
+
+
+def test_missing_packages_are_named_in_one_line():
+    from benchmarks import packages
+
+    with pytest.raises(SystemExit, match="missing packages: no_such_package; install them with: pip install"):
+        packages.require("torch", "no_such_package")
