@@ -72,9 +72,8 @@ class TritonBackend(Backend):
         return None
 
     def plan(self, problem: Problem) -> Plan:
-        device = torch.device(
-            problem.device_type, torch.cuda.current_device() if problem.device_type == "cuda" else None
-        )
+        here = torch.device(problem.device_type)
+        device = torch.device("cuda", torch.cuda.current_device()) if here.type == "cuda" else here
         choice = select.choose(problem, select.arch_of(device), backward=False)
         return Plan(choice.schedule, str(choice.tile))
 
@@ -91,7 +90,10 @@ class TritonBackend(Backend):
                 dx, t = _produce(operands, dy, backward=True)
             elif needs.lora_A:
                 t = _shrink(operands, dy, backward=True)
-            dA = _gradient_of_A(operands, x, t) if needs.lora_A else None
+            dA = None
+            if needs.lora_A:
+                assert x is not None and t is not None
+                dA = _gradient_of_A(operands, x, t)
             return Gradients(dx, dA, *_gradients_from_dy(operands, dy, s, needs))
 
 
@@ -126,6 +128,7 @@ def _gradient_of_A(operands: LoRAOperands, x: Tensor, t: Tensor) -> Tensor:
 
     first, partial, _ = launch.grad(operands, x, t, sums=False, masked=True, arch=select.arch_of(x.device))
     first.run()
+    assert partial is not None
     dA = torch.empty_like(operands.lora_A, memory_format=torch.contiguous_format)
     launch.reduce(partial, dA.T, launch.adapter_scale(operands), operands.scaling_tensor).run()
     return dA
@@ -145,6 +148,7 @@ def _gradients_from_dy(
     first.run()
 
     def reduced(source: Tensor | None, like: Tensor | None, scaling: float, scaling_tensor: Tensor | None) -> Tensor:
+        assert source is not None and like is not None
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         launch.reduce(source, out.view(source.shape[1:]), scaling, scaling_tensor).run()
         return out

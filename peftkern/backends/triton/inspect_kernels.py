@@ -160,19 +160,26 @@ def _compile(made: launch.Launch, target: GPUTarget) -> Any:
     return triton.compile(ASTSource(made.kernel, **source), target=target, options=options)
 
 
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's output has no {pattern}")
+    return int(found.group(1))
+
+
 def _usage(compiled: Any) -> tuple[int, int, int]:
     """Registers a thread, stack bytes, spills, as the binary says."""
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
-        fields = [r"\.vgpr_count:", r"\.private_segment_fixed_size:", r"\.vgpr_spill_count:"]
-        registers, stack, spills = (int(re.search(field + r"\s*(\d+)", text).group(1)) for field in fields)
+        fields = (r"\.vgpr_count:", r"\.private_segment_fixed_size:", r"\.vgpr_spill_count:")
+        registers, stack, spills = (_number(field + r"\s*(\d+)", text) for field in fields)
         return registers, stack, spills
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         tool = triton.knobs.nvidia.cuobjdump.path
         text = subprocess.run([tool, "-res-usage", str(cubin)], check=True, capture_output=True, text=True).stdout
-        registers, stack = (int(re.search(rf"{field}:(\d+)", text).group(1)) for field in ("REG", "STACK"))
+        registers, stack = (_number(rf"\b{field}:(\d+)", text) for field in ("REG", "STACK"))
         if stack == 0:
             return registers, 0, 0
         code = subprocess.run([tool, "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
