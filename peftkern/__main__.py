@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 
@@ -15,8 +16,27 @@ def _kernels(options: argparse.Namespace) -> str:
     return inspect_kernels.kernels_table(options.json)
 
 
+def _env(options: argparse.Namespace) -> str:
+    from peftkern.environment import env_report
+
+    report = env_report()
+    return json.dumps(report, indent=2) if options.json else "\n".join(_lines(report))
+
+
+def _lines(report: dict[str, object], indent: str = "") -> list[str]:
+    lines = []
+    for name, value in report.items():
+        lines += (
+            [f"{indent}{name}:", *_lines(value, indent + "  ")]
+            if isinstance(value, dict)
+            else [f"{indent}{name}: {value}"]
+        )
+    return lines
+
+
 # name: (what it prints, its function); each takes --json.
 COMMANDS: dict[str, tuple[str, Command]] = {
+    "env": ("versions, devices and each backend's state", _env),
     "kernels": ("registers, stack, shared memory and MMA kind of every Triton kernel on every target", _kernels),
 }
 

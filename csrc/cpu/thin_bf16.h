@@ -5,7 +5,7 @@
 //   outer    T packed [rows / 2, Rp] pairs over m, X interleaved two rows at a time in registers
 // Odd counts are padded with zeros on both sides of every product.
 #pragma once
-#include "vec.h"
+#include "../include/vec.h"
 
 #if defined(__AVX512BF16__)
 namespace peftkern {

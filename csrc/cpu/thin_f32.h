@@ -6,7 +6,7 @@
 //
 // X comes as a block of `rows` rows that load_block has widened and masked. Lanes of T beyond R are zero.
 #pragma once
-#include "vec.h"
+#include "../include/vec.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {

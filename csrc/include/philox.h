@@ -7,7 +7,7 @@
 // next multiplication, so a round is two products, two shifts and four exclusive-ors for L counters at a time.
 // Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
-#include "../cpu/vec.h"
+#include "vec.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {

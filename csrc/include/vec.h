@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../include/problem.h"
+#include "problem.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
