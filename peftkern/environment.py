@@ -7,10 +7,10 @@ import platform
 
 import torch
 
-from peftkern import _env
+from peftkern import _env, _version
 from peftkern.ops import dispatch
 
-_PACKAGES = ("peftkern", "torch", "triton", "numpy", "transformers", "peft", "safetensors")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "safetensors")
 
 
 def env_report() -> dict[str, object]:
@@ -19,7 +19,7 @@ def env_report() -> dict[str, object]:
     Returns: a JSON-ready dict with keys platform, python, versions, device, threads, settings, backends; a backend's
     value is "ready" or the reason why it is not.
     """
-    versions = {}
+    versions = {"peftkern": _version.__version__}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
