@@ -12,7 +12,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic alg
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import peftkern
 from peftkern import _env
@@ -249,3 +249,88 @@ def check(case: Case, target: Target, needs: tuple[str, ...] = TRAINABLE, **opti
         judge(case, target.backend, *trials)
     finally:
         torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------- tiny models of PEFT
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+TOKENS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(2))
+
+
+def llama(dtype: torch.dtype = torch.float32, seed: int = 0, bias: bool = False) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=32, attention_bias=bias, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def adapted(dtype: torch.dtype = torch.float32, *, base_bias: bool = False, zero: bool = False, **options) -> nn.Module:
+    """A PEFT model whose adapters are not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = dict(r=4, lora_alpha=8, target_modules=ALL_LINEAR, task_type="CAUSAL_LM") | options
+    model = get_peft_model(llama(dtype, bias=base_bias), LoraConfig(**settings))
+    return model if zero else randomise(model)
+
+
+def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def logits(model: nn.Module, **options) -> torch.Tensor:
+    return model(input_ids=TOKENS, **options).logits
+
+
+def step(model: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The loss and every gradient, under a seed."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    loss = model(input_ids=TOKENS, labels=TOKENS).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """fp32 reorderings only: torch's own default tolerance, relative to each tensor's size."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        size = expected[name].abs().max()
+        torch.testing.assert_close(found[name] / size, expected[name] / size, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    from peft.tuners import lora
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, lora.Linear)}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The shapes that went through the fast path."""
+    from peftkern.integrations import peft as integration
+
+    seen: list[tuple] = []
+
+    def spy(x, *arguments, **options):
+        seen.append(tuple(x.shape))
+        return genuine(x, *arguments, **options)
+
+    genuine = integration.lora_linear
+    monkeypatch.setattr(integration, "lora_linear", spy)
+    return seen

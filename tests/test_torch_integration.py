@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -9,11 +10,29 @@ import sys
 
 import pytest
 import torch
-from conftest import NAMES, ROOT, TRAINABLE, Case, Target, grads, judge, leaves_of, make, run
+from conftest import (
+    ATTENTION,
+    NAMES,
+    ROOT,
+    TRAINABLE,
+    Case,
+    Target,
+    adapted,
+    assert_close,
+    grads,
+    judge,
+    leaves_of,
+    linears,
+    logits,
+    make,
+    run,
+    step,
+)
 from torch import Tensor
 
 import peftkern
 from peftkern.ops import schema
+from peftkern.testing.numerics import assert_as_good_as
 from peftkern.weights import FrozenWeight
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -175,6 +194,16 @@ def test_row_16_compiled_module_with_a_tensor_scaling_and_int8(target: Target, f
         assert torch.equal(compiled(t.x), expected)
 
 
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_row_16_a_patched_peft_model_compiles_in_one_graph(lora_bias, fresh_compiler):
+    model = adapted(lora_bias=lora_bias, base_bias=lora_bias, target_modules=ATTENTION)
+    peftkern.patch(model)
+    expected = step(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = {name.removeprefix("_orig_mod."): value for name, value in step(compiled).items()}
+    assert_close(found, expected)
+
+
 # ----------------------------------------------------------------------------------------------------------- autocast
 
 AUTOCAST = [  # x, weight and bias, adapter, autocast's dtype
@@ -231,6 +260,29 @@ def test_row_17_backward_outside_the_autocast_region(target: Target):
     judge(case, target.backend, (t, outside))
     for name in NAMES[:4]:
         assert torch.equal(inside[name], outside[name]), name
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_row_17_autocast_of_a_patched_fp32_model(dtype, calls):
+    model = adapted()
+    truth = step(copy.deepcopy(model).double())
+    with torch.autocast("cpu", dtype):
+        expected = step(model)
+        peftkern.patch(model)
+        found = step(model)
+        assert logits(model).dtype == dtype
+    assert len(calls) == 28
+    for name in truth.keys() - {"loss"}:
+        assert found[name].dtype == F32
+        assert_as_good_as(found[name], expected[name], truth[name], name)
+
+
+def test_row_17_fp32_input_of_a_bf16_layer_without_autocast_is_pefts_error(calls):
+    layer = linears(adapted(BF16))["base_model.model.model.layers.0.mlp.up_proj"]
+    peftkern.patch(torch.nn.ModuleList([layer]))
+    with pytest.raises(RuntimeError, match="same dtype"):
+        layer(torch.ones(2, 32))
+    assert not calls
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd
@@ -290,6 +342,7 @@ new = {name.split(".")[0] for name in set(sys.modules) - before if not name.star
 assert "peftkern._C" not in sys.modules and "peftkern.integrations.peft" not in sys.modules
 assert threads == torch.get_num_threads() and torch.equal(generator, torch.get_rng_state())
 assert not torch.cuda.is_initialized()
+import copy
 import json
 sys.stderr.write(json.dumps(sorted(new)))
 """)
