@@ -143,7 +143,7 @@ def fused(direction: Direction, X: Tensor, T: Tensor, Z: Tensor, choice: Choice)
         "T_READY": not choice.one_pass, "BACKWARD": backward,
         "MASK_OUT": backward and operands.rng_state is not None,
         "BLOCK_M": tile.BLOCK_M, "BLOCK_P": tile.BLOCK_P, "BLOCK_Q": tile.BLOCK_Q,
-        "BLOCK_R": tiles.rank_block(R), "GROUP_M": tile.GROUP_M,
+        "BLOCK_R": tiles.fused_rank_block(choice.launch), "GROUP_M": tile.GROUP_M,
     }  # fmt: skip
     grid = (triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(P, tile.BLOCK_P),)
     return Launch(fused_body, grid, arguments, tile.num_warps, tile.num_stages)

@@ -17,8 +17,13 @@ from peftkern.ops.problem import Problem
 class Choice:
     """How one direction of a problem is run."""
 
-    one_pass: bool
+    launch: Pass
     tile: TileConfig
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether T is accumulated beside Z."""
+        return self.launch.one_pass
 
     @property
     def schedule(self) -> str:
@@ -57,7 +62,7 @@ def best(problem: Problem, arch: Arch, backward: bool, schedule: str) -> Choice:
                 continue
             cost = tiles.estimate(launch, tile, arch)
             if cheapest is None or cost < cheapest[0]:
-                cheapest = cost, Choice(one_pass, tile)
+                cheapest = cost, Choice(launch, tile)
     if cheapest is None:
         raise RuntimeError(f"PEFTKERN_SCHEDULE={schedule} cannot run this call: {reasons[0]}")
     return cheapest[1]

@@ -98,6 +98,13 @@ def rank_block(R: int) -> int:
     return min(padded(R), 64)
 
 
+def fused_rank_block(launch: Pass) -> int:
+    """How much of R one step of ``fused`` holds: all of it where T is accumulated, little where T is read."""
+    if launch.one_pass:
+        return padded(launch.problem.R)
+    return min(padded(launch.problem.R), 16 if launch.problem.precision == "fp32" else 32)
+
+
 def supports(launch: Pass, tile: TileConfig, arch: Arch) -> str | None:
     """Why ``tile`` cannot run this launch on ``arch``, or None: the one legality predicate."""
     problem = launch.problem
@@ -107,8 +114,8 @@ def supports(launch: Pass, tile: TileConfig, arch: Arch) -> str | None:
     if launch.one_pass and problem.R > MAX_ONE_PASS_R:
         return f"one_pass keeps T in registers, which R={problem.R} > {MAX_ONE_PASS_R} does not allow"
     registers = registers_needed(launch, tile, arch)
-    if registers > 152:
-        return f"about {registers} registers a thread for the accumulators of a {tile} tile leave too few for the rest"
+    if registers > 165:
+        return f"about {registers} registers a thread for what a {tile} tile keeps alive leave too few for the rest"
     needed = shared_memory(launch, tile)
     if needed > arch.shared_memory:
         return f"a {tile} tile needs about {needed} bytes of shared memory, {arch.name} has {arch.shared_memory}"
@@ -116,15 +123,21 @@ def supports(launch: Pass, tile: TileConfig, arch: Arch) -> str | None:
 
 
 def registers_needed(launch: Pass, tile: TileConfig, arch: Arch) -> int:
-    """Registers a thread of the accumulators, and allowances for what else is alive, from compiled kernels."""
+    """Registers a thread of the accumulators, and allowances for what else is alive, fitted to compiled kernels."""
     problem, threads = launch.problem, arch.warp * tile.num_warps
     produced = tile.BLOCK_M * tile.BLOCK_P // threads
     total = produced
     if launch.backward and problem.dropout:
-        total += produced if launch.one_pass else 32  # the low-rank product is masked before it is added
+        total += produced if launch.one_pass else 40  # the low-rank product is masked before it is added
     if launch.one_pass:
-        total += tile.BLOCK_M * padded(problem.R) // threads
-        total += 8 * (problem.dropout + (problem.precision == "fp32") + (problem.weight_format != "dense"))
+        rank = padded(problem.R)
+        total += tile.BLOCK_M * rank // threads
+        if problem.adapter_dtype != problem.dtype:  # the factor passes through registers, to be rounded or split
+            total += tile.BLOCK_Q * rank // threads * (3 if problem.precision == "fp32" else 2)
+        if problem.dropout and not launch.backward:  # so does x, to be masked
+            total += tile.BLOCK_M * tile.BLOCK_Q // threads // 2
+        if problem.weight_format != "dense":
+            total += 8
     return total
 
 

@@ -36,7 +36,7 @@ def fused(
     t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
 
     if T_READY:
-        for r0 in range(0, R, BLOCK_R):
+        for r0 in tl.range(0, R, BLOCK_R, num_stages=1):  # its buffers are the main loop's to use
             t = load_tile(T, R, 1, m0, r0, M, R, BLOCK_M, BLOCK_R)
             g = load_tile(G, stride_gr, stride_gp, r0, p0, R, P, BLOCK_R, BLOCK_P)
             acc = ADAPTER(t * c, g, acc, DTYPE, PRECISION)
