@@ -74,11 +74,13 @@ def explanation(report: Mapping[str, Any]) -> str:
 
 
 def _reload_sentence(reload: Mapping[str, float]) -> str:
-    if reload["plain_difference"] == 0:
-        plain = "bit-identical to PEFT's here"
-    else:
-        plain = f"{reload['plain_difference']:.1e} (relative) from PEFT's here"
-    return f"its logits are {plain},\n    and {reload['fused_difference']:.1e} (relative) from peftkern's own."
+    same = reload["fresh_peft_to_peft_here"]
+    plain = "bit-identical to PEFT's here" if same == 0 else f"{same:.1e} (relative) from PEFT's here"
+    return (
+        f"its logits are {plain}.\n"
+        f"    Against the same model in fp32, PEFT's bf16 logits err by {reload['peft_error_against_fp32']:.1e} "
+        f"and peftkern's by {reload['peftkern_error_against_fp32']:.1e}."
+    )
 
 
 def figure(report: Mapping[str, Any]) -> Any | None:
@@ -86,7 +88,7 @@ def figure(report: Mapping[str, Any]) -> Any | None:
     plt = record.pyplot()
     if plt is None:
         return None
-    colours = {"PEFT": "tab:orange", "peftkern": "tab:green"}
+    colours = {"PEFT": record.COLOURS["peft"], "peftkern": record.COLOURS["peftkern"]}
     picture, (left, time, space) = plt.subplots(1, 3, figsize=(12, 4.2), width_ratios=(2.4, 1, 1), layout="constrained")
     for name, run in report["runs"].items():
         steps = range(1, len(run["losses"]) + 1)

@@ -43,7 +43,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per run and the ratio to the baseline, with quartiles."""
+    """Seconds per run and the ratio to the baseline, with quartiles.
+
+    ``ratio_best`` divides the two fastest samples: on a busy machine it is what interruptions touch least.
+    """
 
     name: str
     median: float
@@ -52,6 +55,7 @@ class Timing:
     ratio: float
     ratio_q1: float
     ratio_q3: float
+    ratio_best: float
     samples: list[float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,4 +142,4 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def _timing(name: str, samples: list[float], baseline: list[float]) -> Timing:
     q1, median, q3 = quartiles(samples)
     ratio_q1, ratio, ratio_q3 = quartiles([own / base for own, base in zip(samples, baseline, strict=True)])
-    return Timing(name, median, q1, q3, ratio, ratio_q1, ratio_q3, samples)
+    return Timing(name, median, q1, q3, ratio, ratio_q1, ratio_q3, min(samples) / min(baseline), samples)

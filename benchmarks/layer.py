@@ -114,7 +114,7 @@ def measure_cell(cell: Cell, names: tuple[str, ...], rounds: int) -> list[dict[s
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the chosen cells."""
     packages.require("peft")
-    options = products.parser("layer", __doc__, rounds=9).parse_args(arguments)
+    options = products.parser("layer", __doc__, rounds=25).parse_args(arguments)
     title = "One PEFT layer, forward+backward: r={r}, p={p:g}, {dtype} base, {adapter} adapter"
     products.run("layer", options, measure_cell, VARIANTS, title)
 
