@@ -65,17 +65,21 @@ def lora_linear(
         x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p if training else 0.0, rng_state, precision
     )
     W = operands.weight
-    flat = x.reshape(-1, W.shape[1])
+    N, K = W.shape
+    flat = x if x.ndim == 2 else x.reshape(-1, K)
     arguments = (flat, W.data, W.scale, W.format, W.group_size, *operands[1:], backend or "")
     if torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5]):
         y = LoRALinearFunction.apply(*arguments)
     else:
         y = schema.forward(*arguments)[0]
-    return y.view(*x.shape[:-1], W.shape[0])
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _prepare(

@@ -73,8 +73,10 @@ class FrozenWeight(ABC):
 
     @staticmethod
     def from_operands(format: str, data: Tensor, scale: Tensor | None, group_size: int) -> FrozenWeight:
-        """Rebuild a weight from what the operators carry."""
-        return _format_class(format)(data, scale, group_size)
+        """Rebuild a weight from what the operators carry; it was validated when it was first made."""
+        weight = object.__new__(_format_class(format))
+        weight.data, weight.scale, weight.group_size = data, scale, group_size
+        return weight
 
     def to(self, device: torch.device | str) -> FrozenWeight:
         """A copy on another device, or self where it is there already."""
