@@ -9,8 +9,6 @@ import torch
 from peftkern.ops.problem import Problem
 
 MAX_R = 512
-# The low-rank accumulator of the single pass lives in registers beside Z's.
-MAX_ONE_PASS_R = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,10 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Arch:
-    """What the model of a chip needs: compute units, shared memory a block, 16-bit FLOP/s, bytes/s, clock."""
+    """What the model of a chip needs: compute units, shared memory a block, 16-bit FLOP/s, bytes/s, clock.
+
+    ``one_pass_R`` is the largest rank whose low-rank accumulator fits into registers beside Z's, from compiled kernels.
+    """
 
     name: str
     units: int
@@ -59,10 +60,11 @@ class Arch:
     bandwidth: float
     clock: float
     warp: int = 32
+    one_pass_R: int = 64
 
 
 ARCHES = {
-    "sm_80": Arch("sm_80", 108, 163 * 1024, 280e12, 1.7e12, 1.4e9),
+    "sm_80": Arch("sm_80", 108, 163 * 1024, 280e12, 1.7e12, 1.4e9, one_pass_R=16),
     "sm_90": Arch("sm_90", 132, 227 * 1024, 790e12, 4.3e12, 1.7e9),
     "sm_100": Arch("sm_100", 148, 227 * 1024, 1600e12, 7.0e12, 1.8e9),
     "gfx942": Arch("gfx942", 304, 64 * 1024, 900e12, 4.5e12, 2.1e9, warp=64),
@@ -71,7 +73,7 @@ ARCHES = {
 
 _SMALL = (TileConfig(16, 64, 128, 4, 4), TileConfig(32, 64, 64, 4, 4), TileConfig(64, 64, 64, 4, 3))
 _SHIPPED = {
-    "sm_80": (*_SMALL, TileConfig(64, 128, 32, 4, 4), TileConfig(128, 128, 32, 8, 4)),
+    "sm_80": (*_SMALL, TileConfig(64, 128, 32, 8, 4), TileConfig(128, 128, 32, 8, 4)),
     "sm_90": (*_SMALL, TileConfig(64, 128, 64, 4, 4), TileConfig(128, 128, 64, 8, 4), TileConfig(128, 256, 64, 8, 3)),
     "sm_100": (*_SMALL, TileConfig(128, 128, 64, 8, 4)),
     "gfx942": (TileConfig(16, 64, 64, 4, 2), TileConfig(64, 64, 32, 4, 2), TileConfig(128, 128, 32, 8, 2)),
@@ -111,8 +113,8 @@ def supports(launch: Pass, tile: TileConfig, arch: Arch) -> str | None:
     blocks = (tile.BLOCK_M, tile.BLOCK_P, tile.BLOCK_Q)
     if any(block < 16 or block & (block - 1) for block in blocks):
         return f"blocks {blocks} are not powers of two of at least 16"
-    if launch.one_pass and problem.R > MAX_ONE_PASS_R:
-        return f"one_pass keeps T in registers, which R={problem.R} > {MAX_ONE_PASS_R} does not allow"
+    if launch.one_pass and problem.R > arch.one_pass_R:
+        return f"one_pass keeps T in registers, which R={problem.R} > {arch.one_pass_R} does not allow on {arch.name}"
     registers = registers_needed(launch, tile, arch)
     if registers > 165:
         return f"about {registers} registers a thread for what a {tile} tile keeps alive leave too few for the rest"
