@@ -27,9 +27,10 @@ def _cells() -> list:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return []
     cells = []
-    for i, variant in enumerate(inspect_kernels.variants()):
-        targets = ["sm_90", "gfx942", "sm_80" if i % 2 else "sm_100"]
-        cells += [pytest.param(variant, target, id=f"{target} {variant}") for target in targets]
+    for target in inspect_kernels.TARGETS:
+        for i, variant in enumerate(inspect_kernels.variants(ARCHES[target])):
+            if target not in ("sm_80", "sm_100") or i % 2 == (target == "sm_80"):
+                cells.append(pytest.param(variant, target, id=f"{target} {variant}"))
     return cells
 
 
@@ -53,7 +54,7 @@ def test_kernels_command(monkeypatch, capsys):
         pytest.skip("the interpreter does not compile")
     from peftkern.backends.triton import inspect_kernels
 
-    monkeypatch.setattr(inspect_kernels, "variants", lambda: iter([inspect_kernels.Variant("shrink")]))
+    monkeypatch.setattr(inspect_kernels, "variants", lambda arch: iter([inspect_kernels.Variant("shrink")]))
     assert main(["kernels", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["target"] for row in found] == list(inspect_kernels.TARGETS)

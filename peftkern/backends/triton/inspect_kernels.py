@@ -80,8 +80,8 @@ class Row:
     mma: str
 
 
-def variants() -> Iterator[Variant]:
-    """Every pair of slot values at least once, and the shipped tiles of the large and the smallest problems."""
+def variants(arch: tiles.Arch) -> Iterator[Variant]:
+    """Every pair of slot values at least once, decode, and the largest ranks of each schedule on ``arch``."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     yield Variant("one_pass", dropout=True, bias=True)
     yield Variant("one_pass", fp16, fp32, weight_format="int8")
@@ -90,7 +90,7 @@ def variants() -> Iterator[Variant]:
     yield Variant("one_pass", bf16, fp32, backward=True)
     yield Variant("one_pass", fp32, fp32, dropout=True, bias=True, weight_format="int8")
     yield Variant("one_pass", bf16, fp32, dropout=True, M=16)
-    yield Variant("one_pass", bf16, fp32, dropout=True, bias=True, R=64)
+    yield Variant("one_pass", bf16, fp32, dropout=True, bias=True, R=arch.one_pass_R)
     yield Variant("split", bf16, fp32, "fp32", bias=True)
     yield Variant("split", bf16, fp32, "fp32", "int8", dropout=True, backward=True, R=512)
     yield Variant("split", fp16, fp32, dropout=True, backward=True)
@@ -203,7 +203,7 @@ def inspect(variant: Variant, target: str) -> Row:
 
 def rows(targets: tuple[str, ...] = tuple(TARGETS)) -> list[Row]:
     """Every variant on every target."""
-    return [inspect(variant, target) for target in targets for variant in variants()]
+    return [inspect(variant, target) for target in targets for variant in variants(tiles.ARCHES[target])]
 
 
 def kernels_table(as_json: bool) -> str:
