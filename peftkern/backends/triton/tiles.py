@@ -195,4 +195,6 @@ def grad_tile(dtype: torch.dtype, R: int, arch: Arch) -> TileConfig:
         return TileConfig(32, 128, 16, 8, 1)
     if dtype == torch.float32:
         return TileConfig(32, 64, 16, 4, 2)
-    return TileConfig(64, 128, 16, 8 if rank_block(R) == 64 else 4, 2 if arch.name == "gfx942" else 3)
+    wide_rank = rank_block(R) == 64
+    rows = 32 if wide_rank and arch.name == "sm_80" else 64
+    return TileConfig(rows, 128, 16, 8 if wide_rank else 4, 2 if arch.name == "gfx942" else 3)
