@@ -240,7 +240,7 @@ def check(case: Case, target: Target, needs: tuple[str, ...] = TRAINABLE, **opti
     """Run and judge a case; the tiniest several times, so that a norm is never that of a few lucky roundings."""
     smallest = min(case.M * case.N, case.M * case.K, case.M * case.R, case.K * case.R, case.N * case.R)
     threads, trials = torch.get_num_threads(), []
-    if smallest < 32:
+    if case.M * case.K * case.N < 2**18:
         torch.set_num_threads(1)  # waking a second thread takes longer than these
     try:
         for seed in range(-(-32 // max(1, smallest))):
@@ -304,6 +304,11 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert found.keys() == expected.keys()
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
+
+
+def pooled(gradients: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
+    """All of a model's gradients in one vector, each by the size of its truth: one small tensor is mostly luck."""
+    return torch.cat([(gradients[n] / truth[n].norm()).flatten().double() for n in sorted(truth) if n != "loss"])
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
