@@ -134,6 +134,7 @@ def _run_record(run: Run, before: float, job: Job) -> dict[str, Any]:
         "held_out_after": run.held_out,
         "median_seconds": median,
         "seconds_quartiles": [q1, q3],
+        "fastest_seconds": min(run.seconds),
         "tokens_per_second": job.tokens / median,
         "saved_mib": run.saved_mib,
     }

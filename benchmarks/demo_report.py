@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import record
 
+_BUSY = 1.5  # third over first quartile of the step times; a quiet machine stays below 1.1
 _SMOOTH = 5  # losses of single batches jump; the table shows means of this many steps
 
 
@@ -34,6 +35,7 @@ def summary_table(report: Mapping[str, Any]) -> str:
         return {"": label, "PEFT": format(peft[key], form), "peftkern": format(own[key], form), " ": compare}
 
     faster = peft["median_seconds"] / own["median_seconds"]
+    quickest = peft["fastest_seconds"] / own["fastest_seconds"]
     smaller = peft["saved_mib"] / own["saved_mib"]
     rows = [
         row("training loss, first steps", "first_loss", ".3f"),
@@ -41,6 +43,7 @@ def summary_table(report: Mapping[str, Any]) -> str:
         row("held-out loss before", "held_out_before", ".3f"),
         row("held-out loss after", "held_out_after", ".3f"),
         row("median s/step", "median_seconds", ".3f", f"{faster:.2f}x faster" if faster >= 1 else f"{faster:.2f}x"),
+        row("fastest s/step", "fastest_seconds", ".3f", f"{quickest:.2f}x"),
         row("tokens/s", "tokens_per_second", ".0f"),
         row(
             "MiB saved for backward", "saved_mib", ".0f", f"{smaller:.2f}x less" if smaller >= 1 else f"{smaller:.2f}x"
@@ -70,7 +73,15 @@ def explanation(report: Mapping[str, Any]) -> str:
   - "MiB saved for backward" is what autograd keeps from the forward pass for the backward pass.
   - The adapter that peftkern trained was saved, and loaded by plain PEFT in a fresh process that never
     imported peftkern: {_reload_sentence(report["reload"])}
-  Timings are of this machine and this minute; python -m benchmarks.model measures interleaved, with spread."""
+  Timings are of this machine and this minute; python -m benchmarks.model measures interleaved, with spread.{_busy(report)}"""
+
+
+def _busy(report: Mapping[str, Any]) -> str:
+    """A warning where the steps of a run took very different times."""
+    spreads = [high / low for low, high in (run["seconds_quartiles"] for run in report["runs"].values())]
+    if max(spreads) < _BUSY:
+        return ""
+    return "\n  CAUTION: other work kept this machine busy (step times vary widely); these timings say little."
 
 
 def _reload_sentence(reload: Mapping[str, float]) -> str:

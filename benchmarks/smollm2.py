@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def _dequantise(cache: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(packed.state_dict())
     cache.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=cache.parent, prefix=cache.name + "."))
+    fresh = cache.with_name(f".{cache.name}.{os.getpid()}")
     try:
         model.save_pretrained(fresh)
         AutoTokenizer.from_pretrained(folder, **source).save_pretrained(fresh)
