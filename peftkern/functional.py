@@ -66,7 +66,7 @@ def lora_linear(
     )
     W = operands.weight
     N, K = W.shape
-    flat = x if x.ndim == 2 else x.reshape(-1, K)
+    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), K)
     arguments = (flat, W.data, W.scale, W.format, W.group_size, *operands[1:], backend or "")
     if torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5]):
         y = LoRALinearFunction.apply(*arguments)
@@ -107,6 +107,8 @@ def _prepare(
     elif rng_state.dtype != torch.int64 or rng_state.shape != (2,) or rng_state.device != x.device:
         found = f"{rng_state.dtype} {tuple(rng_state.shape)} on {rng_state.device}"
         raise ValueError(f"rng_state is int64 [2] on {x.device}, got {found}")
+    else:
+        rng_state = rng_state.contiguous()  # kernels read two adjacent integers
     return x, LoRAOperands(
         weight, lora_A, lora_B, bias, lora_bias, c, scaling_tensor, dropout_p, rng_state, precision or "base"
     )
@@ -177,7 +179,7 @@ def _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
 def _split_scaling(scaling: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:
     """(factor, None) for a number; (1, tensor) for a 0-d tensor, moved to x's device."""
     if not isinstance(scaling, Tensor):
-        if isinstance(scaling, float) and not math.isfinite(scaling):
+        if not -math.inf < scaling < math.inf:  # not isfinite: Dynamo cannot trace it on a symbolic float
             raise ValueError(f"scaling={scaling} is not finite")
         return float(scaling), None
     if scaling.ndim != 0 or not scaling.is_floating_point():

@@ -143,11 +143,11 @@ def test_row_10_gradient_of_a_sum_is_expanded(target: Target, poisoned):
     judge(case, target.backend, (t, run(case, t, target.backend)))
 
 
-def test_row_9_strided_vectors(target: Target, poisoned):
+def test_row_9_strided_vectors_and_rng_state(target: Target, poisoned):
     case = Case(34, 48, 40, 8, F32, F32, 0.2, bias=True, lora_bias=True)
     t = make(case, target.device)
     contiguous = run(case, t, target.backend)
-    for name in ("bias", "lora_bias"):
+    for name in ("bias", "lora_bias", "rng_state"):
         setattr(t, name, getattr(t, name).repeat_interleave(2)[::2])
     strided = run(case, t, target.backend)
     for name in NAMES:
@@ -289,7 +289,7 @@ def test_row_18_a_dropped_nan_of_the_update_is_zero_in_dx(target: Target, poison
     assert torch.equal(dirty["x"][~kept], clean["x"][~kept]) and torch.equal(dirty["x"][:, :-1], clean["x"][:, :-1])
 
 
-# ------------------------------------------------------------------------------------------------------- row 19
+# ------------------------------------------------------------------------------------------------------- rows 19 and 20
 
 
 @dtypes
@@ -304,6 +304,34 @@ def test_row_19_scaling_zero_and_a_zeroed_adapter_are_the_base(dtype, adapter, t
     found = run(case, t, target.backend, scaling=2.0)
     assert torch.equal(found["y"], base) and torch.equal(found["x"], t.dy @ t.weight)
     assert not found["lora_A"].any() and found["lora_B"].any()
+
+
+@pytest.mark.parametrize("scaling", ["float", "tensor"])
+def test_row_19_zero_times_infinity_is_nan_as_in_eager(scaling, target: Target):
+    case = Case(3, 8, 6, 2, scaling=0.0)
+    t = make(case, target.device)
+    t.lora_B[1] = inf
+    y = run(case, t, target.backend, scaling=0.0 if scaling == "float" else torch.tensor(0.0))["y"]
+    assert y[:, 1].isnan().all() and y[:, 0].isfinite().all() and y[:, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("precision", ["base", "fp32"])
+@pytest.mark.parametrize("adapter", [F16, F32], ids=["fp16", "fp32"])
+def test_row_20_s_and_t_beyond_the_range_of_fp16(adapter, precision, p, target: Target):
+    """s, or t, is 4 times fp16's largest number; y, or dx, is 4 for each surviving element: exact in fp16."""
+    case = Case(4, 64, 64, 2, F16, adapter, p, precision=precision, scaling=2.0**-4)
+    kept = peftkern.testing.dropout_mask(4, 64, p, make(case).rng_state).to(target.device)
+    for large in ("forward", "backward"):
+        t = make(case, target.device)
+        inner, outer = (t.lora_A, t.lora_B) if large == "forward" else (t.lora_B, t.lora_A)
+        near, far = (t.x, t.dy) if large == "forward" else (t.dy, t.x)
+        near.fill_(64), inner.fill_(64), outer.fill_(2.0**-8), far.fill_(2.0**-10), t.weight.zero_()
+        found = run(case, t, target.backend)
+        assert all(found[name].isfinite().all() for name in NAMES[:4]), large
+        survivors = kept.sum(1, keepdim=True).expand(4, 64) if large == "forward" else kept * 64
+        result = found["y" if large == "forward" else "x"]
+        assert torch.equal(result, (survivors * (4.0 if p else 2.0)).half()), large
 
 
 # -------------------------------------------------------------------------------------------------------------- row 33

@@ -79,6 +79,8 @@ def test_state_dict_keys(bias, lora_bias):
     layer = LoRALinear(24, 16, 4, 8, bias=bias, lora_bias=lora_bias)
     expected = {"weight", "lora_A", "lora_B"} | ({"bias"} if bias else set()) | ({"lora_bias"} if lora_bias else set())
     assert set(layer.state_dict()) == expected
+    layer.merge()
+    assert set(layer.state_dict()) == expected
 
 
 def test_scaling_and_rslora():
@@ -158,7 +160,77 @@ def test_from_linear_refuses_others_by_name(module):
         LoRALinear.from_linear(module, 4, 8)
 
 
+# --------------------------------------------------------------------------------------------------- merge and export
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_merge_computes_in_fp32_and_unmerge_restores_every_bit(bias, dtype):
+    layer = trained(bias=bias, dtype=dtype)
+    x = torch.randn(7, 24, dtype=dtype)
+    before, y = bits(layer), layer(x)
+    layer.merge()
+    expected = (layer.weight.float() + 2.0 * (layer.lora_B @ layer.lora_A)).to(dtype)
+    offset = 2.0 * layer.lora_bias.detach() + (layer.bias.float() if bias else 0.0)
+    assert torch.equal(layer(x), nn.functional.linear(x, expected, offset.to(dtype)))
+    assert same_bits(before, bits(layer)) and not same_bits({"y": y}, {"y": layer(x)})
+    layer.unmerge()
+    assert same_bits(before, bits(layer)) and torch.equal(layer(x), y)
+
+
+def test_merging_twice_and_unmerging_twice_are_refused():
+    layer = trained()
+    with pytest.raises(RuntimeError, match="not merged"):
+        layer.unmerge()
+    layer.merge()
+    with pytest.raises(RuntimeError, match="already merged"):
+        layer.merge()
+    layer.unmerge()
+    with pytest.raises(RuntimeError, match="not merged"):
+        layer.unmerge()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_to_linear_is_a_copy_of_the_merged_layer(bias, merged):
+    layer = trained(bias=bias).eval()
+    if merged:
+        layer.merge()
+    before = bits(layer)
+    linear = layer.to_linear()
+    assert type(linear) is nn.Linear and not linear.training and (layer.merged_weight is not None) == merged
+    x = torch.randn(7, 24)
+    torch.testing.assert_close(linear(x), layer(x), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        linear.weight.zero_(), linear.bias.zero_()
+    assert same_bits(before, bits(layer)) and layer(x).any()
+
+
+def test_to_linear_without_any_bias_has_none():
+    assert trained(bias=False, lora_bias=False).to_linear().bias is None
+
+
+def test_a_merged_layer_passes_gradients_to_x():
+    layer = trained()
+    layer.merge()
+    x = torch.randn(7, 24, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.merged_weight.sum(0).expand(7, 24))
+
+
 # -------------------------------------------------------------------------------------------------------------- state
+
+
+def test_loading_while_merged_is_never_stale():
+    layer, other = trained(), trained(seed=1)
+    layer.merge()
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(7, 24)
+    assert layer.merged_weight is not None
+    other.merge()
+    assert torch.equal(layer(x), other(x))
+    layer.unmerge(), other.unmerge()
+    assert torch.equal(layer(x), other(x)) and same_bits(bits(layer), bits(other))
 
 
 def through_pickle(layer):
@@ -172,7 +244,7 @@ def through_torch_save(layer):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("merged", [False])
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("copier", [copy.deepcopy, through_pickle, through_torch_save])
 def test_copies_are_equal_and_independent(copier, merged):
     layer = trained(lora_dropout=0.25).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -61,6 +62,7 @@ LAYERS = [
     of("llama3-8b.kv", 16, 64, F16, F32, 0.05),
     of("llama3-8b.qo", 64, 16, BF16, F32, 0.05),
     of("llama3-70b.kv", 4, 128, BF16, F32, 0.05),
+    of("llama3-8b.down", 4, 128, BF16, F32, precision="fp32"),
 ]
 
 
@@ -274,3 +276,22 @@ def test_any_leading_dimensions(shape, target: Target):
     assert found["y"].shape == t.dy.shape and found["x"].shape == t.x.shape
     for name in NAMES[:-1]:
         assert torch.equal(found[name].reshape(flat[name].shape), flat[name]), name
+
+
+@pytest.mark.parametrize(("K", "N"), [(0, 5), (5, 0), (0, 0)])
+def test_no_features(K, N, target: Target):
+    """As F.linear: a sum over nothing is zero, and nothing is an empty tensor."""
+    case = Case(6, K, N, 2, p=0.1)
+    t = make(dataclasses.replace(case, K=max(K, 1)), target.device)
+    x, A = t.x[:, :K].reshape(2, 3, K).requires_grad_(), t.lora_A[:, :K].requires_grad_()
+    B = t.lora_B.requires_grad_()
+    y = peftkern.lora_linear(x, t.weight[:, :K], A, B, dropout_p=case.p, backend=target.backend)
+    y.sum().backward()
+    assert y.shape == (2, 3, N) and not y.any()
+    assert (
+        x.grad.shape == x.shape
+        and A.grad.shape == A.shape
+        and not A.grad.any()
+        and not B.grad.any()
+        and not x.grad.any()
+    )

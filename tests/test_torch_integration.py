@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import (
     ATTENTION,
     NAMES,
@@ -179,6 +180,23 @@ def test_row_16_compiled_forward_and_backward_share_one_mask(target: Target, fre
     (dx,) = torch.autograd.grad(first, x, torch.ones_like(first))
     assert torch.equal(first, dx) and set(first.unique().tolist()) == {0.0, 2.0}
     assert not torch.equal(layer(x), first)
+
+
+def test_row_16_dynamic_shapes_compile_once(target: Target, fresh_compiler):
+    case = Case(9, 24, 16, 4, F32, F32, 0.3, bias=True, lora_bias=True)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    t = make(case, target.device)
+    layer = layer_of(t, case, target.backend, t.rng_state)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for M in (9, 2, 33, 128):
+        other = make(Case(M, 24, 16, 4, F32, F32, 0.3, bias=True, lora_bias=True), target.device)
+        other.weight, other.rng_state = t.weight, t.rng_state
+        found, eager = call_layer(compiled, other), call_layer(layer, other)
+        for name in NAMES:
+            torch.testing.assert_close(found[name], eager[name])
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1
 
 
 def test_row_16_compiled_module_with_a_tensor_scaling_and_int8(target: Target, fresh_compiler):

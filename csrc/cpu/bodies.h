@@ -89,7 +89,7 @@ template <class Thin, class A> struct Bodies {
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t r = 0; r < p.R; ++r) p.s[(row + i) * p.R + r] = t[i * size.Rp + r] *= p.dropout.scale;
       }
-      const auto thin = Thin::make_thin(t, count, p.R, size.Rp, p.round_factors, thin_memory);
+      const auto thin = Thin::make_thin(t, count, p.R, size.Rp, thin_memory);
       Thin::expand(thin, count, p.R, g, size.Np, p.scaling, column, nullptr, 0, (X *)p.y + row * p.N, p.N, p.N);
     }
   }
@@ -130,7 +130,7 @@ template <class Thin, class A> struct Bodies {
       typename Thin::Thin s_thin{};
       if (p.dB) {
         for (int64_t i = 0; i < count; ++i) memcpy(t + i * size.Rp, p.s + (row + i) * p.R, p.R * sizeof(float));
-        s_thin = Thin::make_thin(t, count, p.R, size.Rp, p.round_factors, thin_memory);
+        s_thin = Thin::make_thin(t, count, p.R, size.Rp, thin_memory);
       }
       memset(t, 0, count * size.Rp * sizeof(float));
       for (int64_t n = 0; n < p.N; n += Thin::kColumns) {
@@ -142,7 +142,7 @@ template <class Thin, class A> struct Bodies {
       }
       if (!need_t) continue;
       // One pass over x and dx: dA += t^T D(x), dx += c D(t A).
-      const auto thin = Thin::make_thin(t, count, p.R, size.Rp, p.round_factors, thin_memory);
+      const auto thin = Thin::make_thin(t, count, p.R, size.Rp, thin_memory);
       for (int64_t k = 0; k < p.K; k += Thin::kColumns) {
         const int64_t width = smaller(Thin::kColumns, p.K - k);
         if (bits) for (int64_t i = 0; i < count; ++i) keep_bits_row(p.dropout, row + i, k, width, bits + i * kWords);

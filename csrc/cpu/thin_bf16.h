@@ -114,7 +114,7 @@ struct ThinBF16 {
   template <int ROWS> static void shrink_rows(const Element *x, int64_t ld, int64_t count, const Packed *f, int64_t Rp, float *t) {
     for (int64_t r = 0; r < Rp; r += 16) {
       __m512 sum[ROWS];
-      for (int i = 0; i < ROWS; ++i) sum[i] = _mm512_loadu_ps(t + i * Rp + r);
+      for (int i = 0; i < ROWS; ++i) sum[i] = _mm512_setzero_ps();
       for (int64_t line = 0; line < count; line += kLine) {
         if (r == 0) for (int i = 0; i < ROWS; ++i) __builtin_prefetch(x + (i + ROWS) * ld + line);
         for (int64_t q = line; q < smaller(line + kLine, count); q += 2) {
@@ -122,7 +122,7 @@ struct ThinBF16 {
           for (int i = 0; i < ROWS; ++i) sum[i] = dot(sum[i], factor, broadcast_pair(x + i * ld + q));
         }
       }
-      for (int i = 0; i < ROWS; ++i) _mm512_storeu_ps(t + i * Rp + r, sum[i]);
+      for (int i = 0; i < ROWS; ++i) _mm512_storeu_ps(t + i * Rp + r, sum[i] + _mm512_loadu_ps(t + i * Rp + r));
     }
   }
 
@@ -136,7 +136,7 @@ struct ThinBF16 {
   // T rounded to bf16: row-major, so that pairs over r are neighbours, and interleaved in pairs over m.
   struct Thin { bf16 *by_row; uint32_t *by_pair; int64_t Rp; };
   static int64_t thin_size(int64_t Rp) { return kRows * Rp; }  // in floats: half of it for each of the two
-  static Thin make_thin(const float *t, int64_t rows, int64_t R, int64_t Rp, bool, float *memory) {
+  static Thin make_thin(const float *t, int64_t rows, int64_t R, int64_t Rp, float *memory) {
     Thin thin{(bf16 *)memory, (uint32_t *)memory + kRows * Rp / 2, Rp};
     const int64_t even = (rows + 1) / 2 * 2;
     for (int64_t row = 0; row < even; ++row) {
@@ -210,10 +210,7 @@ struct ThinBF16 {
     for (int64_t col = 0; col < count; col += 32) {
       const __mmask32 inside = first32(count - col);
       __m512 low[RANKS], high[RANKS];
-      for (int i = 0; i < RANKS; ++i) {
-        low[i] = _mm512_loadu_ps(sums + (r + i) * lds + col);
-        high[i] = _mm512_loadu_ps(sums + (r + i) * lds + col + 16);
-      }
+      for (int i = 0; i < RANKS; ++i) low[i] = high[i] = _mm512_setzero_ps();
       for (int64_t row = 0; row < rows; row += 2) {
         const Element *source = x + row * ld + col;
         const __m512i a = _mm512_maskz_loadu_epi16(inside, source);
@@ -226,8 +223,9 @@ struct ThinBF16 {
         }
       }
       for (int i = 0; i < RANKS; ++i) {
-        _mm512_storeu_ps(sums + (r + i) * lds + col, low[i]);
-        _mm512_storeu_ps(sums + (r + i) * lds + col + 16, high[i]);
+        float *sum = sums + (r + i) * lds + col;
+        _mm512_storeu_ps(sum, low[i] + _mm512_loadu_ps(sum));
+        _mm512_storeu_ps(sum + 16, high[i] + _mm512_loadu_ps(sum + 16));
       }
     }
   }

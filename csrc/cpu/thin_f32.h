@@ -59,13 +59,12 @@ template <class X> struct ThinF32 {
 
   template <int ROWS> static void shrink_rows(const Element *x, int64_t ld, int64_t count, const Packed *f, int64_t Rp, float *t) {
     for (int64_t r = 0; r < Rp; r += W) {
-      vf sum[ROWS];
-      for (int i = 0; i < ROWS; ++i) sum[i] = load(t + i * Rp + r);
+      vf sum[ROWS] = {};  // of this block: a short sum is added to the long one, so that rounding errors stay small
       for (int64_t q = 0; q < count; ++q) {
         const vf factor = load(f + q * Rp + r);
         for (int i = 0; i < ROWS; ++i) sum[i] += x[i * ld + q] * factor;
       }
-      for (int i = 0; i < ROWS; ++i) store(sum[i], t + i * Rp + r);
+      for (int i = 0; i < ROWS; ++i) store(load(t + i * Rp + r) + sum[i], t + i * Rp + r);
     }
   }
 
@@ -75,13 +74,11 @@ template <class X> struct ThinF32 {
     for (; row < rows; ++row) shrink_rows<1>(x + row * ld, ld, count, f, Rp, t + row * Rp);
   }
 
-  // What expand and outer read T through.
+  // What expand and outer read T through; T stays in fp32.
   struct Thin { float *t; int64_t Rp; };
   static int64_t thin_size(int64_t Rp) { return kRows * Rp; }
-  static Thin make_thin(const float *t, int64_t rows, int64_t R, int64_t Rp, bool round, float *memory) {
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t r = 0; r < R; ++r) memory[row * Rp + r] = rounded(t[row * Rp + r], round);
-    }
+  static Thin make_thin(const float *t, int64_t rows, int64_t R, int64_t Rp, float *memory) {
+    for (int64_t row = 0; row < rows; ++row) memcpy(memory + row * Rp, t + row * Rp, R * sizeof(float));
     return {memory, Rp};
   }
 
@@ -121,13 +118,12 @@ template <class X> struct ThinF32 {
   template <int RANKS> static void outer_ranks(const Thin &thin, int64_t r, const Element *x, int64_t ld, int64_t rows,
                                                int64_t count, float *sums, int64_t lds) {
     for (int64_t col = 0; col < count; col += W) {
-      vf sum[RANKS];
-      for (int i = 0; i < RANKS; ++i) sum[i] = load(sums + (r + i) * lds + col);
+      vf sum[RANKS] = {};
       for (int64_t row = 0; row < rows; ++row) {
         const vf value = load(x + row * ld + col);
         for (int i = 0; i < RANKS; ++i) sum[i] += thin.t[row * thin.Rp + r + i] * value;
       }
-      for (int i = 0; i < RANKS; ++i) store(sum[i], sums + (r + i) * lds + col);
+      for (int i = 0; i < RANKS; ++i) store(load(sums + (r + i) * lds + col) + sum[i], sums + (r + i) * lds + col);
     }
   }
 

@@ -26,7 +26,7 @@ struct Problem {
   int64_t M, K, N, R;
   DType dtype;          // of x, y, dy, dx
   DType adapter_dtype;  // of A, B, dA, dB, lora_bias: dtype or float32
-  bool round_factors;   // precision "base": A, B, s and t are rounded to dtype before they are multiplied
+  bool round_factors;   // precision "base": A and B are rounded to dtype before they are multiplied
   float scaling;        // c
   Dropout dropout;
   int threads;

@@ -44,7 +44,7 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y [M, N] in x's dtype and s = D(x) A^T [M, R], unscaled, in fp32 (fp64 for fp64). M and R are at least 1."""
+        """y [M, N] in x's dtype and s = D(x) A^T [M, R], unscaled, in fp32 (fp64 for fp64). M >= 1."""
 
     @abstractmethod
     def backward(

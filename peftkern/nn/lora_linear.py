@@ -142,7 +142,7 @@ class LoRALinear(nn.Module):
             raise RuntimeError("already merged: call unmerge() first")
         delta = self.scaling * (self.lora_B @ self.lora_A)
         self.merged_weight = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
-        self.merged_bias = self.bias
+        self.merged_bias = None if self.bias is None else self.bias.detach()
         if self.lora_bias is not None:
             base = torch.zeros_like(self.lora_bias) if self.bias is None else self.bias.to(self.lora_bias.dtype)
             self.merged_bias = (base + self.scaling * self.lora_bias).to(self.weight.dtype)

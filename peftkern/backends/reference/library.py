@@ -18,7 +18,15 @@ from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 def _thin_dtype(operands: LoRAOperands, dtype: torch.dtype) -> torch.dtype:
     """The dtype the thin products run in."""
-    return torch.promote_types(dtype, torch.float32) if operands.precision == "fp32" else dtype
+    wide = operands.precision == "fp32" or dtype == torch.float16  # s and t may be beyond fp16's range
+    return torch.promote_types(dtype, torch.float32) if wide else dtype
+
+
+def _factor(operands: LoRAOperands, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A or B in the thin dtype; under "base" rounded to the compute dtype first."""
+    if operands.precision == "base":
+        factor = factor.to(dtype)
+    return factor.to(_thin_dtype(operands, dtype))
 
 
 def _keep(operands: LoRAOperands, M: int) -> Tensor | None:
@@ -36,7 +44,8 @@ def _apply_keep(value: Tensor, keep: Tensor | None, p: float) -> Tensor:
 
 def _accumulate(target: Tensor, operands: LoRAOperands, left: Tensor, right: Tensor) -> None:
     """target += c (left @ right), without a temporary where target has the thin dtype and c is a number."""
-    if operands.scaling_tensor is None and target.dtype == left.dtype:
+    # BLAS skips the product where alpha is 0, but 0 * Inf is NaN
+    if operands.scaling_tensor is None and target.dtype == left.dtype and operands.scaling != 0:
         target.addmm_(left, right, alpha=operands.scaling)
     else:
         target.add_(scaled(left @ right, operands))
@@ -60,8 +69,8 @@ class ReferenceBackend(Backend):
         thin = _thin_dtype(operands, x.dtype)
         y = torch.nn.functional.linear(x, operands.weight.materialize(x.dtype), operands.bias)
         dropped = _apply_keep(x, _keep(operands, x.shape[0]), operands.dropout_p)
-        s = dropped.to(thin) @ operands.lora_A.to(thin).T
-        _accumulate(y, operands, s, operands.lora_B.to(thin).T)
+        s = dropped.to(thin) @ _factor(operands, operands.lora_A, x.dtype).T
+        _accumulate(y, operands, s, _factor(operands, operands.lora_B, x.dtype).T)
         if operands.lora_bias is not None:
             y += scaled(operands.lora_bias.clone(), operands)
         return y, s.to(torch.promote_types(x.dtype, torch.float32))
@@ -69,23 +78,23 @@ class ReferenceBackend(Backend):
     def backward(
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
     ) -> Gradients:
-        A, B = operands.lora_A, operands.lora_B
+        A, B = _factor(operands, operands.lora_A, dy.dtype), _factor(operands, operands.lora_B, dy.dtype)
         thin = _thin_dtype(operands, dy.dtype)
         keep = _keep(operands, dy.shape[0]) if needs.x or needs.lora_A else None
         thin_dy = dy.to(thin) if needs.x or needs.lora_A or needs.lora_B else dy
-        t = thin_dy @ B.to(thin) if needs.x or needs.lora_A else thin_dy
+        t = thin_dy @ B if needs.x or needs.lora_A else thin_dy
         dx = dA = dB = None
         if needs.x:
             dx = dy @ operands.weight.materialize(dy.dtype)
             if keep is None:
-                _accumulate(dx, operands, t, A.to(thin))
+                _accumulate(dx, operands, t, A)
             else:
-                dx.add_(scaled(_apply_keep(t @ A.to(thin), keep, operands.dropout_p), operands))
+                dx.add_(scaled(_apply_keep(t @ A, keep, operands.dropout_p), operands))
         if needs.lora_A:
             assert x is not None
             dropped = _apply_keep(x, keep, operands.dropout_p).to(thin)
-            dA = scaled((t.T @ dropped).to(A.dtype), operands)
+            dA = scaled(t.T @ dropped, operands).to(operands.lora_A.dtype)
         if needs.lora_B:
             assert s is not None
-            dB = scaled((thin_dy.T @ s.to(thin)).to(B.dtype), operands)
+            dB = scaled(thin_dy.T @ s.to(thin), operands).to(operands.lora_B.dtype)
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
