@@ -200,7 +200,7 @@ def show(report: dict[str, Any]) -> None:
     for label in ("before", "after"):
         text = samples[label].replace("\n", "\n    ")
         print(f"\nContinuation {label} training\n    {samples['prompt']}".replace("  \n", "\n    ") + f" [...] {text}")
-    print(f"\n{demo_report.explanation(report)}")
+    print(f"\n{demo_report.explanation(report).rstrip()}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

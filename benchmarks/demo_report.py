@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import record
 
-_BUSY = 1.5  # third over first quartile of the step times; a quiet machine stays below 1.1
+_BUSY = 2.5  # slowest over fastest step; a quiet machine stays below 1.5
 _SMOOTH = 5  # losses of single batches jump; the table shows means of this many steps
 
 
@@ -73,15 +73,15 @@ def explanation(report: Mapping[str, Any]) -> str:
   - "MiB saved for backward" is what autograd keeps from the forward pass for the backward pass.
   - The adapter that peftkern trained was saved, and loaded by plain PEFT in a fresh process that never
     imported peftkern: {_reload_sentence(report["reload"])}
-  Timings are of this machine and this minute; python -m benchmarks.model measures interleaved, with spread.{_busy(report)}"""
+  Timings are of this machine and this minute; python -m benchmarks.model measures interleaved, with spread.
+{_busy(report)}"""
 
 
 def _busy(report: Mapping[str, Any]) -> str:
     """A warning where the steps of a run took very different times."""
-    spreads = [high / low for low, high in (run["seconds_quartiles"] for run in report["runs"].values())]
-    if max(spreads) < _BUSY:
+    if all(max(run["seconds"][1:] or [0.0]) < _BUSY * run["fastest_seconds"] for run in report["runs"].values()):
         return ""
-    return "\n  CAUTION: other work kept this machine busy (step times vary widely); these timings say little."
+    return "  CAUTION: other work kept this machine busy (some steps took far longer); these timings say little."
 
 
 def _reload_sentence(reload: Mapping[str, float]) -> str:
@@ -111,6 +111,7 @@ def figure(report: Mapping[str, Any]) -> Any | None:
             marker="o" if name == "PEFT" else "x", markersize=8, label=f"{name}: held-out, before and after",
         )  # fmt: skip
     left.set(xlabel="training step", ylabel="loss (nats per token)", title="Losses")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(fontsize=8, frameon=False)
     _bars(time, report["runs"], "median_seconds", "Time", "seconds per step (median, quartiles)", colours)
     _bars(space, report["runs"], "saved_mib", "Memory", "MiB saved for backward", colours)
