@@ -91,12 +91,17 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def _without_folder(argument: str) -> str:
+    """A record says nothing of where things lie on the machine."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def machine() -> dict[str, Any]:
     """Everything that a timing depends on besides the code: machine, load, versions, commit, date, method."""
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).stem, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).stem, *(_without_folder(argument) for argument in sys.argv[1:])],
         "commit": commit or "unknown",
         "dirty": bool(changes),
         "cpu": _cpu_model(),
