@@ -64,10 +64,15 @@ def lora_linear(
     x, operands = _prepare(
         x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p if training else 0.0, rng_state, precision
     )
+    return apply(x, operands, backend or "")
+
+
+def apply(x: Tensor, operands: LoRAOperands, backend: str = "") -> Tensor:
+    """``lora_linear`` behind its checks: for callers that know their operands to fit. x is in the compute dtype."""
     W = operands.weight
     N, K = W.shape
     flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), K)
-    arguments = (flat, W.data, W.scale, W.format, W.group_size, *operands[1:], backend or "")
+    arguments = (flat, W.data, W.scale, W.format, W.group_size, *operands[1:], backend)
     if torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5]):
         y = LoRALinearFunction.apply(*arguments)
     else:

@@ -332,10 +332,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     seen: list[tuple] = []
 
-    def spy(x, *arguments, **options):
-        seen.append(tuple(x.shape))
-        return genuine(x, *arguments, **options)
+    def spy_on(name: str) -> None:
+        genuine = getattr(integration, name)
 
-    genuine = integration.lora_linear
-    monkeypatch.setattr(integration, "lora_linear", spy)
+        def spy(x, *arguments, **options):
+            seen.append(tuple(x.shape))
+            return genuine(x, *arguments, **options)
+
+        monkeypatch.setattr(integration, name, spy)
+
+    spy_on("lora_linear")
+    spy_on("apply")
     return seen

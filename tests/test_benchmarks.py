@@ -180,12 +180,9 @@ def test_a_wrong_gradient_stops_the_model_benchmark(monkeypatch):
     import peftkern.integrations.peft as integration
     from benchmarks import model
 
-    exact = integration.lora_linear
-    monkeypatch.setattr(
-        integration,
-        "lora_linear",
-        lambda x, W, A, B, scaling, **options: exact(x, W, A, B, scaling * 1.05, **options),
-    )
+    exact = integration.apply
+    wrong = lambda x, operands: exact(x, operands._replace(scaling=operands.scaling * 1.05))  # noqa: E731
+    monkeypatch.setattr(integration, "apply", wrong)
     ids = torch.randint(128, (1, 16), generator=torch.Generator().manual_seed(0))
     with pytest.raises(WrongResult, match="peftkern is wrong"):
         model.compare(tiny_llama(torch.float32), ids, 0.0, rounds=1)

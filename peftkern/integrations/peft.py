@@ -21,9 +21,11 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from peftkern.functional import lora_linear
+from peftkern import dropout
+from peftkern.functional import apply, lora_linear
 from peftkern.ops import dispatch
-from peftkern.ops.problem import Problem
+from peftkern.ops.problem import LoRAOperands, Problem
+from peftkern.weights import DenseWeight
 
 logger = logging.getLogger("peftkern")
 
@@ -59,24 +61,24 @@ class PeftkernLoraLinear(lora.Linear):
         parts = _plain_parts(self)
         if isinstance(parts, str) or _why_not_input(parts, x) is not None:
             return super().forward(x)
-        return lora_linear(
-            x,
-            parts.weight,
-            parts.lora_A,
-            parts.lora_B,
-            self.scaling[parts.name],
-            bias=parts.bias,
-            lora_bias=parts.lora_bias,
-            dropout_p=parts.dropout_p,
-            training=parts.training,
+        W, A, B, scaling = parts.weight, parts.lora_A, parts.lora_B, self.scaling[parts.name]
+        if isinstance(scaling, Tensor) or torch.is_autocast_enabled(x.device.type):
+            return lora_linear(
+                x, W, A, B, scaling, bias=parts.bias, lora_bias=parts.lora_bias, dropout_p=parts.dropout_p
+            )
+        p = parts.dropout_p
+        rng_state = dropout.draw_rng_state(x.device) if p else None
+        operands = LoRAOperands(
+            DenseWeight(W), A, B, parts.bias, parts.lora_bias, float(scaling), None, p, rng_state, "base"
         )
+        return apply(x, operands)
 
     def _get_name(self) -> str:
         return "Linear"  # print(model) looks as PEFT's does
 
 
 class _Parts(NamedTuple):
-    """What the fast path reads of a layer."""
+    """What the fast path reads of a layer; ``dropout_p`` is 0 where dropout does nothing now."""
 
     name: str
     weight: Tensor
@@ -85,7 +87,6 @@ class _Parts(NamedTuple):
     lora_B: Tensor
     lora_bias: Tensor | None
     dropout_p: float
-    training: bool
 
 
 def why_not(layer: lora.Linear) -> str | None:
@@ -117,9 +118,10 @@ def _plain_parts(layer: lora.Linear) -> _Parts | str:
         return "it uses DoRA"
     if not state.get("cast_input_dtype_enabled", True):
         return "casting of its input is disabled"
-    dropout = modules["lora_dropout"]._modules[name]
-    if type(dropout) not in (nn.Dropout, nn.Identity):
-        return f"its dropout is a {type(dropout).__name__}"
+    drop = modules["lora_dropout"]._modules[name]
+    if type(drop) not in (nn.Dropout, nn.Identity):
+        return f"its dropout is a {type(drop).__name__}"
+    p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
     base, A, B = modules["base_layer"], modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     reason = _why_not_plain("base_layer", base) or _why_not_plain("lora_A", A) or _why_not_plain("lora_B", B)
     if reason is not None:
@@ -136,8 +138,7 @@ def _plain_parts(layer: lora.Linear) -> _Parts | str:
         A["weight"],
         B["weight"],
         B["bias"],
-        getattr(dropout, "p", 0.0),
-        dropout.training,
+        p if dropout.threshold(p) else 0.0,
     )
     return _why_not_parameters(parts) or parts
 
@@ -171,15 +172,19 @@ def _why_not_parameters(parts: _Parts) -> str | None:
         return f"shapes {tuple(W.shape)}, {tuple(A.shape)}, {tuple(B.shape)} do not fit"
     if not W.device == A.device == B.device:
         return f"its weights are on {W.device}, {A.device} and {B.device}"
-    if A.dtype != B.dtype:
-        return f"lora_A is {A.dtype} and lora_B {B.dtype}"
+    if A.dtype != B.dtype or (parts.lora_bias is not None and parts.lora_bias.dtype != A.dtype):
+        return f"lora_A is {A.dtype} and lora_B {B.dtype}, or its bias is of another dtype"
+    if parts.bias is not None and parts.bias.dtype != W.dtype:
+        return f"its base weight is {W.dtype} and its base bias {parts.bias.dtype}"
     return None
 
 
 def _why_not_input(parts: _Parts, x: Tensor) -> str | None:
-    """The part of the predicate that looks at x: type, device and the dtype rule."""
+    """The part of the predicate that looks at x: type, shape, device and the dtype rule."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x is a {type(x).__name__}"
+    if x.ndim == 0 or x.shape[-1] != parts.weight.shape[1]:
+        return f"x has shape {tuple(x.shape)}"
     if x.device != parts.weight.device:
         return f"x is on {x.device}"
     device = x.device.type
