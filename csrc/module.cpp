@@ -1,8 +1,10 @@
 // The Python module peftkern._C: raw pointers in, nothing of torch inside.
 #include <pybind11/pybind11.h>
 
-#include <cstdlib>
-#include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -17,6 +19,16 @@ namespace peftkern {
 extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+
+// Features that not every compiler knows by name.
+static bool has_f16c() {  // leaf 1, ECX bit 29
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+static bool has_avx512bf16() {  // leaf 7, subleaf 1, EAX bit 5
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+}
 #endif
 
 // The instruction sets that this processor runs, best first.
@@ -24,10 +36,10 @@ static std::vector<const Kernels *> runnable() {
   std::vector<const Kernels *> result;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) result.push_back(&kernels_avx512bf16);
+  if (avx512 && has_avx512bf16()) result.push_back(&kernels_avx512bf16);
   if (avx512) result.push_back(&kernels_avx512);
   if (avx2) result.push_back(&kernels_avx2);
 #endif
