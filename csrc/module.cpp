@@ -120,5 +120,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   }, "The instruction sets that this processor runs, best first.");
   m.def("use", &use, "Choose the kernels of one instruction set; for tests.");
   m.def("instruction_set", [] { return std::string(chosen->name); });
+  m.def("use_openmp", &parallel_use_openmp, "Whether to run on torch's OpenMP pool; False is for tests.");
   m.def("parallel_runtime", &parallel_runtime);
 }

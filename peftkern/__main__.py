@@ -48,7 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     for name, (meaning, _) in COMMANDS.items():
         commands.add_parser(name, help=meaning).add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    print(COMMANDS[options.command][1](options))
+    try:
+        print(COMMANDS[options.command][1](options))
+    except ValueError as error:  # a bad environment variable
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

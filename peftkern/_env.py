@@ -38,7 +38,7 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str:
 
 @functools.cache
 def settings() -> Settings:
-    """Parse the environment; ``settings.cache_clear()`` makes the next call read it again."""
+    """Parse the environment, once; ``settings.cache_clear()`` makes the next call read it again."""
     return Settings(
         backend=_choice("PEFTKERN_BACKEND", BACKENDS),
         schedule=_choice("PEFTKERN_SCHEDULE", SCHEDULES),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from peftkern import dropout
 from peftkern.autograd import LoRALinearFunction
@@ -73,11 +74,16 @@ def apply(x: Tensor, operands: LoRAOperands, backend: str = "") -> Tensor:
     N, K = W.shape
     flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), K)
     arguments = (flat, W.data, W.scale, W.format, W.group_size, *operands[1:], backend)
-    if torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5]):
+    if transformed() or (torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5])):
         y = LoRALinearFunction.apply(*arguments)
     else:
         y = schema.forward(*arguments)[0]
     return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
+
+
+def transformed() -> bool:
+    """Whether forward-mode AD is on: its tangents would pass the kernels unseen, where the Function raises."""
+    return forward_ad._current_level >= 0
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
@@ -92,14 +98,18 @@ def _prepare(
 ) -> tuple[Tensor, LoRAOperands]:
     """Validate, apply autocast's rule, draw the RNG state."""
     if not isinstance(weight, FrozenWeight):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight is a tensor or a FrozenWeight, not {type(weight).__name__}")
         weight = DenseWeight(weight)
     named = {"x": x, "weight": weight.data, "lora_A": lora_A, "lora_B": lora_B, "bias": bias, "lora_bias": lora_bias}
-    _check_devices(named)
+    _check_devices(named if weight.scale is None else named | {"weight.scale": weight.scale})
     _check_shapes(x, weight, lora_A, lora_B, bias, lora_bias)
     if weight.data.requires_grad:
         raise ValueError("weight requires grad, but only the adapter is trained: call weight.requires_grad_(False)")
     if precision not in (None, "base", "fp32"):
         raise ValueError(f"precision={precision!r} is not one of None, 'base', 'fp32'")
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p is a number, not {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p} is not a probability")
     x, weight, bias = _autocast(x, weight, bias)
@@ -109,6 +119,8 @@ def _prepare(
         dropout_p, rng_state = 0.0, None
     elif rng_state is None:
         rng_state = dropout.draw_rng_state(x.device)
+    elif not isinstance(rng_state, Tensor):
+        raise TypeError(f"rng_state is a tensor int64 [2], not {type(rng_state).__name__}")
     elif rng_state.dtype != torch.int64 or rng_state.shape != (2,) or rng_state.device != x.device:
         found = f"{rng_state.dtype} {tuple(rng_state.shape)} on {rng_state.device}"
         raise ValueError(f"rng_state is int64 [2] on {x.device}, got {found}")
@@ -148,7 +160,7 @@ def _check_shapes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
 def _autocast(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> tuple[Tensor, FrozenWeight, Tensor | None]:
     """F.linear's rule: floating operands but fp64 take autocast's dtype; the adapter is read as it is."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not dispatch.autocasting(device):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
 
@@ -184,6 +196,8 @@ def _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
 def _split_scaling(scaling: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:
     """(factor, None) for a number; (1, tensor) for a 0-d tensor, moved to x's device."""
     if not isinstance(scaling, Tensor):
+        if not isinstance(scaling, (int, float)):
+            raise TypeError(f"scaling is a number or a 0-d tensor, not {type(scaling).__name__}")
         if not -math.inf < scaling < math.inf:  # not isfinite: Dynamo cannot trace it on a symbolic float
             raise ValueError(f"scaling={scaling} is not finite")
         return float(scaling), None

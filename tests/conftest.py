@@ -76,7 +76,7 @@ def dispatch_env(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None
     """``dispatch_env(PEFTKERN_BACKEND="...")`` sets variables; every cached decision is forgotten before and after."""
 
     def forget() -> None:
-        for cached in (_env.settings, dispatch.select, dispatch._warn_if_better_was_expected):
+        for cached in (_env.settings, dispatch._select, dispatch._warn_if_better_was_expected):
             cached.cache_clear()
 
     def set_variables(**variables: str) -> None:

@@ -31,11 +31,14 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     C.use(before)
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[(1, True), (2, True), (3, True), (2, False), (3, False)], ids=str)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Counts of threads, on torch's OpenMP pool and on threads that end with each region."""
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(request.param[0])
+    C.use_openmp(request.param[1])
+    yield request.param[0]
+    C.use_openmp(True)
     torch.set_num_threads(before)
 
 
@@ -112,6 +115,21 @@ def test_one_pool_of_threads():
     """On Linux the work runs on torch's own OpenMP pool; a second pool would fight it for the cores."""
     if "libgomp" in open("/proc/self/maps").read():
         assert C.parallel_runtime() == "openmp"
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_s_does_not_depend_on_the_default_dtype(default):
+    """The kernels write fp32 into s, whatever torch.empty would have made."""
+    case = Case(70, 96, 80, 16, torch.float32, p=0.1)
+    tensors = make(case)
+    expected = run(case, tensors, "cpp")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = run(case, tensors, "cpp")
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(found[name], expected[name]) for name in NAMES if expected[name] is not None)
 
 
 def test_unaligned_rows(instruction_set):

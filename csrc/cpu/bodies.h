@@ -26,7 +26,7 @@ struct Scratch {
     free(memory);
     capacity = round_up(bytes, 4096);
     memory = static_cast<char *>(aligned_alloc(64, capacity));
-    if (!memory) abort();
+    if (!memory) abort();  // a thread of the pool has nobody to throw to
   }
   template <class T> T *take(int64_t count) {
     T *result = reinterpret_cast<T *>(memory + used);
@@ -36,7 +36,12 @@ struct Scratch {
   template <class T> static int64_t bytes(int64_t count) { return round_up(count * int64_t(sizeof(T)), 64); }
 };
 
-static inline Scratch &scratch() {
+// What a thread works with, and what a calling thread holds for all of them.
+static inline Scratch &worker_scratch() {
+  static thread_local Scratch instance;
+  return instance;
+}
+static inline Scratch &caller_scratch() {
   static thread_local Scratch instance;
   return instance;
 }
@@ -60,7 +65,7 @@ template <class Thin, class A> struct Bodies {
 
   static void forward_rows(const Forward &p, Range rows) {
     const Sizes size(p);
-    Scratch &memory = scratch();
+    Scratch &memory = worker_scratch();
     memory.reserve(Scratch::bytes<Packed>(Thin::pairs(p.K) * size.Rp) + Scratch::bytes<Packed>(Thin::pairs(p.R) * size.Np) +
                    Scratch::bytes<Element>(Thin::kRows * Thin::kColumns) + Scratch::bytes<float>(Thin::kRows * size.Rp) +
                    Scratch::bytes<float>(Thin::thin_size(size.Rp)) + Scratch::bytes<uint64_t>(Thin::kRows * kWords) +
@@ -95,28 +100,35 @@ template <class Thin, class A> struct Bodies {
   }
 
   static void forward(const Forward &problem) {
-    parallel_run(problem.threads, [](void *data, int index, int count) {
+    const int blocks = static_cast<int>(smaller(problem.threads, (problem.M + Thin::kRows - 1) / Thin::kRows));
+    parallel_run(blocks, [](void *data, int index, int count) {
       const Forward &p = *static_cast<const Forward *>(data);
       const Range rows = share(p.M, Thin::kRows, index, count);
       if (rows.begin < rows.end) forward_rows(p, rows);
     }, const_cast<Forward *>(&problem));
   }
 
-  // Per-thread sums of dA [R, Kp] and dB^T [R, Np]; null in a thread that had no rows.
+  // Per-thread sums of dA [R, Kp] and dB^T [R, Np]. They belong to the call, not to a thread: threads may end before they
+  // are reduced.
   struct Sums { float *dA, *dB; };
-  struct Call { const Backward &p; Sums *sums; int count; };
+  struct Call {
+    const Backward &p;
+    float *memory;
+    int count;
+    Sums sums(int index) const {
+      const Sizes size(p);
+      float *dA = memory + index * p.R * (size.Kp + size.Np);
+      return {p.dA ? dA : nullptr, p.dB ? dA + p.R * size.Kp : nullptr};
+    }
+  };
 
-  static Sums backward_rows(const Backward &p, Range rows) {
+  static void backward_rows(const Backward &p, Sums sums, Range rows) {
     const Sizes size(p);
     const bool need_t = p.dx || p.dA;
-    Scratch &memory = scratch();
+    Scratch &memory = worker_scratch();
     memory.reserve(Scratch::bytes<Packed>(Thin::pairs(p.N) * size.Rp) + Scratch::bytes<Packed>(Thin::pairs(p.R) * size.Kp) +
                    Scratch::bytes<Element>(Thin::kRows * Thin::kColumns) + Scratch::bytes<float>(Thin::kRows * size.Rp) +
-                   Scratch::bytes<float>(Thin::thin_size(size.Rp)) + Scratch::bytes<uint64_t>(Thin::kRows * kWords) +
-                   Scratch::bytes<float>(p.R * size.Kp) + Scratch::bytes<float>(p.R * size.Np));
-    Sums sums = {p.dA ? memory.take<float>(p.R * size.Kp) : nullptr, p.dB ? memory.take<float>(p.R * size.Np) : nullptr};
-    if (sums.dA) memset(sums.dA, 0, p.R * size.Kp * sizeof(float));
-    if (sums.dB) memset(sums.dB, 0, p.R * size.Np * sizeof(float));
+                   Scratch::bytes<float>(Thin::thin_size(size.Rp)) + Scratch::bytes<uint64_t>(Thin::kRows * kWords));
     Packed *f = memory.take<Packed>(Thin::pairs(p.N) * size.Rp), *g = memory.take<Packed>(Thin::pairs(p.R) * size.Kp);
     Element *buffer = memory.take<Element>(Thin::kRows * Thin::kColumns);
     float *t = memory.take<float>(Thin::kRows * size.Rp), *thin_memory = memory.take<float>(Thin::thin_size(size.Rp));
@@ -157,7 +169,6 @@ template <class Thin, class A> struct Bodies {
         }
       }
     }
-    return sums;
   }
 
   // dA and dB in the parameters' dtype: c times the sum over threads, in their order.
@@ -170,7 +181,7 @@ template <class Thin, class A> struct Bodies {
       for (int64_t r = 0; r < p.R; ++r) {
         for (int64_t k = share_k.begin; k < share_k.end; ++k) {
           float sum = 0;
-          for (int i = 0; i < call.count; ++i) if (call.sums[i].dA) sum += call.sums[i].dA[r * size.Kp + k];
+          for (int i = 0; i < call.count; ++i) sum += call.sums(i).dA[r * size.Kp + k];
           narrow(factor * sum, (A *)p.dA + r * p.K + k);
         }
       }
@@ -180,7 +191,7 @@ template <class Thin, class A> struct Bodies {
       for (int64_t n = share_n.begin; n < share_n.end; ++n) {
         for (int64_t r = 0; r < p.R; ++r) {
           float sum = 0;
-          for (int i = 0; i < call.count; ++i) if (call.sums[i].dB) sum += call.sums[i].dB[r * size.Np + n];
+          for (int i = 0; i < call.count; ++i) sum += call.sums(i).dB[r * size.Np + n];
           narrow(p.scaling * sum, (A *)p.dB + n * p.R + r);
         }
       }
@@ -188,18 +199,26 @@ template <class Thin, class A> struct Bodies {
   }
 
   static void backward(const Backward &problem) {
-    constexpr int kMost = 1024;
-    Sums sums[kMost] = {};
-    Call call{problem, sums, problem.threads < kMost ? problem.threads : kMost};
-    parallel_run(call.count, [](void *data, int index, int count) {
-      Call &c = *static_cast<Call *>(data);
-      const Range rows = share(c.p.M, Thin::kRows, index, count);
-      if (rows.begin < rows.end) c.sums[index] = backward_rows(c.p, rows);
+    const Sizes size(problem);
+    const int count = static_cast<int>(smaller(problem.threads, (problem.M + Thin::kRows - 1) / Thin::kRows));
+    const bool sums = problem.dA || problem.dB;
+    Scratch &memory = caller_scratch();
+    if (sums) memory.reserve(count * problem.R * (size.Kp + size.Np) * int64_t(sizeof(float)));
+    Call call{problem, reinterpret_cast<float *>(memory.memory), count};
+    parallel_run(count, [](void *data, int index, int team) {
+      const Call &c = *static_cast<Call *>(data);
+      // A runtime may give fewer threads than asked for: each then takes several shares.
+      for (int share_index = index; share_index < c.count; share_index += team) {
+        const Sizes sizes(c.p);
+        const Sums own = c.sums(share_index);
+        if (own.dA) memset(own.dA, 0, c.p.R * sizes.Kp * sizeof(float));
+        if (own.dB) memset(own.dB, 0, c.p.R * sizes.Np * sizeof(float));
+        const Range rows = share(c.p.M, Thin::kRows, share_index, c.count);
+        if (rows.begin < rows.end) backward_rows(c.p, own, rows);
+      }
     }, &call);
-    if (!problem.dA && !problem.dB) return;
-    parallel_run(call.count, [](void *data, int index, int count) {
-      reduce(*static_cast<Call *>(data), index, count);
-    }, &call);
+    if (!sums) return;
+    parallel_run(count, [](void *data, int index, int team) { reduce(*static_cast<Call *>(data), index, team); }, &call);
   }
 };
 

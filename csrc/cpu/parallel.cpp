@@ -2,6 +2,7 @@
 // would start a second pool whose spinning threads fight torch's, so the entry points are looked up instead of linked.
 #include "parallel.h"
 
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -41,20 +42,30 @@ void openmp_entry(void *argument) {
   region->body(region->data, openmp().thread_num(), openmp().num_threads());
 }
 
+bool use_openmp = true;
+
 }  // namespace
+
+void parallel_use_openmp(bool use) { use_openmp = use; }
 
 void parallel_run(int threads, void (*body)(void *, int, int), void *data) {
   if (threads <= 1) return body(data, 0, 1);
-  if (openmp().found()) {
+  if (use_openmp && openmp().found()) {
     Region region{body, data};
     return openmp().parallel(openmp_entry, &region, static_cast<unsigned>(threads), 0);
   }
   std::vector<std::thread> workers;
-  for (int index = 1; index < threads; ++index) workers.emplace_back(body, data, index, threads);
+  workers.reserve(threads);
+  int started = 1;
+  try {
+    for (; started < threads; ++started) workers.emplace_back(body, data, started, threads);
+  } catch (const std::system_error &) {  // no more threads: their shares are done here
+  }
   body(data, 0, threads);
+  for (int index = started; index < threads; ++index) body(data, index, threads);
   for (std::thread &worker : workers) worker.join();
 }
 
-const char *parallel_runtime() { return openmp().found() ? "openmp" : "std::thread"; }
+const char *parallel_runtime() { return use_openmp && openmp().found() ? "openmp" : "std::thread"; }
 
 }  // namespace peftkern

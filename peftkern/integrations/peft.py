@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,9 +20,10 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-from peftkern import dropout
+from peftkern import _env, dropout
 from peftkern.functional import apply, lora_linear
 from peftkern.ops import dispatch
 from peftkern.ops.problem import LoRAOperands, Problem
@@ -57,12 +59,12 @@ class PeftkernLoraLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or (_open_blocks and _disabled_here()):
-            return super().forward(x, *args, **kwargs)
+            return lora.Linear.forward(self, x, *args, **kwargs)
         parts = _plain_parts(self)
         if isinstance(parts, str) or _why_not_input(parts, x) is not None:
-            return super().forward(x)
-        W, A, B, scaling = parts.weight, parts.lora_A, parts.lora_B, self.scaling[parts.name]
-        if isinstance(scaling, Tensor) or torch.is_autocast_enabled(x.device.type):
+            return lora.Linear.forward(self, x)
+        W, A, B, scaling = parts.weight, parts.lora_A, parts.lora_B, parts.scaling
+        if isinstance(scaling, Tensor) or dispatch.autocasting(x.device.type):
             return lora_linear(
                 x, W, A, B, scaling, bias=parts.bias, lora_bias=parts.lora_bias, dropout_p=parts.dropout_p
             )
@@ -87,6 +89,7 @@ class _Parts(NamedTuple):
     lora_B: Tensor
     lora_bias: Tensor | None
     dropout_p: float
+    scaling: float | Tensor
 
 
 def why_not(layer: lora.Linear) -> str | None:
@@ -121,12 +124,28 @@ def _plain_parts(layer: lora.Linear) -> _Parts | str:
     drop = modules["lora_dropout"]._modules[name]
     if type(drop) not in (nn.Dropout, nn.Identity):
         return f"its dropout is a {type(drop).__name__}"
+    scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor):
+        if scaling.ndim != 0 or not scaling.is_floating_point() or scaling.requires_grad:
+            return "its scaling is a tensor that is trained, not floating or not 0-d"
+    elif not -math.inf < scaling < math.inf:
+        return f"its scaling is {scaling}"
     p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
     base, A, B = modules["base_layer"], modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    reason = _why_not_plain("base_layer", base) or _why_not_plain("lora_A", A) or _why_not_plain("lora_B", B)
+    reason = (
+        _why_not_plain("base_layer", base)
+        or _why_not_plain("lora_A", A)
+        or _why_not_plain("lora_B", B)
+        or _why_not_observed("lora_dropout", drop)
+    )
     if reason is not None:
         return reason
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
         return "global module hooks are registered"
     base, A, B = base._parameters, A._parameters, B._parameters
     if A["bias"] is not None:
@@ -139,6 +158,7 @@ def _plain_parts(layer: lora.Linear) -> _Parts | str:
         B["weight"],
         B["bias"],
         p if dropout.threshold(p) else 0.0,
+        scaling,
     )
     return _why_not_parameters(parts) or parts
 
@@ -147,6 +167,14 @@ def _why_not_plain(label: str, child: Any) -> str | None:
     """A child whose forward does more than a product with its own weight must be called, not read."""
     if type(child) is not nn.Linear:
         return f"{label} is a {type(child).__name__}, not a plain nn.Linear"
+    weight = child._parameters.get("weight")
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"{label} has a weight of type {type(weight).__name__}"
+    return _why_not_observed(label, child)
+
+
+def _why_not_observed(label: str, child: Any) -> str | None:
+    """A child that somebody watches or has replaced must be called."""
     state = child.__dict__
     if "forward" in state or "_hf_hook" in state:
         return f"{label} has a replaced forward"
@@ -157,9 +185,6 @@ def _why_not_plain(label: str, child: Any) -> str | None:
         or state["_backward_pre_hooks"]
     ):
         return f"{label} has hooks"
-    weight = state["_parameters"].get("weight")
-    if type(weight) not in (nn.Parameter, Tensor):
-        return f"{label} has a weight of type {type(weight).__name__}"
     return None
 
 
@@ -183,15 +208,22 @@ def _why_not_input(parts: _Parts, x: Tensor) -> str | None:
     """The part of the predicate that looks at x: type, shape, device and the dtype rule."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x is a {type(x).__name__}"
+    if x.layout is not torch.strided or x.is_nested or x.is_meta:
+        return "x is sparse, nested or has no data"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+        return "a torch.func transform, forward-mode AD or tracing is active"
     if x.ndim == 0 or x.shape[-1] != parts.weight.shape[1]:
         return f"x has shape {tuple(x.shape)}"
     if x.device != parts.weight.device:
         return f"x is on {x.device}"
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        compute = torch.get_autocast_dtype(device)
-        return _why_not_dtypes(compute, compute, parts.lora_A.dtype)
-    return _why_not_dtypes(x.dtype, parts.weight.dtype, parts.lora_A.dtype)
+    W, cast = parts.weight.dtype, dispatch.autocasting(device)
+    autocast = torch.get_autocast_dtype(device) if cast else None
+    return _why_not_dtypes(
+        x.dtype if autocast is None or x.dtype == torch.float64 else autocast,
+        W if autocast is None or W == torch.float64 else autocast,
+        parts.lora_A.dtype,
+    )
 
 
 def _why_not_dtypes(x: torch.dtype, compute: torch.dtype, adapter: torch.dtype) -> str | None:
@@ -236,14 +268,24 @@ def patch(model: nn.Module) -> PatchReport:
     Args: model: any module that contains ``peft.tuners.lora.Linear`` (PeftModel, ``add_adapter`` models, wrapped ones).
     Returns: a PatchReport. Calling it again changes nothing and reports anew.
     """
+    _env.settings()  # a bad variable is an error before anything is changed
     report = PatchReport()
+    done: list[nn.Module] = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
+        fresh = type(layer) is lora.Linear
         reason = _swap(layer)
+        if fresh and type(layer) is PeftkernLoraLinear:
+            done.append(layer)
         if reason is None:
+            try:
+                report.backends[name] = _expected_backend(layer)
+            except RuntimeError as error:  # an explicitly requested backend that cannot: leave the model as it was
+                for swapped in done:
+                    unpatch(swapped)
+                raise RuntimeError(f"layer {name}: {error}") from error
             report.fast.append(name)
-            report.backends[name] = _expected_backend(layer)
         else:
             report.skipped[name] = reason
     if not report.fast:
@@ -265,6 +307,13 @@ def _swap(layer: Any) -> str | None:
     return _why_not_dtypes(parts.weight.dtype, parts.weight.dtype, parts.lora_A.dtype)
 
 
+def _rebind(layer: Any) -> None:
+    """accelerate keeps a bound forward on the instance when it hooks a patched layer: make it PEFT's again."""
+    for name in ("forward", "_old_forward"):
+        if getattr(layer.__dict__.get(name), "__func__", None) is PeftkernLoraLinear.forward:
+            layer.__dict__[name] = lora.Linear.forward.__get__(layer)
+
+
 def _expected_backend(layer: lora.Linear, M: int = 1024) -> str:
     """The backend that a call of M rows would take in training."""
     parts = _plain_parts(layer)
@@ -280,3 +329,4 @@ def unpatch(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) is PeftkernLoraLinear:
             layer.__class__ = lora.Linear
+            _rebind(layer)

@@ -105,12 +105,15 @@ class LoRALinear(nn.Module):
             r, lora_alpha, lora_dropout, lora_bias, use_rslora: as in the constructor.
         Raises: TypeError for any other module; ValueError as the constructor.
         """
-        if isinstance(linear, nn.Linear):
+        if isinstance(linear, nn.Linear) and type(linear.weight) is nn.Parameter and linear.weight.is_floating_point():
             weight = linear.weight
+            if weight.shape != (linear.out_features, linear.in_features):
+                raise TypeError(f"the weight of {type(linear).__name__} is not [N, K] but {tuple(weight.shape)}")
         elif type(linear).__name__ == "Conv1D" and isinstance(getattr(linear, "weight", None), nn.Parameter):
             weight = nn.Parameter(linear.weight.detach().t(), requires_grad=False)
         else:
-            raise TypeError(f"from_linear takes an nn.Linear or a Conv1D, got {type(linear).__name__}")
+            kind = type(linear).__name__
+            raise TypeError(f"from_linear takes an nn.Linear or a Conv1D with a plain floating weight, got {kind}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt(weight, linear.bias, r, lora_alpha, lora_dropout, lora_bias, use_rslora)
@@ -140,12 +143,14 @@ class LoRALinear(nn.Module):
         """
         if self.merged_weight is not None:
             raise RuntimeError("already merged: call unmerge() first")
-        delta = self.scaling * (self.lora_B @ self.lora_A)
-        self.merged_weight = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(self.weight.device.type, enabled=False):
+            delta = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
+        self.merged_weight = (self.weight.to(wide) + delta).to(self.weight.dtype)
         self.merged_bias = None if self.bias is None else self.bias.detach()
         if self.lora_bias is not None:
-            base = torch.zeros_like(self.lora_bias) if self.bias is None else self.bias.to(self.lora_bias.dtype)
-            self.merged_bias = (base + self.scaling * self.lora_bias).to(self.weight.dtype)
+            base = 0.0 if self.bias is None else self.bias.to(wide)
+            self.merged_bias = (base + self.scaling * self.lora_bias.to(wide)).to(self.weight.dtype)
 
     def unmerge(self) -> None:
         """Drop the merged weight; the base is bit-identical to what it was. Raises: RuntimeError where not merged."""

@@ -40,7 +40,6 @@ def refusal(backend: Backend, problem: Problem) -> str | None:
     return backend.unavailable() or backend.supports(problem)
 
 
-@functools.lru_cache(maxsize=4096)
 def select(problem: Problem, requested: str) -> Backend:
     """The backend for a problem.
 
@@ -49,7 +48,11 @@ def select(problem: Problem, requested: str) -> Backend:
         requested: "auto", a backend's name, or "" for what PEFTKERN_BACKEND says.
     Raises: RuntimeError with the reason when an explicitly requested backend cannot run the problem.
     """
-    requested = requested or _env.settings().backend
+    return _select(problem, requested or _env.settings().backend)
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(problem: Problem, requested: str) -> Backend:
     if requested != "auto":
         backend = backend_named(requested)
         reason = refusal(backend, problem)
@@ -76,6 +79,11 @@ def _warn_if_better_was_expected(backend: Backend, device_type: str) -> None:
         logger.warning("peftkern: backend %s is not used on %s: %s", backend.name, device_type, reason)
 
 
+def autocasting(device_type: str) -> bool:
+    """Whether autocast is on for a device; it is unknown to some, such as meta."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def forward(operands: LoRAOperands, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Run the forward products: y [M, N] and s [M, R]."""
     M, N, R = x.shape[0], operands.weight.shape[0], operands.lora_A.shape[0]
@@ -83,7 +91,7 @@ def forward(operands: LoRAOperands, x: Tensor, backend: str) -> tuple[Tensor, Te
         wide = torch.promote_types(x.dtype, torch.float32)
         return x.new_empty(0, N), x.new_empty(0, R, dtype=wide)
     chosen = select(operands.problem(M, x.dtype), backend)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasting(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return chosen.forward(operands, x)
     return chosen.forward(operands, x)
@@ -96,7 +104,7 @@ def backward(
     if dy.shape[0] == 0:
         return _zero_gradients(operands, dy, needs)
     chosen = select(operands.problem(dy.shape[0], dy.dtype), backend)
-    if torch.is_autocast_enabled(dy.device.type):
+    if autocasting(dy.device.type):
         with torch.autocast(dy.device.type, enabled=False):
             return chosen.backward(operands, dy, x, s, needs)
     return chosen.backward(operands, dy, x, s, needs)

@@ -19,6 +19,8 @@ class Int8Weight(FrozenWeight):
     def validate(self) -> None:
         if self.data.ndim != 2 or self.data.dtype != torch.int8:
             raise ValueError(f"int8 data is int8 [N, K], got {self.data.dtype} {tuple(self.data.shape)}")
+        if self.scale is not None and self.scale.device != self.data.device:
+            raise ValueError(f"int8 data is on {self.data.device}, its scale on {self.scale.device}")
         if self.scale is None or self.scale.dtype != torch.float32 or self.scale.shape != self.data.shape[:1]:
             found = None if self.scale is None else (self.scale.dtype, tuple(self.scale.shape))
             raise ValueError(f"int8 scale is float32 [{self.data.shape[0]}], got {found}")

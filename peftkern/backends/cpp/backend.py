@@ -57,7 +57,7 @@ class CppBackend(Backend):
     def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
         x = _unit_stride(x)
         y = torch.nn.functional.linear(x, operands.weight.materialize(x.dtype), operands.bias)
-        s = torch.empty(x.shape[0], operands.lora_A.shape[0])
+        s = x.new_empty(x.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
         A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
         lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
         extension()[0].forward(
