@@ -33,18 +33,29 @@ class LoRALinearFunction(torch.autograd.Function):
             x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, lora_bias,
             scaling, scaling_tensor, dropout_p, rng_state, precision, backend,
         )  # fmt: skip
-        need_A, need_B = ctx.needs_input_grad[5], ctx.needs_input_grad[6]
+        need_x, need_A, need_B = (ctx.needs_input_grad[_DIFFERENTIABLE[name]] for name in ("x", "lora_A", "lora_B"))
+        # Only what backward reads is saved, so that an in-place update of anything else is not held against the caller;
+        # of the rest backward wants shapes and dtypes.
+        read = {"w_data": need_x, "w_scale": need_x, "lora_A": need_x, "lora_B": need_x or need_A}
+        operands = {"w_data": w_data, "w_scale": w_scale, "lora_A": lora_A, "lora_B": lora_B}
+        operands |= {"bias": bias, "lora_bias": lora_bias}
         ctx.save_for_backward(
-            x if need_A else None, s if need_B else None, w_data, w_scale, lora_A, lora_B, bias, lora_bias,
-            scaling_tensor, rng_state,
+            x if need_A else None, s if need_B else None, scaling_tensor, rng_state,
+            *(tensor if read.get(name) else None for name, tensor in operands.items()),
         )  # fmt: skip
+        ctx.unread = [
+            None if read.get(name) or tensor is None else tensor.detach() for name, tensor in operands.items()
+        ]
         ctx.settings = w_format, group_size, scaling, dropout_p, precision, backend
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, w_data, w_scale, lora_A, lora_B, bias, lora_bias, scaling_tensor, rng_state = ctx.saved_tensors
+        x, s, scaling_tensor, rng_state, *read = ctx.saved_tensors
+        w_data, w_scale, lora_A, lora_B, bias, lora_bias = (
+            saved if unread is None else unread for saved, unread in zip(read, ctx.unread, strict=True)
+        )
         w_format, group_size, scaling, dropout_p, precision, backend = ctx.settings
         needed = [position for position in _DIFFERENTIABLE.values() if ctx.needs_input_grad[position]]
         gradients = schema.backward(
