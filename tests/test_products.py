@@ -295,3 +295,23 @@ def test_no_features(K, N, target: Target):
         and not B.grad.any()
         and not x.grad.any()
     )
+
+
+@pytest.mark.parametrize(
+    ("needs", "unread"),
+    [("lora_B", ("x", "weight", "lora_A", "lora_B", "bias")), ("lora_A", ("weight", "lora_A", "bias"))],
+)
+def test_what_backward_does_not_read_may_change(needs, unread, target: Target):
+    case = Case(19, 40, 24, 5, p=0.3, bias=True)
+    t = make(case, target.device)
+    expected = run(case, t, target.backend, (needs,))[needs]
+    leaf = getattr(t, needs).requires_grad_()
+    y = peftkern.lora_linear(
+        t.x, t.weight, t.lora_A, t.lora_B, case.scaling, bias=t.bias, dropout_p=0.3, rng_state=t.rng_state,
+        backend=target.backend,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name in unread:
+            getattr(t, name).add_(1)
+    y.backward(t.dy)
+    assert torch.equal(leaf.grad, expected)
