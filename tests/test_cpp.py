@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import NAMES, Case, judge, make, run
+from conftest import NAMES, ROOT, Case, judge, make, run
 
 import peftkern
 from peftkern import dropout
@@ -150,3 +153,41 @@ def test_a_missing_extension_is_said(monkeypatch):
     backend = dispatch.backend_named("cpp")
     monkeypatch.setattr("peftkern.backends.cpp.backend.extension", lambda: (None, "not built here", False))
     assert backend.unavailable() == "not built here" and not backend.broken
+
+
+def test_what_lies_behind_an_odd_row_is_not_read_as_a_number(instruction_set):
+    """bf16 elements are multiplied in pairs: the neighbour of the last one must not come in, not even times zero."""
+    case = Case(35, 71, 67, 5, torch.bfloat16, torch.float32)
+    tensors = make(case)
+    for name in ("x", "dy"):
+        value = getattr(tensors, name)
+        guarded = torch.full((value.shape[0], value.shape[1] + 1), torch.nan, dtype=torch.bfloat16)
+        guarded[:, :-1] = value
+        setattr(tensors, name, guarded[:, :-1])
+    judge(case, "cpp", (tensors, run(case, tensors, "cpp")))
+
+
+def test_an_infinity_stays_one(instruction_set):
+    """Ranks are padded to a vector: infinity times a padding zero must not reach y as NaN."""
+    x = torch.ones(3, 8).bfloat16()
+    x[1, 2] = torch.inf
+    y = forward(x, torch.ones(4, 8).bfloat16(), torch.ones(5, 8), torch.ones(4, 5))
+    assert (y[1] == torch.inf).all() and y[[0, 2]].isfinite().all()
+
+
+def test_a_runtime_that_gives_fewer_threads_than_asked():
+    program = (
+        "import torch, peftkern; torch.manual_seed(0); torch.set_num_threads(3)\n"
+        "from peftkern.testing.numerics import assert_as_good_as\n"
+        "shapes = (300, 40), (24, 40), (4, 40), (24, 4), (300, 24)\n"
+        "values = [torch.randn(shape) for shape in shapes]\n"
+        "def grads(backend, dtype):\n"
+        "    x, W, A, B, dy = (value.to(dtype) for value in values)\n"
+        "    A.requires_grad_(), B.requires_grad_()\n"
+        "    return torch.autograd.grad(peftkern.lora_linear(x, W, A, B, backend=backend), (A, B), dy)\n"
+        "trio = grads('cpp', torch.float32), grads('reference', torch.float32), grads('reference', torch.float64)\n"
+        "for ours, plain, truth in zip(*trio): assert_as_good_as(ours, plain, truth)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_THREAD_LIMIT": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
