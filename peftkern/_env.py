@@ -4,7 +4,11 @@
 variable                  values                                   default
 ========================  =======================================  ========
 ``PEFTKERN_BACKEND``      ``auto | triton | cpp | reference``       ``auto``
-``PEFTKERN_SCHEDULE``     ``auto | one_pass | split``               ``auto``
+``PEFTKERN_SCHEDULE``     ``auto | one_pass/recompute |             ``auto``
+                          one_pass/shared | split | library``
+``PEFTKERN_BATCH_         ``0 | 1``: a row's result does not        ``0``
+INVARIANT``               depend on the number of rows
+``PEFTKERN_CACHE``        a folder: the user's tuned tables         ``~/.cache/peftkern``
 ========================  =======================================  ========
 
 An explicit backend or schedule that cannot run a problem raises with the reason;
@@ -18,7 +22,7 @@ import os
 from dataclasses import dataclass
 
 BACKENDS = ("triton", "cpp", "reference")
-SCHEDULES = ("one_pass", "split")
+SCHEDULES = ("one_pass/recompute", "one_pass/shared", "split", "library")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Settings:
 
     backend: str
     schedule: str
+    batch_invariant: bool
 
 
 def _choice(name: str, allowed: tuple[str, ...]) -> str:
@@ -36,10 +41,18 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
+def _switch(name: str) -> bool:
+    value = os.environ.get(name, "").strip() or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{name}={value!r} is not 0 or 1")
+    return value == "1"
+
+
 @functools.cache
 def settings() -> Settings:
     """Parse the environment, once; ``settings.cache_clear()`` makes the next call read it again."""
     return Settings(
         backend=_choice("PEFTKERN_BACKEND", BACKENDS),
         schedule=_choice("PEFTKERN_SCHEDULE", SCHEDULES),
+        batch_invariant=_switch("PEFTKERN_BATCH_INVARIANT"),
     )

@@ -256,4 +256,5 @@ def explain(
             reason = dispatch.refusal(dispatch.backend_named(name), problem)
             refused[name] = reason or "can run this call, but comes later in the order of preference"
     plan = chosen.plan(problem)
+    refused |= {f"schedule {name}": reason for name, reason in plan.refused.items()}
     return Explanation(chosen.name, plan.schedule, plan.tile, refused)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -14,10 +15,11 @@ from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 @dataclass(frozen=True)
 class Plan:
-    """How a backend would run a problem: its schedule and tile, for ``explain``."""
+    """How a backend would run a problem: its schedule and tile, and the schedules it refuses, for ``explain``."""
 
     schedule: str
     tile: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 class Backend(ABC):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from peftkern.backends.base import Backend, Plan
 from peftkern.backends.triton import select, tiles
+from peftkern.backends.triton.arch import Arch, arch_of
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 _OLDEST = (3, 6)
@@ -44,7 +46,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 class TritonBackend(Backend):
-    """Two launches at most forward (one in ``one_pass``); backward adds two for each parameter's gradient."""
+    """One launch forward in ``one_pass``, two in ``split``; backward the same for dx, and two for the parameters."""
 
     name = "triton"
 
@@ -72,90 +74,41 @@ class TritonBackend(Backend):
         return None
 
     def plan(self, problem: Problem) -> Plan:
-        here = torch.device(problem.device_type)
-        device = torch.device("cuda", torch.cuda.current_device()) if here.type == "cuda" else here
-        choice = select.choose(problem, select.arch_of(device), backward=False)
-        return Plan(choice.schedule, str(choice.tile))
+        arch = _arch_here(problem.device_type)
+        launch = select.pass_of(problem, backward=False)
+        choice = select.choose(launch, arch)
+        return Plan(choice.schedule, str(choice.tile), tiles.refusals(launch, arch))
 
     def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
+        from peftkern.backends.triton import schedule
+
         with _on(x.device):
-            return _produce(operands, x, backward=False)
+            produced = schedule.produce(operands, x, backward=False, arch=arch_of(x.device))
+            _run(produced.steps)
+        return produced.Z, produced.T
 
     def backward(
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
     ) -> Gradients:
+        from peftkern.backends.triton import schedule
+
+        arch = arch_of(dy.device)
         with _on(dy.device):
             dx = t = None
             if needs.x:
-                dx, t = _produce(operands, dy, backward=True)
-            elif needs.lora_A:
-                t = _shrink(operands, dy, backward=True)
-            dA = None
-            if needs.lora_A:
-                assert x is not None and t is not None
-                dA = _gradient_of_A(operands, x, t)
-            return Gradients(dx, dA, *_gradients_from_dy(operands, dy, s, needs))
+                produced = schedule.produce(operands, dy, backward=True, arch=arch)
+                _run(produced.steps)
+                dx, t = produced.Z, produced.T
+            steps, found = schedule.gradients(operands, dy, x, s, t, needs, arch)
+            _run(steps)
+        return found._replace(x=dx)
 
 
-def _shrink(operands: LoRAOperands, X: Tensor, backward: bool) -> Tensor:
-    """T [M, R] by the ``shrink`` body."""
-    from peftkern.backends.triton import launch
-
-    T = X.new_empty(X.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
-    launch.shrink(launch.Direction(operands, backward, X.dtype), X, T, select.arch_of(X.device)).run()
-    return T
+def _run(steps: Iterable[Any]) -> None:
+    for step in steps:
+        step.run()
 
 
-def _produce(operands: LoRAOperands, X: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    """Z [M, P] and T [M, R]: (y, s) forward, (dx, t) backward."""
-    from peftkern.backends.triton import launch
-
-    choice = select.choose(operands.problem(X.shape[0], X.dtype), select.arch_of(X.device), backward)
-    direction = launch.Direction(operands, backward, X.dtype)
-    P, _, R = direction.extents
-    Z = X.new_empty(X.shape[0], P)
-    if choice.one_pass:
-        T = X.new_empty(X.shape[0], R, dtype=torch.float32)
-    else:
-        T = _shrink(operands, X, backward)
-    launch.fused(direction, X, T, Z, choice).run()
-    return Z, T
-
-
-def _gradient_of_A(operands: LoRAOperands, x: Tensor, t: Tensor) -> Tensor:
-    """dA [R, K] = c t^T D(x)."""
-    from peftkern.backends.triton import launch
-
-    first, partial, _ = launch.grad(operands, x, t, sums=False, masked=True, arch=select.arch_of(x.device))
-    first.run()
-    assert partial is not None
-    dA = torch.empty_like(operands.lora_A, memory_format=torch.contiguous_format)
-    launch.reduce(partial, dA.T, launch.adapter_scale(operands), operands.scaling_tensor).run()
-    return dA
-
-
-def _gradients_from_dy(
-    operands: LoRAOperands, dy: Tensor, s: Tensor | None, needs: Needs
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dB [N, R] = c dy^T s, dbias [N] = sum dy, dlora_bias [N] = c sum dy, in one pass over dy."""
-    from peftkern.backends.triton import launch
-
-    sums = needs.bias or needs.lora_bias
-    if not (needs.lora_B or sums):
-        return None, None, None
-    thin = s.contiguous() if needs.lora_B and s is not None else None
-    first, partial, total = launch.grad(operands, dy, thin, sums, masked=False, arch=select.arch_of(dy.device))
-    first.run()
-
-    def reduced(source: Tensor | None, like: Tensor | None, scaling: float, scaling_tensor: Tensor | None) -> Tensor:
-        assert source is not None and like is not None
-        out = torch.empty_like(like, memory_format=torch.contiguous_format)
-        launch.reduce(source, out.view(source.shape[1:]), scaling, scaling_tensor).run()
-        return out
-
-    c = operands.scaling, operands.scaling_tensor
-    return (
-        reduced(partial, operands.lora_B, *c) if needs.lora_B else None,
-        reduced(total, operands.bias, 1.0, None) if needs.bias else None,
-        reduced(total, operands.lora_bias, *c) if needs.lora_bias else None,
-    )
+def _arch_here(device_type: str) -> Arch:
+    device = torch.device(device_type)
+    return arch_of(torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device)

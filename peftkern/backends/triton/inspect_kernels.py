@@ -6,12 +6,9 @@ choose, through ``triton.compile`` and a ``GPUTarget``; no GPU, no driver.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from peftkern.backends.triton import launch, select, tiles
-from peftkern.ops.problem import LoRAOperands
+from peftkern.backends.triton import launch, select
+from peftkern.backends.triton.arch import ARCHES, Arch
+from peftkern.backends.triton.tiles import Choice, Pass, TileConfig, grad_tile, shrink_tile
+from peftkern.ops.problem import LoRAOperands, Problem
 from peftkern.weights import DenseWeight, FrozenWeight, Int8Weight
 
 TARGETS = {
@@ -37,13 +37,14 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int8: "*i8",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One combination of the slots. ``body`` is "one_pass", "split" (``fused`` reading T), "shrink" or "grad"."""
+    """One combination of the slots. ``body`` is a schedule (its ``fused``), "shrink" or "grad"."""
 
     body: str
     dtype: torch.dtype = torch.bfloat16
@@ -57,12 +58,22 @@ class Variant:
     K: int = 4096
     N: int = 4096
     R: int = 16
+    tile: TileConfig | None = None  # of a schedule; the selected one where None
 
     def __str__(self) -> str:
         name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
         features = [name[self.dtype], f"{name[self.adapter_dtype]}/{self.precision}", self.weight_format]
         features += [word for word in ("dropout", "bias", "backward") if getattr(self, word)]
         return f"{self.body} {' '.join(features)} M={self.M} R={self.R}"
+
+    @property
+    def launch(self) -> Pass:
+        """The direction, as schedules and tiles see it."""
+        problem = Problem(
+            "cuda", self.M, self.K, self.N, self.R, self.dtype, self.adapter_dtype, self.weight_format, self.dropout,
+            self.bias, self.bias, self.precision,
+        )  # fmt: skip
+        return Pass(problem, self.backward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,34 +89,11 @@ class Row:
     shared_memory: int
     shared_memory_limit: int
     mma: str
+    tma: bool
+    traps: bool
 
 
-def variants(arch: tiles.Arch) -> Iterator[Variant]:
-    """Every pair of slot values at least once, decode, and the largest ranks of each schedule on ``arch``."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    yield Variant("one_pass", dropout=True, bias=True)
-    yield Variant("one_pass", fp16, fp32, weight_format="int8")
-    yield Variant("one_pass", bf16, fp32, "fp32", "int8", dropout=True, backward=True)
-    yield Variant("one_pass", fp16, fp16, "fp32", bias=True)
-    yield Variant("one_pass", bf16, fp32, backward=True)
-    yield Variant("one_pass", fp32, fp32, dropout=True, bias=True, weight_format="int8")
-    yield Variant("one_pass", bf16, fp32, dropout=True, M=16)
-    yield Variant("one_pass", bf16, fp32, dropout=True, bias=True, R=arch.one_pass_R)
-    yield Variant("split", bf16, fp32, "fp32", bias=True)
-    yield Variant("split", bf16, fp32, "fp32", "int8", dropout=True, backward=True, R=512)
-    yield Variant("split", fp16, fp32, dropout=True, backward=True)
-    yield Variant("split", bf16, bf16, weight_format="int8", bias=True, R=512)
-    yield Variant("split", fp16, fp32, "fp32", "int8", dropout=True, backward=True)
-    yield Variant("split", fp32, fp32, backward=True, dropout=True)
-    yield Variant("shrink", bf16, fp32, dropout=True)
-    yield Variant("shrink", fp16, fp32, "fp32", R=512)
-    yield Variant("grad", bf16, fp32, dropout=True)
-    yield Variant("grad", fp16, fp16, bias=True)
-    yield Variant("grad", bf16, fp32, "fp32", dropout=True, R=512)
-    yield Variant("grad", fp32, fp32, bias=True)
-
-
-def _launch(variant: Variant, arch: tiles.Arch) -> tuple[launch.Launch, str]:
+def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
     """The launch the backend would start for a variant, on meta tensors, and its tile."""
     v = variant
 
@@ -125,12 +113,16 @@ def _launch(variant: Variant, arch: tiles.Arch) -> tuple[launch.Launch, str]:
     P, Q, R = direction.extents
     X, T = empty(v.M, Q), empty(v.M, R, dtype=torch.float32)
     if v.body == "shrink":
-        return launch.shrink(direction, X, T, arch), str(tiles.shrink_tile(v.dtype, arch))
+        return launch.shrink(direction, X, T, v.launch, arch, arch.dependent_launch), str(shrink_tile(v.launch, arch))
     if v.body == "grad":
-        made, _, _ = launch.grad(operands, X, T, sums=v.bias, masked=v.dropout, arch=arch)
-        return made, str(tiles.grad_tile(v.dtype, R, arch))
-    choice = select.best(operands.problem(v.M, v.dtype), arch, v.backward, v.body)
-    return launch.fused(direction, X, T, empty(v.M, P), choice), str(choice.tile)
+        x, dy = empty(v.M, v.K), empty(v.M, v.N)
+        made, _ = launch.grad(direction, x, T, dy, T, v.bias, arch)
+        return made, str(grad_tile(v.dtype, R, False, arch))
+    if v.body == "grad with t":
+        made, _ = launch.grad(direction, None, None, empty(v.M, v.N), T, v.bias, arch, t_out=T)
+        return made, str(grad_tile(v.dtype, R, True, arch))
+    choice = Choice(v.body, v.tile) if v.tile else select.choose(v.launch, arch)
+    return launch.fused(direction, X, T, empty(v.M, P), choice, arch), str(choice.tile)
 
 
 def _describe(value: Any, path: tuple[int, ...], specialize: bool, source: dict[str, Any]) -> Any:
@@ -142,6 +134,8 @@ def _describe(value: Any, path: tuple[int, ...], specialize: bool, source: dict[
         return "constexpr"
     if isinstance(value, float):
         return "fp32"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, torch.Tensor) or (specialize and value % 16 == 0):
         source["attrs"][path] = [["tt.divisibility", 16]]
     if isinstance(value, torch.Tensor):
@@ -159,6 +153,7 @@ def _compile(made: launch.Launch, target: GPUTarget) -> Any:
         else:
             source["signature"][parameter.name] = _describe(value, (i,), not parameter.do_not_specialize, source)
     options = {"num_warps": made.num_warps, "num_stages": made.num_stages}
+    options |= {"launch_pdl": True} if made.dependent else {}
     return triton.compile(ASTSource(made.kernel, **source), target=target, options=options)
 
 
@@ -191,29 +186,13 @@ def _usage(compiled: Any) -> tuple[int, int, int]:
 
 def inspect(variant: Variant, target: str) -> Row:
     """Compile one variant for one target. Raises: whatever the compiler raises."""
-    arch = tiles.ARCHES[target]
+    arch = ARCHES[target]
     made, tile = _launch(variant, arch)
     compiled = _compile(made, TARGETS[target])
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     mma = next((kind for instruction, kind in _MMA.items() if instruction in text), "none")
     registers, stack, spills = _usage(compiled)
-    shared = compiled.metadata.shared
-    return Row(target, str(variant), tile, registers, stack, spills, shared, arch.shared_memory, mma)
-
-
-def rows(targets: tuple[str, ...] = tuple(TARGETS)) -> list[Row]:
-    """Every variant on every target."""
-    return [inspect(variant, target) for target in targets for variant in variants(tiles.ARCHES[target])]
-
-
-def kernels_table(as_json: bool) -> str:
-    """The rows as a table for people, or as JSON."""
-    found = [dataclasses.asdict(row) for row in rows()]
-    if as_json:
-        return json.dumps(found, indent=1)
-    header = list(found[0])
-    lines = [header, *([str(row[name]) for name in header] for row in found)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return Row(
+        target, str(variant), tile, registers, stack, spills, compiled.metadata.shared, arch.shared_memory, mma,
+        "cp.async.bulk.tensor" in text, re.search(r"^\s*trap;", text, re.M) is not None,
+    )  # fmt: skip

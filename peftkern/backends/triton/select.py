@@ -1,68 +1,73 @@
-"""Which schedule and tile a problem gets: the forced schedule, or the cheapest by ``tiles.estimate``."""
+"""Which schedule and tile a problem gets: override, the user's cache, the shipped table, the analytic estimate.
+
+It never raises on an unknown GPU and never measures anything: that is ``python -m peftkern tune``.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import dataclasses
 import functools
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Iterator
 
 from peftkern import _env
-from peftkern.backends.triton import tiles
-from peftkern.backends.triton.tiles import ARCHES, Arch, Pass, TileConfig
+from peftkern.backends.triton import tables, tiles
+from peftkern.backends.triton.arch import Arch
+from peftkern.backends.triton.estimate import estimate
+from peftkern.backends.triton.tiles import Choice, Pass
 from peftkern.ops.problem import Problem
 
+# Under the batch-invariant mode every M is run as this one would be, so that a row's result has no neighbours.
+_INVARIANT_M = 256
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """How one direction of a problem is run."""
-
-    launch: Pass
-    tile: TileConfig
-
-    @property
-    def one_pass(self) -> bool:
-        """Whether T is accumulated beside Z."""
-        return self.launch.one_pass
-
-    @property
-    def schedule(self) -> str:
-        """Its name in ``explain``."""
-        return "one_pass/recompute" if self.one_pass else "split"
+_override: contextvars.ContextVar[Choice | None] = contextvars.ContextVar("peftkern_choice", default=None)
 
 
-@functools.cache
-def arch_of(device: torch.device) -> Arch:
-    """The chip behind a device; an unknown one is taken for the nearest known relative."""
-    if device.type != "cuda":
-        return ARCHES["interpreter"]
-    if torch.version.hip:
-        return ARCHES["gfx942"]
-    major, _ = torch.cuda.get_device_capability(device)
-    return ARCHES["sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"]
+@contextlib.contextmanager
+def forced(choice: Choice) -> Iterator[None]:
+    """Within the block, in this context, every launch that ``choice`` supports runs by it; the others raise."""
+    token = _override.set(choice)
+    try:
+        yield
+    finally:
+        _override.reset(token)
 
 
-def choose(problem: Problem, arch: Arch, backward: bool) -> Choice:
-    """The schedule and tile of one direction. Raises: RuntimeError if the forced schedule cannot run the problem."""
-    return best(problem, arch, backward, _env.settings().schedule)
+def pass_of(problem: Problem, backward: bool) -> Pass:
+    """The key of one direction, as schedules and tiles are chosen by it."""
+    if _env.settings().batch_invariant:
+        problem = dataclasses.replace(problem, M=_INVARIANT_M)
+    return Pass(problem, backward)
+
+
+def choose(launch: Pass, arch: Arch) -> Choice:
+    """The schedule and tile of one direction. Raises: RuntimeError if what is forced cannot run it."""
+    choice = _override.get()
+    if choice is None:
+        return _choose(launch, arch, _env.settings().schedule)
+    reason = tiles.supports(launch, choice, arch)
+    if reason is not None:
+        raise RuntimeError(f"{choice.schedule} with tile {choice.tile} cannot run this call: {reason}")
+    return choice
 
 
 @functools.lru_cache(maxsize=4096)
-def best(problem: Problem, arch: Arch, backward: bool, schedule: str) -> Choice:
-    """``choose`` under a schedule: "auto", "one_pass" or "split"."""
-    cheapest, reasons = None, []
-    for one_pass in (True, False):
-        if schedule not in ("auto", "one_pass" if one_pass else "split"):
-            continue
-        launch = Pass(problem, backward, one_pass)
-        for tile in tiles.shipped(problem.dtype, arch.name):
-            reason = tiles.supports(launch, tile, arch)
-            if reason is not None:
-                reasons.append(reason)
-                continue
-            cost = tiles.estimate(launch, tile, arch)
-            if cheapest is None or cost < cheapest[0]:
-                cheapest = cost, Choice(launch, tile)
-    if cheapest is None:
-        raise RuntimeError(f"PEFTKERN_SCHEDULE={schedule} cannot run this call: {reasons[0]}")
-    return cheapest[1]
+def _choose(launch: Pass, arch: Arch, schedule: str) -> Choice:
+    if schedule == "auto":
+        for table in tables.tables(arch.name):
+            choice = table.lookup(launch)
+            if choice is not None and tiles.supports(launch, choice, arch) is None:
+                return choice
+    legal = [choice for choice in tiles.choices(launch, arch) if schedule in ("auto", choice.schedule)]
+    if not legal:
+        reasons = tiles.refusals(launch, arch)
+        reason = reasons.get(schedule, "; ".join(f"{name}: {text}" for name, text in reasons.items()))
+        raise RuntimeError(f"PEFTKERN_SCHEDULE={schedule} cannot run this call: {reason}")
+    return min(legal, key=lambda choice: estimate(launch, choice, arch))
+
+
+def forget() -> None:
+    """Make the next call look at the environment and the tables again."""
+    _choose.cache_clear()
+    tables.tables.cache_clear()

@@ -1,19 +1,27 @@
-"""Tiles as data: what one is, which are legal, which are shipped, and what each would cost. No Triton here."""
+"""Schedules and tiles as data: what one is, which are legal, which are shipped. No Triton here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from peftkern._env import SCHEDULES
+from peftkern.backends.triton.arch import Arch
 from peftkern.ops.problem import Problem
 
 MAX_R = 512
+COUNTERS = 2**16  # int32 counters of a launch's protocol: two, and one a block
+RECOMPUTE, SHARED, SPLIT, LIBRARY = SCHEDULES
 
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
-    """The tile of one launch of ``fused``: M x P produced, Q contracted a step."""
+    """The tile of one launch of ``fused``: M x P produced, Q contracted a step.
+
+    GROUP_M rows of tiles walk together; SUBTILES column blocks in the epilogue; SLICES of Q; ``resident`` programs a
+    compute unit (0: one program a tile); ``tma``: operands by descriptors where their alignment allows.
+    """
 
     BLOCK_M: int
     BLOCK_P: int
@@ -21,19 +29,27 @@ class TileConfig:
     num_warps: int
     num_stages: int
     GROUP_M: int = 8
+    SUBTILES: int = 1
+    SLICES: int = 1
+    resident: int = 0
+    tma: bool = False
 
     def __str__(self) -> str:
-        shape = f"{self.BLOCK_M}x{self.BLOCK_P}x{self.BLOCK_Q}"
-        return f"{shape} warps={self.num_warps} stages={self.num_stages} group={self.GROUP_M}"
+        text = f"{self.BLOCK_M}x{self.BLOCK_P}x{self.BLOCK_Q} warps={self.num_warps} stages={self.num_stages}"
+        text += f" group={self.GROUP_M}"
+        for name, value, usual in (
+            ("subtiles", self.SUBTILES, 1), ("slices", self.SLICES, 1), ("resident", self.resident, 0)
+        ):  # fmt: skip
+            text += f" {name}={value}" if value != usual else ""
+        return text + (" tma" if self.tma else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One launch of ``fused`` as the tile sees it: the problem, the direction, and where T comes from."""
+    """One direction of a problem, as a schedule and a tile see it."""
 
     problem: Problem
     backward: bool
-    one_pass: bool
 
     @property
     def P(self) -> int:
@@ -45,49 +61,75 @@ class Pass:
         """Columns contracted."""
         return self.problem.N if self.backward else self.problem.K
 
+    @property
+    def masks_out(self) -> bool:
+        """Whether the dropout mask falls on the low-rank product, not on X."""
+        return self.backward and self.problem.dropout
+
+    @property
+    def masks_in(self) -> bool:
+        """Whether the dropout mask falls on X."""
+        return self.problem.dropout and not self.backward
+
 
 @dataclass(frozen=True, slots=True)
-class Arch:
-    """What the model of a chip needs: compute units, shared memory a block, 16-bit FLOP/s, bytes/s, clock.
+class Choice:
+    """How one direction of a problem is run."""
 
-    ``one_pass_R`` is the largest rank whose low-rank accumulator fits into registers beside Z's, from compiled kernels.
-    """
+    schedule: str
+    tile: TileConfig
 
-    name: str
-    units: int
-    shared_memory: int
-    flops: float
-    bandwidth: float
-    clock: float
-    warp: int = 32
-    one_pass_R: int = 64
+    @property
+    def one_pass(self) -> bool:
+        """Whether T is accumulated beside Z."""
+        return self.schedule in (RECOMPUTE, SHARED)
 
 
-ARCHES = {
-    "sm_80": Arch("sm_80", 108, 163 * 1024, 280e12, 1.7e12, 1.4e9, one_pass_R=16),
-    "sm_90": Arch("sm_90", 132, 227 * 1024, 790e12, 4.3e12, 1.7e9),
-    "sm_100": Arch("sm_100", 148, 227 * 1024, 1600e12, 7.0e12, 1.8e9),
-    "gfx942": Arch("gfx942", 304, 64 * 1024, 900e12, 4.5e12, 2.1e9, warp=64),
-    "interpreter": Arch("interpreter", 4, 163 * 1024, 1e9, 1e9, 1e9),
-}
-
-_SMALL = (TileConfig(16, 64, 128, 4, 4), TileConfig(32, 64, 64, 4, 4), TileConfig(64, 64, 64, 4, 3))
+# (M, P, Q, warps, stages): the product's tile; ``_variants`` makes each schedule's of it.
+_SMALL = ((16, 64, 128, 4, 4), (32, 64, 64, 4, 4), (64, 64, 64, 4, 3))
 _SHIPPED = {
-    "sm_80": (*_SMALL, TileConfig(64, 128, 32, 8, 4), TileConfig(128, 128, 32, 8, 4)),
-    "sm_90": (*_SMALL, TileConfig(64, 128, 64, 4, 4), TileConfig(128, 128, 64, 8, 4), TileConfig(128, 256, 64, 8, 3)),
-    "sm_100": (*_SMALL, TileConfig(128, 128, 64, 8, 4)),
-    "gfx942": (TileConfig(16, 64, 64, 4, 2), TileConfig(64, 64, 32, 4, 2), TileConfig(128, 128, 32, 8, 2)),
-    "interpreter": (TileConfig(32, 128, 64, 8, 1, 2),),
+    "sm_80": (*_SMALL, (64, 128, 32, 8, 4), (128, 128, 32, 8, 4)),
+    "sm_90": (*_SMALL, (64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3)),
+    "sm_100": (*_SMALL, (128, 128, 64, 8, 4)),
+    "gfx942": ((16, 64, 64, 4, 2), (64, 64, 32, 4, 2), (128, 128, 32, 8, 2)),
+    "interpreter": ((32, 128, 64, 8, 1),),
 }
 # fp32 is multiplied without tensor cores unless torch's switch allows TF32.
-_SHIPPED_FP32 = (TileConfig(16, 32, 32, 4, 2), TileConfig(64, 64, 32, 8, 2))
+_SHIPPED_FP32 = ((16, 32, 32, 4, 2), (64, 64, 32, 8, 2))
+_SLICES = (1, 2, 4, 8, 16)
 
 
-def shipped(dtype: torch.dtype, arch: str) -> tuple[TileConfig, ...]:
-    """The tiles to choose from."""
-    if dtype == torch.float32 and arch != "interpreter":
-        return _SHIPPED_FP32
-    return _SHIPPED[arch]
+def choices(launch: Pass, arch: Arch) -> list[Choice]:
+    """Every legal choice among the shipped tiles, schedule by schedule."""
+    made = [Choice(schedule, tile) for schedule in SCHEDULES for tile in _variants(schedule, launch, arch)]
+    return [choice for choice in made if supports(launch, choice, arch) is None]
+
+
+def refusals(launch: Pass, arch: Arch) -> dict[str, str]:
+    """Each schedule that has no legal tile here, with the reason of its last one."""
+    reasons = {}
+    for schedule in SCHEDULES:
+        found = [supports(launch, Choice(schedule, tile), arch) for tile in _variants(schedule, launch, arch)]
+        if None not in found:
+            reasons[schedule] = str(found[-1])
+    return reasons
+
+
+def _variants(schedule: str, launch: Pass, arch: Arch) -> list[TileConfig]:
+    """The shipped tiles as a schedule runs them."""
+    narrow = launch.problem.dtype != torch.float32 or arch.name == "interpreter"
+    made = []
+    for shape in _SHIPPED[arch.name] if narrow else _SHIPPED_FP32:
+        tile = TileConfig(*shape)
+        if tile.BLOCK_M >= 64 and narrow and arch.name != "interpreter":
+            tile = replace(tile, tma=arch.tma, SUBTILES=max(1, tile.BLOCK_P // 64))
+        if schedule == SHARED:
+            made.append(replace(tile, resident=1 if tile.BLOCK_P >= 128 else 2))
+        elif schedule == RECOMPUTE and tile.BLOCK_M == 16:
+            made += [replace(tile, SLICES=slices) for slices in _SLICES]
+        else:
+            made.append(tile)
+    return made
 
 
 def padded(R: int) -> int:
@@ -100,101 +142,122 @@ def rank_block(R: int) -> int:
     return min(padded(R), 64)
 
 
-def fused_rank_block(launch: Pass) -> int:
+def fused_rank_block(problem: Problem, choice: Choice) -> int:
     """How much of R one step of ``fused`` holds: all of it where T is accumulated, little where T is read."""
-    if launch.one_pass:
-        return padded(launch.problem.R)
-    return min(padded(launch.problem.R), 16 if launch.problem.precision == "fp32" else 32)
+    if choice.one_pass:
+        return padded(problem.R)
+    return min(padded(problem.R), 16 if problem.precision == "fp32" else 32)
 
 
-def supports(launch: Pass, tile: TileConfig, arch: Arch) -> str | None:
-    """Why ``tile`` cannot run this launch on ``arch``, or None: the one legality predicate."""
-    problem = launch.problem
-    blocks = (tile.BLOCK_M, tile.BLOCK_P, tile.BLOCK_Q)
+def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
+    """Why ``choice`` cannot run this direction on ``arch``, or None: the one legality predicate."""
+    tile = choice.tile
+    blocks = (tile.BLOCK_M, tile.BLOCK_P // tile.SUBTILES, tile.BLOCK_Q)
     if any(block < 16 or block & (block - 1) for block in blocks):
         return f"blocks {blocks} are not powers of two of at least 16"
-    if launch.one_pass and problem.R > arch.one_pass_R:
-        return f"one_pass keeps T in registers, which R={problem.R} > {arch.one_pass_R} does not allow on {arch.name}"
-    registers = registers_needed(launch, tile, arch)
+    if choice.schedule not in SCHEDULES:
+        return f"there is no schedule {choice.schedule!r}"
+    reason = _protocol_refusal(launch, choice, arch)
+    if reason is not None:
+        return reason
+    R = launch.problem.R
+    if choice.one_pass and R > arch.one_pass_R:
+        return f"one_pass keeps T in registers, which R={R} > {arch.one_pass_R} does not allow on {arch.name}"
+    registers = registers_needed(launch, choice, arch)
     if registers > 165:
         return f"about {registers} registers a thread for what a {tile} tile keeps alive leave too few for the rest"
-    needed = shared_memory(launch, tile)
+    needed = shared_memory(launch, choice)
     if needed > arch.shared_memory:
         return f"a {tile} tile needs about {needed} bytes of shared memory, {arch.name} has {arch.shared_memory}"
     return None
 
 
-def registers_needed(launch: Pass, tile: TileConfig, arch: Arch) -> int:
+def _protocol_refusal(launch: Pass, choice: Choice, arch: Arch) -> str | None:
+    """What the programs of one launch would have to do together, and cannot."""
+    tile, problem = choice.tile, launch.problem
+    tiles_m, tiles_p = -(-problem.M // tile.BLOCK_M), -(-launch.P // tile.BLOCK_P)
+    if tile.SLICES > 1 and choice.schedule != RECOMPUTE:
+        return f"{choice.schedule} does not slice Q"
+    if tile.SLICES > -(-launch.Q // tile.BLOCK_Q):
+        return f"Q={launch.Q} has fewer than {tile.SLICES} steps of {tile.BLOCK_Q}"
+    if choice.schedule != SHARED and tile.SLICES == 1:
+        return None
+    what = f"{choice.schedule} with {tile.SLICES} slices"
+    if not arch.protocols:
+        return f"{what} needs one program to see what another stored, which {arch.name}'s binaries do not ensure"
+    if choice.schedule == SHARED and tile.resident == 0:
+        return f"{what} needs a persistent grid"
+    if choice.schedule == SHARED and tiles_p == 1:
+        return f"{what} has nothing to share where P={launch.P} is one tile"
+    blocks = tiles_m if choice.schedule == SHARED else tiles_m * tiles_p
+    if blocks > COUNTERS - 2:
+        return f"{what} needs {blocks} counters, there are {COUNTERS - 2}"
+    return None
+
+
+def registers_needed(launch: Pass, choice: Choice, arch: Arch) -> int:
     """Registers a thread of the accumulators, and allowances for what else is alive, fitted to compiled kernels."""
-    problem, threads = launch.problem, arch.warp * tile.num_warps
-    produced = tile.BLOCK_M * tile.BLOCK_P // threads
-    total = produced
-    if launch.backward and problem.dropout:
-        total += produced if launch.one_pass else 40  # the low-rank product is masked before it is added
-    if launch.one_pass:
+    problem, tile = launch.problem, choice.tile
+    threads = arch.warp * tile.num_warps
+    total = produced = tile.BLOCK_M * tile.BLOCK_P // threads
+    if launch.masks_out:  # the low-rank product is masked before it is added
+        total += produced // tile.SUBTILES
+    if choice.one_pass:
         rank = padded(problem.R)
         total += tile.BLOCK_M * rank // threads
         if problem.adapter_dtype != problem.dtype:  # the factor passes through registers, to be rounded or split
             total += tile.BLOCK_Q * rank // threads * (3 if problem.precision == "fp32" else 2)
-        if problem.dropout and not launch.backward:  # so does x, to be masked
+        if launch.masks_in:  # so does x, to be masked
             total += tile.BLOCK_M * tile.BLOCK_Q // threads // 2
         if problem.weight_format != "dense":
             total += 8
     return total
 
 
-def shared_memory(launch: Pass, tile: TileConfig) -> int:
+def shared_memory(launch: Pass, choice: Choice) -> int:
     """Bytes of the operand buffers of the main loop."""
-    problem = launch.problem
-    size = problem.dtype.itemsize
-    stage = tile.BLOCK_Q * (tile.BLOCK_M + tile.BLOCK_P) * size
-    if launch.one_pass:
+    problem, tile = launch.problem, choice.tile
+    stage = tile.BLOCK_Q * (tile.BLOCK_M + tile.BLOCK_P) * problem.dtype.itemsize
+    if choice.one_pass:
         stage += tile.BLOCK_Q * padded(problem.R) * problem.adapter_dtype.itemsize
     return stage * max(1, tile.num_stages)
 
 
-def estimate(launch: Pass, tile: TileConfig, arch: Arch) -> float:
-    """Seconds that the launch, and the ``shrink`` that it needs unless it is one_pass, would take.
+@dataclass(frozen=True, slots=True)
+class ThinConfig:
+    """The tile of ``shrink`` (rows, contracted columns, slices of Q) or of ``grad`` (rows, columns, runs of rows)."""
 
-    A model, for choosing only: whole waves of tiles, each bound by its multiplications and its mask arithmetic, or the
-    memory traffic of all; a launch of ``shrink`` reads X once more.
-    """
-    problem, P, Q = launch.problem, launch.P, launch.Q
-    size = problem.dtype.itemsize
-    weight_size = size if problem.weight_format == "dense" else 1
-    tiles = -(-problem.M // tile.BLOCK_M) * -(-P // tile.BLOCK_P)
-    waves = -(-tiles // arch.units)
-    peak = arch.flops / arch.units / (1 if size == 2 else 8)
-    # Loading a tile's operands costs as much time as multiplying them near 128 x 128.
-    efficiency = tile.BLOCK_M * tile.BLOCK_P / (tile.BLOCK_M * tile.BLOCK_P + 32 * (tile.BLOCK_M + tile.BLOCK_P))
-    columns = tile.BLOCK_P + (padded(problem.R) if launch.one_pass else 0)
-    per_tile = 2 * tile.BLOCK_M * columns * Q / (peak * efficiency)
-    mask = 14 / (4 * arch.warp * arch.clock)  # seconds per element on one unit
-    if problem.dropout and launch.backward:
-        per_tile += tile.BLOCK_M * tile.BLOCK_P * mask
-    elif problem.dropout and launch.one_pass:
-        per_tile += tile.BLOCK_M * Q * mask
-    traffic = (problem.M * (Q + P) * size + P * Q * weight_size) / arch.bandwidth
-    seconds = max(waves * per_tile, traffic)
-    if not launch.one_pass:
-        masked = problem.M * Q * mask / arch.units if problem.dropout and not launch.backward else 0.0
-        seconds += 4e-6 + max(problem.M * Q * size / arch.bandwidth, masked)
-    return seconds
+    BLOCK_M: int
+    BLOCK_COLS: int
+    num_warps: int
+    num_stages: int
+    SLICES: int = 1
+
+    def __str__(self) -> str:
+        slices = f" slices={self.SLICES}" if self.SLICES > 1 else ""
+        return f"{self.BLOCK_M}x{self.BLOCK_COLS} warps={self.num_warps} stages={self.num_stages}{slices}"
 
 
-def shrink_tile(dtype: torch.dtype, arch: Arch) -> TileConfig:
-    """``shrink`` reads X once and multiplies little: few rows each, for programs enough. BLOCK_P is unused."""
+def shrink_tile(launch: Pass, arch: Arch) -> ThinConfig:
+    """``shrink`` reads X once and multiplies little: few rows each, and slices of Q, for programs enough."""
+    problem, Q = launch.problem, launch.Q
     if arch.name == "interpreter":
-        return TileConfig(64, 16, 64, 8, 1)
-    return TileConfig(32, 16, 64, 4, 2 if arch.name == "gfx942" or dtype == torch.float32 else 4)
+        return ThinConfig(64, 64, 8, 1)
+    rows = 16 if problem.M <= 16 else 32
+    programs = -(-problem.M // rows) * -(-problem.R // rank_block(problem.R))
+    slices = 1
+    while arch.protocols and programs * slices < arch.units and slices * 2 * 256 <= Q and slices < 16:
+        slices *= 2
+    stages = 2 if arch.name == "gfx942" or problem.dtype == torch.float32 else 4
+    return ThinConfig(rows, 64, 4, stages, slices if programs <= COUNTERS - 2 else 1)
 
 
-def grad_tile(dtype: torch.dtype, R: int, arch: Arch) -> TileConfig:
-    """``grad``: BLOCK_M rows a step, BLOCK_P columns of wide. BLOCK_Q is unused."""
+def grad_tile(dtype: torch.dtype, R: int, with_t: bool, arch: Arch) -> ThinConfig:
+    """``grad``: BLOCK_M rows a step, BLOCK_COLS columns of wide."""
     if arch.name == "interpreter":
-        return TileConfig(32, 128, 16, 8, 1)
+        return ThinConfig(32, 128, 8, 1)
     if dtype == torch.float32:
-        return TileConfig(32, 64, 16, 4, 2)
+        return ThinConfig(32, 64, 4, 2)
     wide_rank = rank_block(R) == 64
-    rows = 32 if wide_rank and arch.name == "sm_80" else 64
-    return TileConfig(rows, 128, 16, 8 if wide_rank else 4, 2 if arch.name == "gfx942" else 3)
+    rows = 32 if with_t or (wide_rank and arch.name == "sm_80") else 64
+    return ThinConfig(rows, 128, 8 if wide_rank else 4, 2 if arch.name == "gfx942" else 3)

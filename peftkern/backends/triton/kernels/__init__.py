@@ -1,1 +1,1 @@
-"""The three kernel bodies, their plugs, and the helpers both share. Only ``launch.py`` imports the bodies."""
+"""The three kernel bodies, their plugs, and the helpers both share. Only ``launch`` imports the bodies."""

@@ -4,64 +4,104 @@
     Z[M, P] = X[M, Q] · op(W) + c · D_out(T · G^T) + columns       G: second low-rank factor, [P, R]
 
 Forward: P = N, Q = K, op(W) = W^T, (F, G) = (A, B), dropout is D_in.  Backward (dx): P = K, Q = N, op(W) = W,
-(F, G) = (B^T, A^T), dropout is D_out (``MASK_OUT``). ``T_READY``: T was written by ``shrink`` and its product starts
-the accumulator; otherwise T is accumulated beside Z, and the programs of the first tile column store it. T leaves
-without c, in fp32; ``t_scale`` is D_in's scale and c carries D_out's.
+(F, G) = (B^T, A^T), dropout is D_out (``MASK_OUT``). T leaves without c, in fp32; ``t_scale`` is D_in's scale and c
+carries D_out's. ``SOURCE`` says where a tile has T from:
+
+    "recompute"  accumulated beside Z in every tile; those of the first column store it
+    "shared"     accumulated by the first tile of a row block, which publishes it; the others wait in their epilogue
+    "ready"      written by ``shrink`` before (``DEPENDENT``: perhaps still being written while the main loop runs)
+    "library"    as "ready", and Z holds the frozen product already
+
+``SLICES`` > 1 ("recompute", few rows): Q is cut into slices, T G^T is linear in T, so each slice's tile carries its own
+part of both; the slice that arrives last adds them up in their order.
 """
 
 import triton
 import triton.language as tl
 
-from peftkern.backends.triton.kernels.dot import dot
-from peftkern.backends.triton.kernels.tile import load_scaling, load_tile, store_tile
-from peftkern.backends.triton.kernels.tile_order import grouped
+from peftkern.backends.triton.kernels.contract import contract, contract_with_thin
+from peftkern.backends.triton.kernels.finish import add_low_rank, finish
+from peftkern.backends.triton.kernels.matrix import load_block, load_scaling, store_block, sum_slices
+from peftkern.backends.triton.kernels.protocol import arrived_last, await_block, publish, retire, take_ticket
+from peftkern.backends.triton.kernels.tile_order import grouped, producers_first
 
 
 @triton.jit(do_not_specialize=["M"])
 def fused(
-    X, stride_xm, stride_xq, Z, T, F, stride_fr, stride_fq, G, stride_gp, stride_gr,
-    w_operands, drop_operands, column_operands,
-    t_scale, scaling, scaling_tensor, M, P, Q, R,
+    X, x_strides, W, w_operands, Z, z_strides, T, F, f_strides, G, g_strides,
+    drop_operands, column_operands, counters, PARTIALS, t_scale, scaling, scaling_tensor, M, P, Q, R,
     LOAD_W: tl.constexpr, DROP: tl.constexpr, ADAPTER: tl.constexpr, EPILOGUE: tl.constexpr,
-    T_READY: tl.constexpr, BACKWARD: tl.constexpr, MASK_OUT: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    SOURCE: tl.constexpr, BACKWARD: tl.constexpr, MASK_OUT: tl.constexpr, DEPENDENT: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of Z."""
-    tile_m, tile_p = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(P, BLOCK_P), GROUP_M)
-    m0, p0 = tile_m * BLOCK_M, tile_p * BLOCK_P
+    """Tiles of Z: as many as there are tickets for ("shared"), or every num_programs-th."""
     c = load_scaling(scaling, scaling_tensor)
-    acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-    t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    tiles_m, tiles_p = tl.cdiv(M, BLOCK_M), tl.cdiv(P, BLOCK_P)
 
-    if T_READY:
-        for r0 in tl.range(0, R, BLOCK_R, num_stages=1):  # its buffers are the main loop's to use
-            t = load_tile(T, R, 1, m0, r0, M, R, BLOCK_M, BLOCK_R)
-            g = load_tile(G, stride_gr, stride_gp, r0, p0, R, P, BLOCK_R, BLOCK_P)
-            acc = ADAPTER(t * c, g, acc, DTYPE, PRECISION)
-        if MASK_OUT:
-            acc = DROP(drop_operands, acc, m0, p0, BLOCK_M, BLOCK_P)
+    if SOURCE == "shared":
+        ticket = take_ticket(counters)
+        while ticket < tiles_m * tiles_p:
+            tile_m, tile_p = producers_first(ticket, tiles_m, tiles_p, GROUP_M)
+            m0, p0 = tile_m * BLOCK_M, tile_p * BLOCK_P
+            if tile_p == 0:
+                acc, t = contract_with_thin(
+                    X, x_strides, W, w_operands, F, f_strides, drop_operands, m0, p0, 0, Q, M, P, Q, R,
+                    LOAD_W, DROP, ADAPTER, BACKWARD, not MASK_OUT, DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                )  # fmt: skip
+                t *= t_scale
+                store_block(T, (R, 1), t, m0, 0, M, R, BLOCK_M, BLOCK_R)
+                publish(counters, tile_m)
+            else:
+                acc = contract(X, x_strides, W, w_operands, m0, p0, 0, Q, M, P, Q, LOAD_W, BACKWARD, DTYPE, PRECISION,
+                               BLOCK_M, BLOCK_P, BLOCK_Q)  # fmt: skip
+                await_block(counters, tile_m, tiles_p - 1)
+                t = load_block(T, (R, 1), m0, 0, M, R, BLOCK_M, BLOCK_R)
+            finish(acc, t, T, Z, z_strides, G, g_strides, drop_operands, column_operands, c, m0, p0, M, P, R,
+                   DROP, ADAPTER, EPILOGUE, False, MASK_OUT, DTYPE, PRECISION,
+                   BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip
+            ticket = take_ticket(counters)
+        retire(counters)
+    else:
+        for item in tl.range(tl.program_id(0), tiles_m * tiles_p * SLICES, tl.num_programs(0)):
+            tile_m, tile_p = grouped(item // SLICES, tiles_m, tiles_p, GROUP_M)
+            m0, p0 = tile_m * BLOCK_M, tile_p * BLOCK_P
+            if SOURCE == "recompute":
+                steps = tl.cdiv(tl.cdiv(Q, BLOCK_Q), SLICES) * BLOCK_Q
+                begin = item % SLICES * steps
+                acc, t = contract_with_thin(
+                    X, x_strides, W, w_operands, F, f_strides, drop_operands, m0, p0,
+                    begin, tl.minimum(begin + steps, Q), M, P, Q, R,
+                    LOAD_W, DROP, ADAPTER, BACKWARD, not MASK_OUT, DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                )  # fmt: skip
+                t *= t_scale
+                rows_of_t = tl.where(tile_p == 0, M, 0)
+            else:
+                t = 0.0
+                if SOURCE == "library":
+                    acc = load_block(Z, z_strides, m0, p0, M, P, BLOCK_M, BLOCK_P).to(tl.float32)
+                else:
+                    acc = contract(X, x_strides, W, w_operands, m0, p0, 0, Q, M, P, Q, LOAD_W, BACKWARD, DTYPE,
+                                   PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q)  # fmt: skip
+                if DEPENDENT:
+                    tl.extra.cuda.gdc_wait()
 
-    for q0 in range(0, Q, BLOCK_Q):
-        x = load_tile(X, stride_xm, stride_xq, m0, q0, M, Q, BLOCK_M, BLOCK_Q)
-        w = LOAD_W(w_operands, q0, p0, Q, P, BLOCK_Q, BLOCK_P, BACKWARD, DTYPE)
-        acc = dot(x, w, acc, PRECISION)
-        if not T_READY:
-            f = load_tile(F, stride_fq, stride_fr, q0, 0, Q, R, BLOCK_Q, BLOCK_R)
-            if not MASK_OUT:
-                x = DROP(drop_operands, x, m0, q0, BLOCK_M, BLOCK_Q)
-            t = ADAPTER(x, f, t, DTYPE, PRECISION)
-
-    if not T_READY:
-        t *= t_scale
-        store_tile(T, R, t, m0, 0, tl.where(tile_p == 0, M, 0), R, BLOCK_M, BLOCK_R)
-        g = load_tile(G, stride_gr, stride_gp, 0, p0, R, P, BLOCK_R, BLOCK_P)
-        if MASK_OUT:
-            low = ADAPTER(t * c, g, tl.zeros((BLOCK_M, BLOCK_P), tl.float32), DTYPE, PRECISION)
-            acc += DROP(drop_operands, low, m0, p0, BLOCK_M, BLOCK_P)
-        else:
-            acc = ADAPTER(t * c, g, acc, DTYPE, PRECISION)
-
-    acc = EPILOGUE(column_operands, acc, p0, P, c, BLOCK_P)
-    store_tile(Z, P, acc, m0, p0, M, P, BLOCK_M, BLOCK_P)
+            if SLICES > 1:
+                acc = add_low_rank(acc, t, T, G, g_strides, drop_operands, c, m0, p0, M, P, R, DROP, ADAPTER,
+                                   False, MASK_OUT, DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_R)  # fmt: skip
+                distance = tl.cast(M, tl.int64) * (P + R)
+                mine = PARTIALS + item % SLICES * distance
+                store_block(mine, (P + R, 1), acc, m0, p0, M, P, BLOCK_M, BLOCK_P)
+                store_block(mine + P, (P + R, 1), t, m0, 0, rows_of_t, R, BLOCK_M, BLOCK_R)
+                if arrived_last(counters, item // SLICES, SLICES):
+                    acc = sum_slices(PARTIALS, (P + R, 1), SLICES, distance, m0, p0, M, P, BLOCK_M, BLOCK_P)
+                    acc = EPILOGUE(column_operands, acc, p0, P, c, BLOCK_P)
+                    store_block(Z, z_strides, acc, m0, p0, M, P, BLOCK_M, BLOCK_P)
+                    t = sum_slices(PARTIALS + P, (P + R, 1), SLICES, distance, m0, 0, rows_of_t, R, BLOCK_M, BLOCK_R)
+                    store_block(T, (R, 1), t, m0, 0, rows_of_t, R, BLOCK_M, BLOCK_R)
+            else:
+                if SOURCE == "recompute":
+                    store_block(T, (R, 1), t, m0, 0, rows_of_t, R, BLOCK_M, BLOCK_R)
+                finish(acc, t, T, Z, z_strides, G, g_strides, drop_operands, column_operands, c, m0, p0, M, P, R,
+                       DROP, ADAPTER, EPILOGUE, SOURCE != "recompute", MASK_OUT, DTYPE, PRECISION,
+                       BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip

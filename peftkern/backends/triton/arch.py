@@ -1,0 +1,72 @@
+"""What is known of a chip: the figures of the cost model, and what its binaries can and cannot do. No Triton here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arch:
+    """One chip.
+
+    Args:
+        name: of the shipped table and of the compile target.
+        units: compute units (SMs, CUs).
+        shared_memory: bytes a block may have.
+        flops, bandwidth, clock: 16-bit FLOP/s, bytes/s, Hz; for the cost model.
+        warp: threads a warp.
+        one_pass_R: the largest rank whose low-rank accumulator fits into registers beside Z's, from compiled kernels.
+        protocols: whether a program's stores are complete before its flag is released. On gfx942 the binary does not wait
+            for the other waves' stores.
+        tma: whether tensor descriptors become bulk copies.
+        dependent_launch: whether a launch may begin before the one it depends on ends.
+    """
+
+    name: str
+    units: int
+    shared_memory: int
+    flops: float
+    bandwidth: float
+    clock: float
+    warp: int = 32
+    one_pass_R: int = 64
+    protocols: bool = True
+    tma: bool = False
+    dependent_launch: bool = False
+
+
+ARCHES = {
+    arch.name: arch
+    for arch in (
+        Arch("sm_80", 108, 163 * 1024, 280e12, 1.7e12, 1.4e9, one_pass_R=16),
+        Arch("sm_90", 132, 227 * 1024, 790e12, 4.3e12, 1.7e9, tma=True, dependent_launch=True),
+        Arch("sm_100", 148, 227 * 1024, 1600e12, 7.0e12, 1.8e9, tma=True, dependent_launch=True),
+        Arch("gfx942", 304, 64 * 1024, 900e12, 4.5e12, 2.1e9, warp=64, protocols=False),
+        Arch("interpreter", 4, 163 * 1024, 1e9, 1e9, 1e9, tma=True),
+    )
+}
+
+
+@functools.cache
+def arch_of(device: torch.device) -> Arch:
+    """The chip behind a device: its nearest known relative, with the device's own units and shared memory."""
+    if device.type != "cuda":
+        return ARCHES["interpreter"]
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return dataclasses.replace(ARCHES["gfx942"], units=properties.multi_processor_count)
+    return nvidia((properties.major, properties.minor), properties.multi_processor_count,
+                  properties.shared_memory_per_block_optin)  # fmt: skip
+
+
+def nvidia(capability: tuple[int, int], units: int, shared_memory: int) -> Arch:
+    """The nearest known relative of an NVIDIA chip. Consumer Blackwell (12.x) multiplies as sm_80 does."""
+    relative = ARCHES["sm_90" if capability[0] == 9 else "sm_100" if capability[0] == 10 else "sm_80"]
+    scale = units / relative.units
+    return dataclasses.replace(
+        relative, units=units, shared_memory=shared_memory, flops=relative.flops * scale,
+        bandwidth=relative.bandwidth * min(1.0, scale),
+    )  # fmt: skip

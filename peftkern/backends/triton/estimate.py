@@ -1,0 +1,73 @@
+"""The analytic cost of a choice, for chips that nobody has tuned. A model, for choosing only; never quoted as a time."""
+
+from __future__ import annotations
+
+from peftkern.backends.triton import tiles
+from peftkern.backends.triton.arch import Arch
+from peftkern.backends.triton.tiles import LIBRARY, RECOMPUTE, SHARED, Choice, Pass, TileConfig
+
+_LAUNCH = 2e-6  # seconds between dependent launches
+_MASK = 14  # instructions an element
+
+
+def estimate(launch: Pass, choice: Choice, arch: Arch) -> float:
+    """Seconds of one direction: whole waves of tiles, each bound by its multiplications and its mask arithmetic, or the
+    memory traffic of all; then what the schedule adds to the frozen product.
+    """
+    problem, tile, P, Q = launch.problem, choice.tile, launch.P, launch.Q
+    size = problem.dtype.itemsize
+    tiles_m, tiles_p = -(-problem.M // tile.BLOCK_M), -(-P // tile.BLOCK_P)
+    per_tile = _tile_seconds(launch, tile, arch)
+    thin = per_tile * tiles.padded(problem.R) / tile.BLOCK_P
+    mask = _MASK / (4 * arch.warp * arch.clock)  # seconds an element on one unit
+    thin_masked = thin + (tile.BLOCK_M * Q * mask / tile.SLICES if launch.masks_in else 0.0)
+    out_mask = tile.BLOCK_M * tile.BLOCK_P * mask if launch.masks_out else 0.0
+    once = 0.0
+    if choice.schedule == RECOMPUTE:
+        per_tile += thin_masked
+    elif choice.schedule == SHARED:  # producers come first: what they take longer, their readers wait once
+        once = thin_masked * -(-tiles_m // (arch.units * tile.resident)) + _LAUNCH
+    else:
+        once = _shrink_seconds(launch, arch) + (0.5 if arch.dependent_launch else 1.0) * _LAUNCH
+    if choice.schedule == LIBRARY:
+        product = max(2 * problem.M * P * Q / _peak(launch, arch), _traffic(launch) / arch.bandwidth)
+        return once + product + _LAUNCH + 2 * problem.M * P * size / arch.bandwidth
+    waves = -(-tiles_m * tiles_p * tile.SLICES // arch.units)
+    seconds = max(waves * (per_tile / tile.SLICES + out_mask), _traffic(launch) / arch.bandwidth / _fill(launch, tile, arch))
+    if tile.SLICES > 1:
+        once += _LAUNCH / 2 + 2 * tile.SLICES * problem.M * P * 4 / arch.bandwidth
+    return seconds + once
+
+
+def _peak(launch: Pass, arch: Arch) -> float:
+    return arch.flops / (1 if launch.problem.dtype.itemsize == 2 else 8)
+
+
+def _tile_seconds(launch: Pass, tile: TileConfig, arch: Arch) -> float:
+    """One whole tile of the product on one unit; loading its operands costs as much as multiplying near 128 x 128."""
+    area = tile.BLOCK_M * tile.BLOCK_P
+    efficiency = area / (area + 32 * (tile.BLOCK_M + tile.BLOCK_P))
+    return 2 * area * launch.Q / (_peak(launch, arch) / arch.units * efficiency)
+
+
+def _traffic(launch: Pass) -> float:
+    """Bytes of the frozen product."""
+    problem, P, Q = launch.problem, launch.P, launch.Q
+    size = problem.dtype.itemsize
+    weight = size if problem.weight_format == "dense" else 1
+    return problem.M * (Q + P) * size + P * Q * weight
+
+
+def _fill(launch: Pass, tile: TileConfig, arch: Arch) -> float:
+    """The share of the memory bandwidth that the programs in flight can ask for."""
+    programs = -(-launch.problem.M // tile.BLOCK_M) * -(-launch.P // tile.BLOCK_P) * tile.SLICES
+    return min(1.0, programs / (2 * arch.units))
+
+
+def _shrink_seconds(launch: Pass, arch: Arch) -> float:
+    problem = launch.problem
+    elements = problem.M * launch.Q
+    tile = tiles.shrink_tile(launch, arch)
+    fill = min(1.0, -(-problem.M // tile.BLOCK_M) * tile.SLICES / arch.units)
+    masked = elements * _MASK / (4 * arch.warp * arch.clock) / arch.units if launch.masks_in else 0.0
+    return max(elements * problem.dtype.itemsize / arch.bandwidth, masked) / fill

@@ -1,0 +1,11 @@
+"""From operands to launches: strides, plugs, grids. The only importer of the kernel bodies.
+
+A builder returns a ``Launch`` with the arguments exactly as Triton gets them; ``run`` starts it, ``inspect_kernels``
+compiles the same object for chips that are not here, and ``peftkern.testing.traffic`` counts what it moves.
+"""
+
+from peftkern.backends.triton.launch.gradients import Gradient, grad, reduce
+from peftkern.backends.triton.launch.operands import Direction, Launch, VendorProduct, loads
+from peftkern.backends.triton.launch.produce import fused, shrink
+
+__all__ = ["Direction", "Gradient", "Launch", "VendorProduct", "fused", "grad", "loads", "reduce", "shrink"]

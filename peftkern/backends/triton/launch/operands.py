@@ -1,0 +1,206 @@
+"""What every builder needs: the launch record, one direction's operands, and the plugs that they select."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from peftkern import dropout
+from peftkern.backends.triton.kernels import adapter, epilogue, weight_load
+from peftkern.backends.triton.kernels import dropout as drop
+from peftkern.backends.triton.tiles import COUNTERS
+from peftkern.ops.problem import LoRAOperands
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_LOADERS = {"dense": weight_load.dense, "int8": weight_load.int8}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: the body, its grid, its arguments by name, and the compiler's options.
+
+    ``reads`` and ``writes`` are the tensors that it passes over, each once; ``flops`` what it multiplies and adds.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    reads: tuple[Tensor, ...]
+    writes: tuple[Tensor, ...]
+    flops: int
+    dependent: bool = False  # it may begin before the launch ahead of it ends
+
+    @property
+    def name(self) -> str:
+        """The body's."""
+        return self.kernel.__name__
+
+    def run(self) -> None:
+        """Start it on the current device and stream."""
+        options = {"launch_pdl": True} if self.dependent else {}
+        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, **options)
+
+
+@dataclass(frozen=True)
+class VendorProduct:
+    """Z = X op(W) by the vendor's GEMM."""
+
+    left: Tensor
+    right: Tensor
+    out: Tensor
+    name: ClassVar[str] = "vendor"
+
+    @property
+    def reads(self) -> tuple[Tensor, ...]:
+        """Both factors."""
+        return self.left, self.right
+
+    @property
+    def writes(self) -> tuple[Tensor, ...]:
+        """The product."""
+        return (self.out,)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.left.shape[0] * self.left.shape[1] * self.right.shape[1]
+
+    def run(self) -> None:
+        """Start it on the current device and stream."""
+        torch.mm(self.left, self.right, out=self.out)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Forward or backward of one call: the operands by the names that the shared body gives them."""
+
+    operands: LoRAOperands
+    backward: bool
+    dtype: torch.dtype
+
+    @property
+    def first(self) -> tuple[Tensor, tuple[int, int]]:
+        """F^T [Q, R]: the tensor, and its strides along q and r."""
+        A, B = self.operands.lora_A, self.operands.lora_B
+        return (B, (B.stride(0), B.stride(1))) if self.backward else (A, (A.stride(1), A.stride(0)))
+
+    @property
+    def second(self) -> tuple[Tensor, tuple[int, int]]:
+        """G^T [R, P]: the tensor, and its strides along r and p."""
+        A, B = self.operands.lora_A, self.operands.lora_B
+        return (A, (A.stride(0), A.stride(1))) if self.backward else (B, (B.stride(1), B.stride(0)))
+
+    @property
+    def extents(self) -> tuple[int, int, int]:
+        """P, Q, R."""
+        N, K = self.operands.weight.shape
+        P, Q = (K, N) if self.backward else (N, K)
+        return P, Q, self.operands.lora_A.shape[0]
+
+    @property
+    def masks_in(self) -> bool:
+        """Whether dropout falls on X."""
+        return self.operands.rng_state is not None and not self.backward
+
+    @property
+    def masks_out(self) -> bool:
+        """Whether dropout falls on the low-rank product."""
+        return self.operands.rng_state is not None and self.backward
+
+    @property
+    def dropout_scale(self) -> float:
+        """What dropout multiplies the kept by."""
+        return 1.0 if self.operands.rng_state is None else dropout.scale(self.operands.dropout_p)
+
+    def loader(self, block_q: int, block_p: int, tma: bool) -> dict[str, Any]:
+        """LOAD_W, W and LOAD_W's operands."""
+        weight = self.operands.weight
+        block = (block_q, block_p) if self.backward else (block_p, block_q)
+        along_n, along_k = weight.data.stride()
+        strides: tuple[Any, ...] = (along_n, along_k) if self.backward else (along_k, along_n)
+        W: Any = weight.data
+        if weight.scale is not None:
+            strides += (weight.scale, weight.scale.stride(0))
+        elif tma and describable(W):
+            W, strides = TensorDescriptor.from_tensor(W, list(block)), ()
+        return {"LOAD_W": _LOADERS[weight.format], "W": W, "w_operands": strides}
+
+
+def describable(matrix: Tensor) -> bool:
+    """Whether a TMA descriptor can describe a matrix: rows of adjacent elements, 16-byte aligned."""
+    size = matrix.dtype.itemsize
+    address = 0 if matrix.is_meta else matrix.data_ptr()
+    aligned = address % 16 == 0 and matrix.stride(0) * size % 16 == 0 and matrix.stride(0) > 0
+    return matrix.stride(1) == 1 and aligned and matrix.numel() > 0 and max(matrix.shape) < 2**31
+
+
+def matrix(name: str, tensor: Tensor, block: tuple[int, int], tma: bool) -> dict[str, Any]:
+    """The argument ``name`` and its strides: a descriptor with the strides (), or a pointer."""
+    strides = f"{name.lower()}_strides"
+    if tma and describable(tensor):
+        return {name: TensorDescriptor.from_tensor(tensor, list(block)), strides: ()}
+    return {name: tensor, strides: (tensor.stride(0), tensor.stride(1))}
+
+
+def loads(weight_format: str) -> bool:
+    """Whether there is a loader for a weight format."""
+    return weight_format in _LOADERS
+
+
+def numerics(operands: LoRAOperands, dtype: torch.dtype, of_sums: bool = False) -> dict[str, Any]:
+    """The ADAPTER plug and the dtypes of the products."""
+    backends = torch.backends.cuda.matmul
+    allowed = backends.fp32_precision == "tf32" if hasattr(backends, "fp32_precision") else backends.allow_tf32
+    plug = adapter.rounded_sums if of_sums else adapter.rounded
+    return {
+        "ADAPTER": adapter.split if operands.precision == "fp32" and dtype != torch.float32 else plug,
+        "DTYPE": _DTYPES[dtype],
+        "PRECISION": "tf32" if allowed and dtype == torch.float32 else "ieee",
+    }
+
+
+def masking(operands: LoRAOperands, active: bool) -> dict[str, Any]:
+    """The DROP plug and its operands."""
+    if operands.rng_state is None or not active:
+        return {"DROP": drop.keep_all, "drop_operands": ()}
+    return {"DROP": drop.philox, "drop_operands": (operands.rng_state.contiguous(), dropout.threshold(operands.dropout_p))}
+
+
+def columns(operands: LoRAOperands, backward: bool) -> dict[str, Any]:
+    """The EPILOGUE plug and its operands."""
+    vectors = (operands.bias, operands.lora_bias)
+    if backward or vectors == (None, None):
+        return {"EPILOGUE": epilogue.nothing, "column_operands": ()}
+    fields = [field for v in vectors for field in ((None, None) if v is None else (v, v.stride(0)))]
+    return {"EPILOGUE": epilogue.columns, "column_operands": tuple(fields)}
+
+
+def present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Those that are not None."""
+    return tuple(tensor for tensor in tensors if tensor is not None)
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(like: Tensor) -> Tensor:
+    """Zeroed int32 counters for the current stream; the kernels leave them zero, so they are made once a stream.
+
+    Under graph capture a stream without them gets its own, whose clearing is captured with the launch.
+    """
+    if like.device.type != "cuda":
+        return torch.zeros(COUNTERS, dtype=torch.int32, device=like.device)
+    key = like.device, torch.cuda.current_stream(like.device).cuda_stream
+    found = _counters.get(key)
+    if found is None:
+        found = torch.zeros(COUNTERS, dtype=torch.int32, device=like.device)
+        if not torch.cuda.is_current_stream_capturing():
+            _counters[key] = found
+    return found
