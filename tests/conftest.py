@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import peftkern
 from peftkern import _env
 from peftkern.backends.reference import formula
+from peftkern.backends.triton import select
 from peftkern.ops import dispatch
 from peftkern.ops.problem import LoRAOperands
 from peftkern.testing import dropout_mask
@@ -78,6 +79,7 @@ def dispatch_env(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None
     def forget() -> None:
         for cached in (_env.settings, dispatch._select, dispatch._warn_if_better_was_expected):
             cached.cache_clear()
+        select.forget()
 
     def set_variables(**variables: str) -> None:
         for name, value in variables.items():

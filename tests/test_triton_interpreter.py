@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import NAMES, TRAINABLE, Case, Tensors, leaves_of, make, run, run_truth
 
 import peftkern
+from peftkern import _env
+from peftkern.backends.triton import select
 from peftkern.backends.triton.backend import TritonBackend
+from peftkern.backends.triton.tiles import SHARED, Choice, TileConfig
 from peftkern.ops import dispatch
 from peftkern.testing import dropout_mask, problems
 from peftkern.testing.numerics import assert_as_good_as, relative_error
@@ -24,13 +29,27 @@ pytestmark = [
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = [(BF16, F32), (BF16, BF16), (F16, F32), (F16, F16), (F32, F32)]  # of x and W; of the adapter
-SCHEDULES = ["one_pass", "split"]
+SCHEDULES = list(_env.SCHEDULES)
+SMALL = TileConfig(64, 64, 64, 4, 1, GROUP_M=2)  # several tiles of everything, even where there is little
+
+
+def choice(schedule: str, **changed) -> Choice:
+    """A schedule on the small tile."""
+    return Choice(schedule, replace(SMALL, **({"resident": 1} if schedule == SHARED else {}) | changed))
 
 
 @pytest.fixture(params=SCHEDULES)
-def schedule(request, dispatch_env) -> str:
-    dispatch_env(PEFTKERN_SCHEDULE=request.param)
-    return request.param
+def schedule(request) -> Iterator[str]:
+    with select.forced(choice(request.param)):
+        yield request.param
+
+
+@pytest.fixture(params=["tma", "tma in sub-tiles", "slices"])
+def variant(request) -> Iterator[str]:
+    """Ways to run a tile that the schedules do not show."""
+    changed = {"tma": {"tma": True}, "tma in sub-tiles": {"tma": True, "SUBTILES": 2}, "slices": {"SLICES": 2}}
+    with select.forced(choice("one_pass/recompute", **changed[request.param])):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +93,21 @@ def combinations() -> list[Case]:
 
 @pytest.mark.parametrize("case", combinations(), ids=str)
 def test_combinations(case: Case, schedule: str):
+    check(replace(case, N=max(case.N, 70), K=max(case.K, 70)))  # two tiles of columns at least
+
+
+@pytest.mark.parametrize("case", combinations()[1::5], ids=str)
+def test_variants(case: Case, variant: str):
     check(case)
+
+
+@pytest.mark.parametrize("tile", [{"tma": True, "SUBTILES": 2}, {"GROUP_M": 1, "resident": 2}, {"GROUP_M": 8}], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_tiles_of_every_schedule(schedule: str, tile: dict):
+    """40 = 2 x 20 columns are 16-byte aligned, 130 bf16 are not: descriptors and pointers."""
+    for K, N in ((80, 136), (130, 96)):
+        with select.forced(choice(schedule, **tile)):
+            check(Case(70, K, N, 5, BF16, F32, 0.2, bias=True, lora_bias=True))
 
 
 @pytest.mark.parametrize("R", problems.SMALL_RANKS)
@@ -82,12 +115,26 @@ def test_ranks(R: int):
     check(Case(17, 65, 33, R, BF16, F32, 0.1, bias=True, lora_bias=True))
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_by_the_environment(name: str, dispatch_env):
+    dispatch_env(PEFTKERN_SCHEDULE=name)
+    case = Case(40, 65, 70, 7, BF16, F32, 0.1)
+    check(case)
+    t = make(case)
+    text = str(peftkern.explain(t.x, t.weight, t.lora_A, t.lora_B, backend="triton"))
+    assert f"schedule {name}" in text
+
+
 @pytest.mark.parametrize("R", [65, 512])
 def test_one_pass_refuses_large_ranks_when_it_is_forced(R: int, dispatch_env):
-    dispatch_env(PEFTKERN_SCHEDULE="one_pass")
+    dispatch_env(PEFTKERN_SCHEDULE="one_pass/recompute")
     case = Case(4, 16, 16, R, BF16)
-    with pytest.raises(RuntimeError, match=f"PEFTKERN_SCHEDULE=one_pass cannot run this call: .*R={R}"):
+    with pytest.raises(RuntimeError, match=f"PEFTKERN_SCHEDULE=one_pass/recompute cannot run this call: .*R={R}"):
         run(case, make(case), "triton")
+    dispatch_env(PEFTKERN_SCHEDULE="auto")
+    t = make(case)
+    explanation = peftkern.explain(t.x, t.weight, t.lora_A, t.lora_B, backend="triton")
+    assert f"R={R}" in explanation.refused["schedule one_pass/recompute"]
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 1.0])
@@ -256,6 +303,32 @@ def test_what_is_refused():
 
 
 def test_the_plan_names_schedule_and_tile(schedule: str):
-    t = make(Case(4, 16, 16, 4))
+    t = make(Case(4, 16, 80, 4))
     text = str(peftkern.explain(t.x, t.weight, t.lora_A, t.lora_B, backend="triton"))
-    assert "triton" in text and schedule in text and "32x128x64" in text
+    assert "triton" in text and schedule in text and "64x64x64" in text
+
+
+def test_batch_invariant_rows(dispatch_env):
+    """A row's result does not depend on how many others there are; without the mode the choice follows M."""
+    dispatch_env(PEFTKERN_BATCH_INVARIANT="1")
+    case = Case(300, 600, 72, 7, BF16, F32, bias=True)
+    t = make(case)
+
+    def forward(rows: int) -> torch.Tensor:
+        return peftkern.lora_linear(t.x[:rows], t.weight, t.lora_A, t.lora_B, bias=t.bias, backend="triton")
+
+    whole = forward(300)
+    assert all(torch.equal(forward(rows), whole[:rows]) for rows in (1, 3, 17, 64, 200))
+
+
+@pytest.mark.parametrize("weight_format", ["dense", "int8"])
+@pytest.mark.parametrize(("dtype", "R"), [(BF16, 7), (F16, 33), (F32, 7), (BF16, 100)])
+def test_t_and_dB_from_one_read_of_dy(dtype: torch.dtype, R: int, weight_format: str):
+    """Where x needs no gradient: 200 columns are two column blocks, 300 rows are several runs."""
+    case = Case(300, 65, 200, R, dtype, F32, 0.2, bias=True, weight_format=weight_format)
+    t = make(case)
+    found = run(case, t, "triton", ("lora_A", "lora_B", "bias"))
+    peer, truth = run(case, t, "reference"), run_truth(case, t)
+    for name in ("lora_A", "lora_B", "bias"):
+        assert_as_good_as(found[name], peer[name], truth[name], name)
+    assert found["x"] is None

@@ -18,7 +18,6 @@ class Arch:
         shared_memory: bytes a block may have.
         flops, bandwidth, clock: 16-bit FLOP/s, bytes/s, Hz; for the cost model.
         warp: threads a warp.
-        one_pass_R: the largest rank whose low-rank accumulator fits into registers beside Z's, from compiled kernels.
         protocols: whether a program's stores are complete before its flag is released. On gfx942 the binary does not wait
             for the other waves' stores.
         tma: whether tensor descriptors become bulk copies.
@@ -32,7 +31,6 @@ class Arch:
     bandwidth: float
     clock: float
     warp: int = 32
-    one_pass_R: int = 64
     protocols: bool = True
     tma: bool = False
     dependent_launch: bool = False
@@ -41,7 +39,7 @@ class Arch:
 ARCHES = {
     arch.name: arch
     for arch in (
-        Arch("sm_80", 108, 163 * 1024, 280e12, 1.7e12, 1.4e9, one_pass_R=16),
+        Arch("sm_80", 108, 163 * 1024, 280e12, 1.7e12, 1.4e9),
         Arch("sm_90", 132, 227 * 1024, 790e12, 4.3e12, 1.7e9, tma=True, dependent_launch=True),
         Arch("sm_100", 148, 227 * 1024, 1600e12, 7.0e12, 1.8e9, tma=True, dependent_launch=True),
         Arch("gfx942", 304, 64 * 1024, 900e12, 4.5e12, 2.1e9, warp=64, protocols=False),

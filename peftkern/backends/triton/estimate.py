@@ -29,11 +29,12 @@ def estimate(launch: Pass, choice: Choice, arch: Arch) -> float:
         once = thin_masked * -(-tiles_m // (arch.units * tile.resident)) + _LAUNCH
     else:
         once = _shrink_seconds(launch, arch) + (0.5 if arch.dependent_launch else 1.0) * _LAUNCH
-    if choice.schedule == LIBRARY:
-        product = max(2 * problem.M * P * Q / _peak(launch, arch), _traffic(launch) / arch.bandwidth)
-        return once + product + _LAUNCH + 2 * problem.M * P * size / arch.bandwidth
+    if choice.schedule == LIBRARY:  # Z is read and written once more, G by every row of tiles
+        again = 2 * problem.M * P * size + tiles_m * P * problem.R * problem.adapter_dtype.itemsize
+        return once + _vendor_seconds(launch, arch) + _LAUNCH + again / arch.bandwidth / _fill(launch, tile, arch)
     waves = -(-tiles_m * tiles_p * tile.SLICES // arch.units)
-    seconds = max(waves * (per_tile / tile.SLICES + out_mask), _traffic(launch) / arch.bandwidth / _fill(launch, tile, arch))
+    memory = _traffic(launch) / arch.bandwidth / _fill(launch, tile, arch)
+    seconds = max(waves * (per_tile / tile.SLICES + out_mask), memory)
     if tile.SLICES > 1:
         once += _LAUNCH / 2 + 2 * tile.SLICES * problem.M * P * 4 / arch.bandwidth
     return seconds + once
@@ -44,10 +45,20 @@ def _peak(launch: Pass, arch: Arch) -> float:
 
 
 def _tile_seconds(launch: Pass, tile: TileConfig, arch: Arch) -> float:
-    """One whole tile of the product on one unit; loading its operands costs as much as multiplying near 128 x 128."""
+    """One whole tile of the product on one unit; the smaller it is, the more its operands' loads weigh."""
     area = tile.BLOCK_M * tile.BLOCK_P
-    efficiency = area / (area + 32 * (tile.BLOCK_M + tile.BLOCK_P))
+    efficiency = area / (area + 6 * (tile.BLOCK_M + tile.BLOCK_P))
     return 2 * area * launch.Q / (_peak(launch, arch) / arch.units * efficiency)
+
+
+def _vendor_seconds(launch: Pass, arch: Arch) -> float:
+    """The vendor's GEMM: whole waves of the tile that suits it best, a little better than ours."""
+    problem, found = launch.problem, []
+    for tile in tiles.shipped(launch, arch):
+        count = -(-problem.M // tile.BLOCK_M) * -(-launch.P // tile.BLOCK_P)
+        seconds = -(-count // arch.units) * _tile_seconds(launch, tile, arch)
+        found.append(max(0.95 * seconds, _traffic(launch) / arch.bandwidth / _fill(launch, tile, arch)))
+    return min(found)
 
 
 def _traffic(launch: Pass) -> float:

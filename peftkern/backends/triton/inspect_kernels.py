@@ -6,10 +6,14 @@ choose, through ``triton.compile`` and a ``GPUTarget``; no GPU, no driver.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftkern.backends.triton import launch, select
 from peftkern.backends.triton.arch import ARCHES, Arch
-from peftkern.backends.triton.tiles import Choice, Pass, TileConfig, grad_tile, shrink_tile
+from peftkern.backends.triton.tiles import (
+    LIBRARY,
+    SCHEDULES,
+    Choice,
+    Pass,
+    TileConfig,
+    choices,
+    grad_gives_t,
+    grad_tile,
+    pressure,
+    shrink_tile,
+    supports,
+)
 from peftkern.ops.problem import LoRAOperands, Problem
 from peftkern.weights import DenseWeight, FrozenWeight, Int8Weight
 
@@ -32,6 +48,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _MMA = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
+_LARGE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}  # 64 rows and more
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -196,3 +213,101 @@ def inspect(variant: Variant, target: str) -> Row:
         target, str(variant), tile, registers, stack, spills, compiled.metadata.shared, arch.shared_memory, mma,
         "cp.async.bulk.tensor" in text, re.search(r"^\s*trap;", text, re.M) is not None,
     )  # fmt: skip
+
+
+def failure(row: Row, variant: Variant) -> str | None:
+    """Why a binary may not be shipped, or None."""
+    if (row.stack, row.spills) != (0, 0):
+        return f"{row.stack} bytes of stack, {row.spills} bytes spilled"
+    if row.traps:
+        return "the compiler gave up and left a trap"
+    if row.shared_memory > row.shared_memory_limit:
+        return f"{row.shared_memory} bytes of shared memory, {row.shared_memory_limit} there are"
+    tile, narrow = variant.tile, variant.dtype != torch.float32
+    if narrow and row.mma == "none":
+        return "no matrix instruction"
+    if tile and narrow and tile.BLOCK_M >= 64 and row.mma != _LARGE[row.target]:
+        return f"{row.mma} where {_LARGE[row.target]} was expected"
+    if tile and tile.tma and not row.tma and variant.body != LIBRARY:
+        return "no bulk copies"
+    return None
+
+
+def variants(arch: Arch) -> Iterator[Variant]:
+    """Every schedule on every shipped tile: forward and backward with the most that the tile bears, and a usual call."""
+    usual = Variant("", adapter_dtype=torch.float32, dropout=True)
+    for schedule in SCHEDULES:
+        for dtype in (torch.bfloat16, torch.float32):
+            legal = [
+                c for M in (16, 8192) for c in choices(replace(usual, dtype=dtype, M=M, dropout=False).launch, arch)
+            ]
+            tiles_of = {c.tile for c in legal if c.schedule == schedule}
+            for tile in sorted(tiles_of, key=str):
+                if tile.SLICES not in (1, 4) or (schedule == LIBRARY and tile.BLOCK_M != 64):
+                    continue
+                base = replace(usual, body=schedule, dtype=dtype, tile=tile, M=16 if tile.BLOCK_M == 16 else 8192)
+                yield from _hardest(base, arch)
+    for dtype, adapter, precision in (
+        (torch.bfloat16, torch.float32, "base"), (torch.float16, torch.float32, "fp32"), (torch.float32,) * 2 + ("base",)
+    ):  # fmt: skip
+        thin = Variant("", dtype, adapter, precision, dropout=True, bias=True)
+        yield replace(thin, body="shrink", bias=False)
+        yield replace(thin, body="shrink", bias=False, M=64, R=512)
+        yield replace(thin, body="grad")
+        yield replace(thin, body="grad", R=512)
+        if grad_gives_t(dtype, 64, arch):
+            yield replace(thin, body="grad with t", R=64, dropout=False)
+
+
+def _hardest(base: Variant, arch: Arch) -> Iterator[Variant]:
+    """The forward and the backward variant of highest pressure that the tile bears, and ``base`` where that differs."""
+    assert base.tile is not None
+    choice, found = Choice(base.body, base.tile), {}
+    dtypes = (torch.float16, torch.bfloat16) if base.dtype != torch.float32 else (torch.float32,)
+    slots = itertools.product(dtypes, ("fp32", "base"), ("int8", "dense"), (True, False), (64, 32, 16), (True, False))
+    for dtype, precision, weight_format, dropout, R, backward in slots:
+        v = replace(base, dtype=dtype, precision=precision, weight_format=weight_format, dropout=dropout, R=R,
+                    backward=backward, bias=not backward)  # fmt: skip
+        if supports(v.launch, choice, arch) is None:
+            now = pressure(v.launch, choice)
+            if backward not in found or now > found[backward][0]:
+                found[backward] = now, v
+    hardest = [v for _, v in found.values()]
+    yield from hardest
+    if base not in hardest and supports(base.launch, choice, arch) is None:
+        yield base
+
+
+def rows(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[tuple[Row, str | None]]:
+    """Every variant on every target, and why it may not be shipped."""
+    for target in targets:
+        for variant in dict.fromkeys(variants(ARCHES[target])):
+            row = inspect(variant, target)
+            yield row, failure(row, variant)
+
+
+def as_json(found: list[Row]) -> str:
+    """The record that tests/test_triton_compile.py compares: Triton's version, and one row a line."""
+    lines = [f"  {json.dumps(list(dataclasses.astuple(row)))}" for row in found]
+    names = json.dumps([field.name for field in dataclasses.fields(Row)])
+    version = json.dumps(triton.__version__)
+    return f'{{\n "triton": {version},\n "columns": {names},\n "rows": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+
+
+def kernels_table(json_wanted: bool) -> str:
+    """The rows as a table for people, or as JSON. Raises: ValueError naming every binary that may not be shipped."""
+    found, failures = [], []
+    for row, reason in rows():
+        found.append(row)
+        if reason is not None:
+            failures.append(f"{row.target} {row.variant}, {row.tile}: {reason}")
+    if failures:
+        raise ValueError("\n".join(failures))
+    if json_wanted:
+        return as_json(found).rstrip()
+    header = [field.name for field in dataclasses.fields(Row)]
+    lines = [header, *([str(value) for value in dataclasses.astuple(row)] for row in found)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

@@ -1,7 +1,7 @@
 """Which launches make a direction, in which order: what the backend runs and the traffic model counts.
 
-    forward, dx        one_pass: fused          split: shrink, fused         library: shrink, vendor GEMM, fused
-    the parameters     grad, reduce (grad twice where x needs no gradient: t and dB come from one read of dy)
+forward, dx        one_pass: fused          split: shrink, fused         library: shrink, vendor GEMM, fused
+the parameters     grad, reduce (grad twice where x needs no gradient: t and dB come from one read of dy)
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def gradients(
     side_of_dy = None
     if needs.lora_A and t is None:
         t = dy.new_empty(dy.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
-        if thin is not None and arch.protocols and t.shape[1] <= tiles.rank_block(t.shape[1]):
+        if thin is not None and tiles.grad_gives_t(dy.dtype, t.shape[1], arch):
             first, found = launch.grad(direction, None, None, dy, thin, sums, arch, t_out=t)
             side_of_dy, wide_dy = found.dy, None
             steps.append(first)

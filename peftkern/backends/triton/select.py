@@ -6,7 +6,6 @@ It never raises on an unknown GPU and never measures anything: that is ``python 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -21,17 +20,18 @@ from peftkern.ops.problem import Problem
 # Under the batch-invariant mode every M is run as this one would be, so that a row's result has no neighbours.
 _INVARIANT_M = 256
 
-_override: contextvars.ContextVar[Choice | None] = contextvars.ContextVar("peftkern_choice", default=None)
+_override: Choice | None = None  # the whole process's: autograd runs backward in threads of its own
 
 
 @contextlib.contextmanager
 def forced(choice: Choice) -> Iterator[None]:
-    """Within the block, in this context, every launch that ``choice`` supports runs by it; the others raise."""
-    token = _override.set(choice)
+    """Within the block, in every thread, what ``choice`` supports runs by it and the rest raises. For measuring."""
+    global _override
+    before, _override = _override, choice
     try:
         yield
     finally:
-        _override.reset(token)
+        _override = before
 
 
 def pass_of(problem: Problem, backward: bool) -> Pass:
@@ -43,7 +43,7 @@ def pass_of(problem: Problem, backward: bool) -> Pass:
 
 def choose(launch: Pass, arch: Arch) -> Choice:
     """The schedule and tile of one direction. Raises: RuntimeError if what is forced cannot run it."""
-    choice = _override.get()
+    choice = _override
     if choice is None:
         return _choose(launch, arch, _env.settings().schedule)
     reason = tiles.supports(launch, choice, arch)

@@ -40,7 +40,13 @@ def key_of(launch: Pass) -> str:
     p = launch.problem
     bucket = 1 << max(0, p.M - 1).bit_length()
     dtypes = f"{_short(p.dtype)}/{_short(p.adapter_dtype)}/{p.precision}"
-    words = ["backward" if launch.backward else "forward", f"M{bucket}", f"P{launch.P}", f"Q{launch.Q}", f"R{padded(p.R)}"]
+    words = [
+        "backward" if launch.backward else "forward",
+        f"M{bucket}",
+        f"P{launch.P}",
+        f"Q{launch.Q}",
+        f"R{padded(p.R)}",
+    ]
     return " ".join([*words, dtypes, p.weight_format, *(["dropout"] if p.dropout else [])])
 
 

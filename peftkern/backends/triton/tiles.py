@@ -11,6 +11,7 @@ from peftkern.backends.triton.arch import Arch
 from peftkern.ops.problem import Problem
 
 MAX_R = 512
+ONE_PASS_R = 64  # the largest rank whose T is accumulated beside Z
 COUNTERS = 2**16  # int32 counters of a launch's protocol: two, and one a block
 RECOMPUTE, SHARED, SPLIT, LIBRARY = SCHEDULES
 
@@ -85,17 +86,43 @@ class Choice:
         return self.schedule in (RECOMPUTE, SHARED)
 
 
-# (M, P, Q, warps, stages): the product's tile; ``_variants`` makes each schedule's of it.
-_SMALL = ((16, 64, 128, 4, 4), (32, 64, 64, 4, 4), (64, 64, 64, 4, 3))
+# Per chip: the product's tile (M, P, Q, warps, stages), and the highest ``pressure`` at which its binaries spill nothing in
+# recompute, shared and split. Limits are read off compiled kernels (Triton 3.9, 640 combinations); _NO rules a schedule out.
+_ANY, _NO = 99, -1
 _SHIPPED = {
-    "sm_80": (*_SMALL, (64, 128, 32, 8, 4), (128, 128, 32, 8, 4)),
-    "sm_90": (*_SMALL, (64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3)),
-    "sm_100": (*_SMALL, (128, 128, 64, 8, 4)),
-    "gfx942": ((16, 64, 64, 4, 2), (64, 64, 32, 4, 2), (128, 128, 32, 8, 2)),
-    "interpreter": ((32, 128, 64, 8, 1),),
+    "sm_80": {
+        (16, 64, 64, 4, 4): (_ANY, _NO, _ANY),
+        (32, 64, 64, 4, 4): (10, _NO, _ANY),
+        (64, 64, 64, 4, 3): (8, 6, _ANY),
+        (64, 128, 32, 8, 4): (11, 8, _ANY),
+        (128, 128, 32, 8, 4): (5, 7, _ANY),
+        (128, 128, 64, 8, 3): (3, _NO, _ANY),
+    },
+    "sm_90": {
+        (16, 64, 64, 4, 5): (8, _NO, _ANY),
+        (32, 64, 64, 4, 4): (8, _NO, _ANY),
+        (64, 64, 64, 4, 3): (9, 7, _ANY),
+        (64, 128, 64, 4, 4): (9, 7, _ANY),
+        (128, 128, 64, 8, 4): (9, 9, _ANY),
+        (128, 256, 64, 8, 3): (5, 5, 7),
+    },
+    "sm_100": {
+        (16, 64, 64, 4, 4): (7, _NO, _ANY),
+        (32, 64, 64, 4, 4): (8, _NO, _ANY),
+        (64, 64, 64, 4, 3): (8, 7, 7),
+        (128, 64, 64, 4, 4): (3, 8, _ANY),
+        (128, 128, 64, 8, 4): (3, 9, _ANY),
+        (128, 256, 64, 8, 3): (5, 3, _ANY),
+    },
+    "gfx942": {
+        (16, 64, 64, 4, 2): (_ANY, _NO, _ANY),
+        (64, 64, 32, 4, 2): (_ANY, _NO, _ANY),
+        (128, 128, 32, 8, 2): (_ANY, _NO, _ANY),
+    },
+    "interpreter": {(32, 128, 64, 8, 1): (_ANY, _ANY, _ANY), (32, 32, 64, 8, 1): (_ANY, _ANY, _ANY)},
 }
 # fp32 is multiplied without tensor cores unless torch's switch allows TF32.
-_SHIPPED_FP32 = ((16, 32, 32, 4, 2), (64, 64, 32, 8, 2))
+_SHIPPED_FP32 = {(16, 32, 32, 4, 2): (4, _NO, _ANY), (64, 64, 32, 8, 2): (0, _NO, 4)}
 _SLICES = (1, 2, 4, 8, 16)
 
 
@@ -115,13 +142,22 @@ def refusals(launch: Pass, arch: Arch) -> dict[str, str]:
     return reasons
 
 
+def shipped(launch: Pass, arch: Arch) -> list[TileConfig]:
+    """The product's tiles, before a schedule makes its own of them."""
+    return [TileConfig(*shape) for shape in _shipped(launch, arch)]
+
+
+def _shipped(launch: Pass, arch: Arch) -> dict[tuple[int, ...], tuple[int, int, int]]:
+    wide = launch.problem.dtype == torch.float32 and arch.name != "interpreter"
+    return _SHIPPED_FP32 if wide else _SHIPPED[arch.name]
+
+
 def _variants(schedule: str, launch: Pass, arch: Arch) -> list[TileConfig]:
     """The shipped tiles as a schedule runs them."""
-    narrow = launch.problem.dtype != torch.float32 or arch.name == "interpreter"
+    narrow = launch.problem.dtype != torch.float32
     made = []
-    for shape in _SHIPPED[arch.name] if narrow else _SHIPPED_FP32:
-        tile = TileConfig(*shape)
-        if tile.BLOCK_M >= 64 and narrow and arch.name != "interpreter":
+    for tile in shipped(launch, arch):
+        if tile.BLOCK_M >= 64 and narrow:
             tile = replace(tile, tma=arch.tma, SUBTILES=max(1, tile.BLOCK_P // 64))
         if schedule == SHARED:
             made.append(replace(tile, resident=1 if tile.BLOCK_P >= 128 else 2))
@@ -161,11 +197,11 @@ def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
     if reason is not None:
         return reason
     R = launch.problem.R
-    if choice.one_pass and R > arch.one_pass_R:
-        return f"one_pass keeps T in registers, which R={R} > {arch.one_pass_R} does not allow on {arch.name}"
-    registers = registers_needed(launch, choice, arch)
-    if registers > 165:
-        return f"about {registers} registers a thread for what a {tile} tile keeps alive leave too few for the rest"
+    if choice.one_pass and R > ONE_PASS_R:
+        return f"one_pass keeps T in registers, which R={R} > {ONE_PASS_R} does not allow"
+    found, limit = pressure(launch, choice), _pressure_limit(launch, choice, arch)
+    if found > limit:
+        return f"what a {tile} tile keeps in registers for this call (pressure {found} > {limit}) would spill on {arch.name}"
     needed = shared_memory(launch, choice)
     if needed > arch.shared_memory:
         return f"a {tile} tile needs about {needed} bytes of shared memory, {arch.name} has {arch.shared_memory}"
@@ -195,22 +231,28 @@ def _protocol_refusal(launch: Pass, choice: Choice, arch: Arch) -> str | None:
     return None
 
 
-def registers_needed(launch: Pass, choice: Choice, arch: Arch) -> int:
-    """Registers a thread of the accumulators, and allowances for what else is alive, fitted to compiled kernels."""
-    problem, tile = launch.problem, choice.tile
-    threads = arch.warp * tile.num_warps
-    total = produced = tile.BLOCK_M * tile.BLOCK_P // threads
-    if launch.masks_out:  # the low-rank product is masked before it is added
-        total += produced // tile.SUBTILES
+def _pressure_limit(launch: Pass, choice: Choice, arch: Arch) -> int:
+    """The pressure that a tile bears; of a tile that is not shipped only its accumulator is known."""
+    tile = choice.tile
+    shape = (tile.BLOCK_M, tile.BLOCK_P, tile.BLOCK_Q, tile.num_warps, tile.num_stages)
+    limits = _shipped(launch, arch).get(shape)
+    if limits is None:
+        return _ANY if tile.BLOCK_M * tile.BLOCK_P // (arch.warp * tile.num_warps) <= 64 else 0
+    return limits[{RECOMPUTE: 0, SHARED: 1}.get(choice.schedule, 2)]
+
+
+def pressure(launch: Pass, choice: Choice) -> int:
+    """What the slots keep alive beside the tile, in units that separate compiled kernels that spill from those that do not."""
+    problem, narrow = launch.problem, launch.problem.dtype != torch.float32
+    total = int(launch.backward) + 2 * problem.dropout
     if choice.one_pass:
-        rank = padded(problem.R)
-        total += tile.BLOCK_M * rank // threads
-        if problem.adapter_dtype != problem.dtype:  # the factor passes through registers, to be rounded or split
-            total += tile.BLOCK_Q * rank // threads * (3 if problem.precision == "fp32" else 2)
-        if launch.masks_in:  # so does x, to be masked
-            total += tile.BLOCK_M * tile.BLOCK_Q // threads // 2
-        if problem.weight_format != "dense":
-            total += 8
+        total += {16: 0, 32: 2}.get(padded(problem.R), 4)
+    if narrow and problem.adapter_dtype == torch.float32:
+        total += 3 if problem.dtype == torch.float16 else 2  # a narrow range is normalised
+    if narrow and problem.precision == "fp32":
+        total += 2
+    if problem.weight_format != "dense":
+        total += 5 if choice.tile.tma else 2  # decoded in registers, from pointers
     return total
 
 
@@ -249,15 +291,21 @@ def shrink_tile(launch: Pass, arch: Arch) -> ThinConfig:
     while arch.protocols and programs * slices < arch.units and slices * 2 * 256 <= Q and slices < 16:
         slices *= 2
     stages = 2 if arch.name == "gfx942" or problem.dtype == torch.float32 else 4
-    return ThinConfig(rows, 64, 4, stages, slices if programs <= COUNTERS - 2 else 1)
+    columns = 32 if problem.dtype == torch.float32 else 64
+    return ThinConfig(rows, columns, 4, stages, slices if programs <= COUNTERS - 2 else 1)
+
+
+def grad_gives_t(dtype: torch.dtype, R: int, arch: Arch) -> bool:
+    """Whether the side of dy can compute t beside dB: all of R in one chunk, and registers for it."""
+    return arch.protocols and R <= rank_block(R) and dtype != torch.float32
 
 
 def grad_tile(dtype: torch.dtype, R: int, with_t: bool, arch: Arch) -> ThinConfig:
     """``grad``: BLOCK_M rows a step, BLOCK_COLS columns of wide."""
     if arch.name == "interpreter":
         return ThinConfig(32, 128, 8, 1)
-    if dtype == torch.float32:
-        return ThinConfig(32, 64, 4, 2)
     wide_rank = rank_block(R) == 64
+    if dtype == torch.float32:
+        return ThinConfig(32, 64, 8 if wide_rank else 4, 2)
     rows = 32 if with_t or (wide_rank and arch.name == "sm_80") else 64
     return ThinConfig(rows, 128, 8 if wide_rank else 4, 2 if arch.name == "gfx942" else 3)

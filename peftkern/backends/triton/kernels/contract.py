@@ -1,7 +1,7 @@
 """The main loops over Q: Z's accumulator, alone or with T's beside it.
 
-    acc[BLOCK_M, BLOCK_P] = X[m0 :, begin : end] · op(W)[begin : end, p0 :]
-    t  [BLOCK_M, BLOCK_R] = D_in(X)[m0 :, begin : end] · F^T[begin : end, :]
+acc[BLOCK_M, BLOCK_P] = X[m0 :, begin : end] · op(W)[begin : end, p0 :]
+t  [BLOCK_M, BLOCK_R] = D_in(X)[m0 :, begin : end] · F^T[begin : end, :]
 """
 
 import triton

@@ -36,10 +36,10 @@ def _magnitude(value):
 
 
 @triton.jit
-def _power(size):
-    """The power of two just above ``size``, within what can be undone in fp32; 1 for 0."""
+def _exponent(size):
+    """That of the power of two just above ``size``, within what can be undone in fp32; 0 for 0."""
     exponent = tl.ceil(tl.log2(tl.where(size > 0.0, size, 1.0)))
-    return tl.exp2(tl.minimum(tl.maximum(exponent, -40.0), 60.0))
+    return tl.minimum(tl.maximum(exponent, -40.0), 60.0)
 
 
 @triton.jit
@@ -70,14 +70,14 @@ def product(
     VALUE_POWER: tl.constexpr = DTYPE == tl.float16 and value.dtype == tl.float32
     FACTOR_POWER: tl.constexpr = NORMALIZE and DTYPE == tl.float16 and factor.dtype == tl.float32
     if VALUE_POWER or FACTOR_POWER:
-        up = tl.full((value.shape[0], 1), 1.0, tl.float32)
+        exponent = tl.zeros((value.shape[0], 1), tl.float32)
         if VALUE_POWER:
-            up = _power(tl.max(_magnitude(value), axis=1))[:, None]
-            value = value / up
+            exponent = _exponent(tl.max(_magnitude(value), axis=1))[:, None]
+            value = value * tl.exp2(-exponent)
         if FACTOR_POWER:
-            factor_up = _power(tl.max(tl.max(_magnitude(factor), axis=1), axis=0))
-            factor = factor / factor_up
-            up = up * factor_up
-        return _split_dot(value, factor, acc / up, DTYPE, PRECISION, TERMS) * up
+            of_factor = _exponent(tl.max(tl.max(_magnitude(factor), axis=1), axis=0))
+            factor = factor * tl.exp2(-of_factor)
+            exponent = exponent + of_factor
+        return _split_dot(value, factor, acc * tl.exp2(-exponent), DTYPE, PRECISION, TERMS) * tl.exp2(exponent)
     else:
         return _split_dot(value, factor, acc, DTYPE, PRECISION, TERMS)

@@ -1,6 +1,6 @@
 """From accumulators to Z, in sub-tiles of columns so that few registers live at once.
 
-    Z = acc + c · D_out(T · G^T) + columns
+Z = acc + c · D_out(T · G^T) + columns
 """
 
 import triton

@@ -49,16 +49,14 @@ def fused(
                     X, x_strides, W, w_operands, F, f_strides, drop_operands, m0, p0, 0, Q, M, P, Q, R,
                     LOAD_W, DROP, ADAPTER, BACKWARD, not MASK_OUT, DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
                 )  # fmt: skip
-                t *= t_scale
-                store_block(T, (R, 1), t, m0, 0, M, R, BLOCK_M, BLOCK_R)
+                store_block(T, (R, 1), t * t_scale, m0, 0, M, R, BLOCK_M, BLOCK_R)
                 publish(counters, tile_m)
             else:
                 acc = contract(X, x_strides, W, w_operands, m0, p0, 0, Q, M, P, Q, LOAD_W, BACKWARD, DTYPE, PRECISION,
                                BLOCK_M, BLOCK_P, BLOCK_Q)  # fmt: skip
                 await_block(counters, tile_m, tiles_p - 1)
-                t = load_block(T, (R, 1), m0, 0, M, R, BLOCK_M, BLOCK_R)
-            finish(acc, t, T, Z, z_strides, G, g_strides, drop_operands, column_operands, c, m0, p0, M, P, R,
-                   DROP, ADAPTER, EPILOGUE, False, MASK_OUT, DTYPE, PRECISION,
+            finish(acc, 0.0, T, Z, z_strides, G, g_strides, drop_operands, column_operands, c, m0, p0, M, P, R,
+                   DROP, ADAPTER, EPILOGUE, True, MASK_OUT, DTYPE, PRECISION,
                    BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip
             ticket = take_ticket(counters)
         retire(counters)

@@ -12,13 +12,13 @@ from peftkern.backends.triton.kernels.cast import narrow
 
 @triton.jit
 def load_block(matrix, strides, row0, col0, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """matrix[row0 : +BLOCK_ROWS, col0 : +BLOCK_COLS]; offsets are 64-bit."""
+    """matrix[row0 : +BLOCK_ROWS, col0 : +BLOCK_COLS]. The origin's offset is 64-bit, those within a tile need not be."""
     if len(strides) == 0:
         return matrix.load([row0, col0])
     else:
         row, col = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
         matrix += tl.cast(row0, tl.int64) * strides[0] + tl.cast(col0, tl.int64) * strides[1]
-        offsets = row.to(tl.int64)[:, None] * strides[0] + col.to(tl.int64)[None, :] * strides[1]
+        offsets = row[:, None] * strides[0] + col[None, :] * strides[1]
         inside = (row0 + row < rows)[:, None] & (col0 + col < cols)[None, :]
         return tl.load(matrix + offsets, mask=inside, other=0)
 
@@ -31,16 +31,18 @@ def store_block(matrix, strides, value, row0, col0, rows, cols, BLOCK_ROWS: tl.c
     else:
         row, col = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
         matrix += tl.cast(row0, tl.int64) * strides[0] + tl.cast(col0, tl.int64) * strides[1]
-        offsets = row.to(tl.int64)[:, None] * strides[0] + col.to(tl.int64)[None, :] * strides[1]
+        offsets = row[:, None] * strides[0] + col[None, :] * strides[1]
         inside = (row0 + row < rows)[:, None] & (col0 + col < cols)[None, :]
         tl.store(matrix + offsets, narrow(value, matrix.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def sum_slices(pointer, strides, slices, distance, row0, col0, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def sum_slices(
+    pointer, strides, slices, distance, row0, col0, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
     """The sum of ``slices`` fp32 matrices, ``distance`` elements apart, in their order."""
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    for i in range(slices):
+    for i in tl.range(0, slices, num_stages=1):
         part = pointer + tl.cast(i, tl.int64) * distance
         total += load_block(part, strides, row0, col0, rows, cols, BLOCK_ROWS, BLOCK_COLS)
     return total

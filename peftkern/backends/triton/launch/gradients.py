@@ -40,7 +40,9 @@ def side(wide: Tensor, thin: Tensor | None, R: int, sums: bool, programs: int, t
     M, C = wide.shape
     columns = triton.cdiv(C, tile.BLOCK_COLS)
     chunks = triton.cdiv(R, tiles.rank_block(R)) if thin is not None else 1
-    runs = min(max(1, programs // (columns * chunks)), triton.cdiv(M, 2 * tile.BLOCK_M), max(1, _PARTIAL_BYTES // (4 * C * R)))
+    runs = min(
+        max(1, programs // (columns * chunks)), triton.cdiv(M, 2 * tile.BLOCK_M), max(1, _PARTIAL_BYTES // (4 * C * R))
+    )
     rows = triton.cdiv(triton.cdiv(M, runs), tile.BLOCK_M) * tile.BLOCK_M
     runs = triton.cdiv(M, rows)
     partial = None if thin is None else wide.new_empty(runs, C, R, dtype=torch.float32)

@@ -170,7 +170,10 @@ def masking(operands: LoRAOperands, active: bool) -> dict[str, Any]:
     """The DROP plug and its operands."""
     if operands.rng_state is None or not active:
         return {"DROP": drop.keep_all, "drop_operands": ()}
-    return {"DROP": drop.philox, "drop_operands": (operands.rng_state.contiguous(), dropout.threshold(operands.dropout_p))}
+    return {
+        "DROP": drop.philox,
+        "drop_operands": (operands.rng_state.contiguous(), dropout.threshold(operands.dropout_p)),
+    }
 
 
 def columns(operands: LoRAOperands, backward: bool) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""The kernels whose programs work together, with their programs interleaved and memory weak: no GPU.
+
+``shared`` (tickets, publish, await), slices of ``fused`` and ``shrink`` (who arrives last) and ``grad`` with t. A second
+call right after the first shows that the counters are zero again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import NAMES, Case, Found, make, run
+
+import peftkern
+from peftkern.backends.triton import launch, select, tiles
+from peftkern.backends.triton.arch import ARCHES
+from peftkern.backends.triton.launch import operands as launch_operands
+from peftkern.backends.triton.tiles import RECOMPUTE, SHARED, Choice, ThinConfig, TileConfig
+from peftkern.testing.interleave import Deadlock, interleaved
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
+    pytest.mark.usefixtures("poisoned"),
+]
+
+TILE = TileConfig(16, 16, 64, 4, 1, GROUP_M=2, resident=1)
+CASE = Case(64, 64, 64, 5, torch.float32)  # 4 x 4 tiles
+SEEDS = range(3)
+
+
+@pytest.fixture(autouse=True)
+def one_set_of_counters(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.Tensor]:
+    """The counters of all launches: zero after each call, whoever took part."""
+    counters = torch.zeros(tiles.COUNTERS, dtype=torch.int32)
+    monkeypatch.setattr(launch_operands, "counters", lambda like: counters)
+    for module in (launch.produce, launch.gradients):
+        monkeypatch.setattr(module, "counters", lambda like: counters)
+    yield counters
+    assert not counters.any()
+
+
+def programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """A chip of ``count`` units, so that a persistent grid has that many programs."""
+    arch = replace(ARCHES["interpreter"], units=count)
+    monkeypatch.setattr("peftkern.backends.triton.backend.arch_of", lambda device: arch)
+
+
+def once(needs: tuple[str, ...]) -> Found:
+    """y, and the gradients that are needed; forward alone where none is."""
+    t = make(CASE)
+    if needs:
+        return run(CASE, t, "triton", needs)
+    return {"y": peftkern.lora_linear(t.x, t.weight, t.lora_A, t.lora_B, backend="triton")}
+
+
+def interleaved_run(seed: int, resident: int | None, needs: tuple[str, ...] = ()) -> list[Found]:
+    with interleaved(seed=seed, weak_memory=True, barriers=True, max_resident=resident):
+        return [once(needs) for _ in range(2)]
+
+
+def compare(found: list[Found], expected: Found, needs: tuple[str, ...] = ()) -> None:
+    """Bit for bit: whatever the order of the programs, sums have one order."""
+    for again, name in itertools.product(found, ("y", *needs)):
+        assert torch.equal(again[name], expected[name]), name
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("resident", [None, 2])
+def test_shared(count: int, resident: int | None, monkeypatch):
+    """1, 3 and 5 programs for 16 tiles."""
+    programs(monkeypatch, count)
+    with select.forced(Choice(SHARED, TILE)):
+        expected = once(())
+        for seed in SEEDS:
+            compare(interleaved_run(seed, resident), expected)
+
+
+def test_shared_makes_one_result_with_recompute():
+    t = make(CASE)
+    with select.forced(Choice(SHARED, TILE)):
+        shared = run(CASE, t, "triton")
+    with select.forced(Choice(RECOMPUTE, TILE)):
+        recompute = run(CASE, t, "triton")
+    assert all(torch.equal(shared[n], recompute[n]) for n in NAMES if shared[n] is not None)
+
+
+@pytest.mark.parametrize("resident", [None, 1])
+def test_slices(resident: int | None):
+    with select.forced(Choice(RECOMPUTE, replace(TILE, BLOCK_Q=32, SLICES=2, resident=0))):
+        expected = once(())
+        for seed in SEEDS:
+            compare(interleaved_run(seed, resident), expected)
+
+
+def test_slices_of_shrink_and_t_beside_dB(monkeypatch):
+    """shrink in three slices; t in four column blocks and two runs of rows."""
+    monkeypatch.setattr(tiles, "shrink_tile", lambda launch, arch: ThinConfig(16, 32, 4, 1, SLICES=2))
+    monkeypatch.setattr(tiles, "grad_tile", lambda dtype, R, with_t, arch: ThinConfig(16, 16, 4, 1))
+    monkeypatch.setattr(tiles, "grad_gives_t", lambda dtype, R, arch: True)
+    programs(monkeypatch, 8)
+    needs = ("lora_A", "lora_B")
+    with select.forced(Choice("split", replace(TILE, resident=0))):
+        expected = once(needs)
+        for seed in SEEDS:
+            compare(interleaved_run(seed, None, needs), expected, needs)
+
+
+MUTATIONS = {
+    "a consumer does not wait": ("fused", "await_block", "def await_block(counters, block, readers):\n    pass\n"),
+    "a producer does not publish": ("fused", "publish", "def publish(counters, block):\n    pass\n"),
+    "a flag is published before the stores": (
+        "fused", "publish",
+        "def publish(counters, block):\n    tl.atomic_xchg(counters + 2 + block, 1, sem='relaxed')\n",
+    ),
+    "consumers come first": (
+        "fused", "producers_first",
+        "def producers_first(item, tiles_m, tiles_p, GROUP_M: tl.constexpr):\n"
+        "    return item % tiles_m, tiles_p - 1 - item // tiles_m\n",
+    ),
+    "the tickets are not cleared": ("fused", "retire", "def retire(counters):\n    pass\n"),
+    "a slice does not release": (
+        "fused", "arrived_last",
+        "def arrived_last(counters, block, count):\n"
+        "    last = tl.atomic_add(counters + 2 + block, 1, sem='relaxed') == count - 1\n"
+        "    if last:\n        tl.atomic_xchg(counters + 2 + block, 0, sem='relaxed')\n    return last\n",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_protocol_is_seen(name: str, monkeypatch, tmp_path, one_set_of_counters):
+    """What the tests above would say if a step were missing."""
+    import importlib.util
+
+    import triton
+
+    body, function, source = MUTATIONS[name]
+    path = tmp_path / "mutant.py"
+    path.write_text(f"import triton\nimport triton.language as tl\n\n\n@triton.jit\n{source}")
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kernels = importlib.import_module(f"peftkern.backends.triton.kernels.{body}")
+    assert isinstance(getattr(kernels, function), type(triton.jit(lambda: None)))
+    monkeypatch.setattr(kernels, function, getattr(module, function))
+    programs(monkeypatch, 4)
+    chosen = (
+        Choice(RECOMPUTE, replace(TILE, BLOCK_Q=32, SLICES=2, resident=0)) if "slice" in name else Choice(SHARED, TILE)
+    )
+    with select.forced(Choice(RECOMPUTE, replace(TILE, resident=0))):
+        expected = once(()) if "slice" not in name else None
+    caught = False
+    with select.forced(chosen):
+        for seed in range(6):
+            try:
+                found = interleaved_run(seed, 2 if "first" in name else None)
+                reference = expected or once(())
+                compare(found, reference)
+            except (AssertionError, Deadlock):
+                caught = True
+                break
+    one_set_of_counters.zero_()
+    assert caught

@@ -1,0 +1,109 @@
+"""What each schedule launches and moves, from its launch records: no GPU, no interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from peftkern.backends.triton import select, tiles
+from peftkern.backends.triton.arch import ARCHES
+from peftkern.backends.triton.tiles import Choice, Pass
+from peftkern.ops.problem import Needs, Problem
+from peftkern.testing import problems
+from peftkern.testing.traffic import Traffic, traffic
+
+MIB = 2**20
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def choice(schedule: str, problem: Problem, backward: bool, arch: str = "sm_90") -> Choice:
+    """The schedule on the largest of its tiles that both directions bear."""
+    found = tiles.choices(Pass(problem, backward), ARCHES[arch])
+    return max((c for c in found if c.schedule == schedule), key=lambda c: c.tile.BLOCK_M * c.tile.BLOCK_P)
+
+
+def measured(schedule: str, problem: Problem, **options) -> tuple[Traffic, Traffic]:
+    both = [choice(schedule, problem, backward) for backward in (False, True)]
+    smaller = min(both, key=lambda c: c.tile.BLOCK_M * c.tile.BLOCK_P)
+    with select.forced(smaller):
+        return traffic(problem, **options)
+
+
+def square(size: int, **options) -> Problem:
+    return Problem("cuda", 8192, size, size, 16, BF16, F32, dropout=True, **options)
+
+
+@pytest.mark.parametrize(("size", "floor"), [(4096, 448), (5120, 580), (8192, 1024)])
+@pytest.mark.parametrize("schedule", ["one_pass/recompute", "one_pass/shared"])
+def test_one_pass_moves_what_it_must(schedule: str, size: int, floor: int):
+    """x, W, y; dy, W, dx; x, dy: each pass over a tensor once, and at most 2 % beside them."""
+    forward, backward = measured(schedule, square(size))
+    operands = 2 * (5 * 8192 * size + 2 * size * size) + 2 * 8192 * size
+    assert floor * MIB <= operands + MIB <= (floor + 2) * MIB  # the issue's figures, to the megabyte
+    assert operands <= forward.bytes + backward.bytes <= 1.02 * floor * MIB
+
+
+@pytest.mark.parametrize(
+    ("schedule", "forward", "backward"),
+    [
+        ("one_pass/recompute", ("fused",), ("fused", "grad", "reduce")),
+        ("one_pass/shared", ("fused",), ("fused", "grad", "reduce")),
+        ("split", ("shrink", "fused"), ("shrink", "fused", "grad", "reduce")),
+        ("library", ("shrink", "vendor", "fused"), ("shrink", "vendor", "fused", "grad", "reduce")),
+    ],
+)
+def test_launches(schedule: str, forward: tuple, backward: tuple):
+    found = measured(schedule, square(4096))
+    assert (found[0].launches, found[1].launches) == (forward, backward)
+
+
+@pytest.mark.parametrize("schedule", ["split", "library"])
+def test_what_the_others_read_again(schedule: str):
+    x = 2 * 8192 * 4096
+    one_pass, other = measured("one_pass/recompute", square(4096)), measured(schedule, square(4096))
+    again = x if schedule == "split" else 3 * x  # x; and there y twice, once by the vendor's product and once more
+    for ours, theirs in zip(one_pass, other, strict=True):
+        assert abs(theirs.bytes - ours.bytes - again) < 0.01 * ours.bytes
+
+
+def test_flops():
+    forward, backward = measured("one_pass/shared", square(4096))
+    product, thin = 2 * 8192 * 4096 * 4096, 2 * 8192 * 4096 * 16
+    assert forward.flops == product + 2 * thin
+    assert product + 4 * thin <= backward.flops < 1.001 * (product + 4 * thin)
+
+
+def test_x_without_a_gradient_takes_one_read_of_dy():
+    problem = square(4096, bias=True)
+    _, backward = traffic(problem, needs=Needs(False, True, True, True, False))
+    assert backward.launches == ("grad", "grad", "reduce")
+    dy = 2 * 8192 * 4096
+    t_parts = 2 * 4 * 8192 * 16 * (4096 // 128)  # written and read
+    assert 2 * dy + t_parts <= backward.bytes < 1.1 * 2 * dy + t_parts
+    _, of_A = traffic(problem, needs=Needs(False, True, False, False, False))
+    assert of_A.launches == ("shrink", "grad", "reduce")
+    _, nothing = traffic(problem, needs=Needs(False, False, False, False, False))
+    assert nothing.launches == () and nothing.bytes == 0
+
+
+@pytest.mark.parametrize("M", [1, 4, 16])
+@pytest.mark.parametrize("layer", [layer for layer in problems.LAYERS if layer.K * layer.N >= 2**20], ids=str)
+def test_decode_is_one_launch_that_reads_the_weight_once(layer, M: int):
+    for arch in ("sm_80", "sm_90"):
+        problem = Problem("cuda", M, layer.K, layer.N, 16, BF16, F32)
+        forward, _ = traffic(problem, arch)
+        slices = select.choose(Pass(problem, False), ARCHES[arch]).tile.SLICES
+        partials = 2 * 4 * slices * M * (layer.N + 16) if slices > 1 else 0  # written and read
+        weight, rows = 2 * layer.K * layer.N, M * (2 * layer.K + 2 * layer.N + 4 * 16)
+        assert forward.launches == ("fused",)
+        assert forward.bytes == weight + rows + 4 * 16 * (layer.K + layer.N) + partials
+
+
+def test_the_few_rows_between_decode_and_training_fill_the_chip():
+    """``shrink`` is cut into slices of Q where row blocks are too few for the units."""
+    arch = ARCHES["sm_90"]
+    few = tiles.shrink_tile(Pass(Problem("cuda", 64, 14336, 4096, 16, BF16, F32), False), arch)
+    many = tiles.shrink_tile(Pass(Problem("cuda", 16384, 14336, 4096, 16, BF16, F32), False), arch)
+    assert few.SLICES == 16 and many.SLICES == 1
