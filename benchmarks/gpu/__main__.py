@@ -81,7 +81,7 @@ class Run:
         self.options, self.plan = options, plan
         self.started = time.monotonic()
         self.about = machine(options)
-        self.bench = Bench(plan, options.out, options.minutes)
+        self.bench = Bench(plan, options.out)
         self.open: Store | None = None
         self._reported = time.monotonic()
         self._reporting = threading.Lock()
@@ -96,8 +96,6 @@ class Run:
         store = self.open = Store(self.options.out, part, identity(self.about), self.about)
         if self.options.retry:
             store.forget_failures()
-        if part == "tuning":
-            self.bench.minutes = max(0.1, (begin - time.monotonic()) / 60)
         if part not in UNTIMED:
             worker.prepare(part, self.options.out)
             cells.forget_stale(store, self.plan)
@@ -111,14 +109,14 @@ class Run:
                 supervise.inline(tasks, store, limits, self._progress)
             else:
                 workers = self.options.workers if part in UNTIMED else 1
-                supervise.isolated(tasks, store, limits, self._progress, self._arguments(part), workers)
+                supervise.isolated(tasks, store, limits, self._progress, self._command(part), workers)
         finally:
             report.write(self.options.out)
         count = sum(task.key in store.results for task in tasks)
         print(f"{part}: {count} of {len(tasks)} tasks are done; {self._elapsed()}", flush=True)
 
-    def _arguments(self, part: str) -> list[str]:
-        found = ["--part", part, "--out", str(self.options.out), "--minutes", f"{self.bench.minutes:.3f}"]
+    def _command(self, part: str) -> list[str]:
+        found = [sys.executable, "-m", "benchmarks.gpu.worker", "--part", part, "--out", str(self.options.out)]
         return found + (["--dry-run"] if self.plan.dry else [])
 
     def _progress(self, key: str, result: Result) -> None:

@@ -13,7 +13,7 @@ from benchmarks.gpu import measure, store
 from benchmarks.gpu.measure import Rounds, Timer
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.roofline import Ceilings
-from benchmarks.gpu.task import ERROR, OK, OUT_OF_MEMORY, WRONG, Result, Task
+from benchmarks.gpu.task import ERROR, OK, OUT_OF_MEMORY, WRONG, Result, Task, without_folders
 
 
 @dataclass
@@ -22,7 +22,6 @@ class Bench:
 
     plan: Plan
     folder: Path
-    minutes: float = 10.0
     _timer: Timer | None = None
     _ceilings: Ceilings | None = field(default=None)
 
@@ -100,5 +99,5 @@ def free() -> None:
 
 
 def _short(error: BaseException) -> str:
-    text = str(error).strip()
+    text = without_folders(str(error).strip())
     return text if len(text) <= 1200 else f"{text[:600]} ... {text[-600:]}"

@@ -49,7 +49,7 @@ class Trial(NamedTuple):
 
 
 def tasks(bench: Bench) -> list[Task]:
-    """The grid by value, the sweep over tiles, the odd layouts, then the tests and the sanitizer."""
+    """The grid's most used dtypes, the tests, the sweep over tiles, odd layouts, the whole grid, the sanitizer."""
     plan = bench.plan
     cases = [
         _task(f"grid {schedule} {_named(dtypes)} r={R} p={p:g}", grid, plan, schedule, dtypes, R, p)
@@ -63,7 +63,7 @@ def tasks(bench: Bench) -> list[Task]:
         for schedule in plan.schedules
         if not (kind == "huge" and (plan.dry or dtypes != plan.dtypes[0]))
     ]
-    ordered = [*first, *_sweep(plan), *layouts, *external.tests(bench), *cases, *external.sanitizers(bench)]
+    ordered = [*first, *external.tests(bench), *_sweep(plan), *layouts, *cases, *external.sanitizers(bench)]
     return list({task.key: task for task in ordered}.values())
 
 

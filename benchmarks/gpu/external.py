@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.task import HANG, OK, WRONG, Result, Task
+from benchmarks.gpu.task import HANG, OK, WRONG, Result, Task, without_folders
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _TEST_SECONDS, _SANITIZER_SECONDS = 240.0, 150.0
@@ -76,6 +76,6 @@ def run(command: list[str], seconds: float, variables: dict[str, str] | None = N
 
 
 def tail(output: bytes | str | None, most: int = 3000) -> str:
-    """The end of an output, without the folder that things lie in."""
+    """The end of an output, without the folders that things lie in."""
     text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
-    return text.replace(f"{_ROOT}{os.sep}", "")[-most:]
+    return without_folders(text)[-most:]

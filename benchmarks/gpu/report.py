@@ -22,8 +22,14 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write(folder: Path) -> None:
-    """report.md, and report.png where matplotlib is installed."""
-    found = load(folder)
+    """report.md, and report.png where matplotlib is installed. An error in here is said, and costs no measurement."""
+    try:
+        _write(folder, load(folder))
+    except Exception as error:  # noqa: BLE001 - the results are in the JSON files; --report writes it again
+        print(f"no report: {type(error).__name__}: {error}", flush=True)
+
+
+def _write(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
     record.write_atomically(folder / "report.md", markdown(found).encode())
     if importlib.util.find_spec("matplotlib") is not None:
         figure = plot(found["products"]["results"])
@@ -34,7 +40,13 @@ def write(folder: Path) -> None:
 
 def summary(folder: Path) -> str:
     """What is printed last: the goals with their numbers, failures, the worst cells; under 12,000 characters."""
-    found = load(folder)
+    try:
+        return _summary(load(folder))
+    except Exception as error:  # noqa: BLE001 - the results are in the JSON files
+        return f"no summary: {type(error).__name__}: {error}"
+
+
+def _summary(found: Mapping[str, Mapping[str, Any]]) -> str:
     parts = [_head(found), _goals(found), _broken(found, _SHORT)]
     for heading, rows in (
         ("Furthest above the roofline", goals.worst(found["products"]["results"], 8)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ class Store:
     def put(self, key: str, result: Result) -> None:
         """Add a result; on disk within a second, or by ``flush``."""
         with self._lock:
-            self.results[key] = result
+            self.results[key] = _plain(result)
             due = time.monotonic() - self._written >= _SECONDS_BETWEEN_WRITES
         if due:
             self.flush()
@@ -65,6 +66,15 @@ class Store:
     def forget_failures(self) -> None:
         """Make what did not end well run again."""
         self.results = {key: result for key, result in self.results.items() if result.get("status") == OK}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with infinities and NaNs as words, which JSON has no numbers for."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -70,18 +70,20 @@ class _Worker:
         """
         if self.process is None:
             self._start()
-        assert self.process is not None and self.process.stdin is not None
+        process, answers = self.process, self.answers  # ``end`` may come from another thread
+        if process is None or process.stdin is None:
+            raise EOFError("it was ended")
         try:
-            self.process.stdin.write(f"{key}\n".encode())
-            self.process.stdin.flush()
-        except OSError as error:
+            process.stdin.write(f"{key}\n".encode())
+            process.stdin.flush()
+        except (OSError, ValueError) as error:
             raise EOFError(str(error)) from error
         try:
-            answer = self.answers.get(timeout=max(0.0, seconds))
+            answer = answers.get(timeout=max(0.0, seconds))
         except queue.Empty:
             return None
         if answer is None:
-            raise EOFError(f"exit status {self.process.wait()}")
+            raise EOFError(f"exit status {process.wait()}")
         return json.loads(answer)
 
     def _start(self) -> None:
@@ -129,18 +131,17 @@ class _Worker:
 
 
 def isolated(
-    tasks: Sequence[Task], store: Store, limits: Limits, progress: Progress, arguments: Sequence[str], workers: int
+    tasks: Sequence[Task], store: Store, limits: Limits, progress: Progress, command: Sequence[str], workers: int
 ) -> None:
     """Run what is not done yet in worker processes.
 
-    Args: arguments: of ``benchmarks.gpu.worker``; workers: how many at a time.
+    Args: command: starts one that answers as ``benchmarks.gpu.worker`` does; workers: how many at a time.
     """
     waiting = queue.SimpleQueue[Task]()
     todo = [task for task in tasks if task.key not in store.results]
     for task in todo:
         waiting.put(task)
-    command = [sys.executable, "-m", "benchmarks.gpu.worker", *arguments]
-    pool = [_Worker(command) for _ in range(min(workers, len(todo)))]
+    pool = [_Worker(list(command)) for _ in range(min(workers, len(todo)))]
     stop = threading.Event()
     threads = [
         threading.Thread(target=_serve, args=(worker, waiting, store, limits, progress, stop), daemon=True)

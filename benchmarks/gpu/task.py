@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,14 @@ ERROR = "error"  # an exception
 OUT_OF_MEMORY = "out of memory"
 HANG = "hang"  # no answer within the task's limit: the process was ended
 CRASH = "crash"  # the process ended, or the device is in a state that only a new process mends
+
+
+_FOLDERS = re.compile(r"(?<![\w.~])(?:/[\w.@+~-]+)+/(?=[\w.@+~-]+/[\w.@+~-])")
+
+
+def without_folders(text: str) -> str:
+    """Text for a record, which says nothing of where things lie on the machine: of a path, its last two names."""
+    return _FOLDERS.sub("", text)
 
 
 @dataclass(frozen=True)

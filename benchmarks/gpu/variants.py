@@ -42,6 +42,7 @@ def naive(x: Tensor, W: Tensor, A: Tensor, B: Tensor, p: float) -> Tensor:
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
     config = torch._dynamo.config
+    config.automatic_dynamic_shapes = False  # K and N stay constants: the best that the compiler can do for a layer
     for name in ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit"):
         if hasattr(config, name):
             setattr(config, name, _RECOMPILES)
