@@ -301,3 +301,45 @@ def test_the_plot(tmp_path, monkeypatch):
     kept.flush()
     report.write(tmp_path)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+class _Replay:
+    """Stands in for a CUDA graph: the call itself."""
+
+    def __init__(self, run) -> None:
+        self.run = run
+
+    def __call__(self):
+        return self.run()
+
+
+def test_graphs_are_variants_and_a_failed_capture_is_one_less(tmp_path, monkeypatch):
+    from benchmarks.gpu import graphs, studies, variants
+
+    monkeypatch.setattr(variants, "Captured", _Replay)
+    monkeypatch.setattr(graphs, "Captured", _Replay)
+    at = tiny_bench(tmp_path, compare_graphs=True)
+    cell = at.plan.cell(at.plan.layers[0], 8)
+    result = cells.measure_cell(at, cell)
+    for phase in cells.PHASES:
+        assert {"frozen graph", "peftkern graph"} <= result["times"][phase].keys()
+    decoded = studies.decode_cell(at, replace(cell, p=0.0))
+    assert {"merged graph", "peftkern graph"} <= decoded["graphs"].keys()
+
+    def refuse(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(variants, "Captured", refuse)
+    result = cells.measure_cell(at, cell)
+    assert "capturing" in result["excluded"]["peftkern graph"] and "peftkern" in result["times"]["forward"]
+
+
+def test_the_model_step_as_a_graph(tmp_path, monkeypatch):
+    if not _has("peft", "transformers"):
+        pytest.skip("peft or transformers is not installed")
+    from benchmarks.gpu import graphs, models
+
+    monkeypatch.setattr(graphs, "Captured", _Replay)
+    result = models.model_step(tiny_bench(tmp_path, compare_graphs=True), 0.05)
+    assert result["graphs"]["times"].keys() == {"frozen", "peft", "peftkern"} and result["graphs"]["failed"] == {}
+    assert result["saved_mib"]["peftkern"] <= result["saved_mib"]["peft"]

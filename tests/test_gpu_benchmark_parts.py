@@ -36,7 +36,10 @@ for line in sys.stdin:
     if key == "crashes":
         print("an illegal address", file=sys.stderr, flush=True)
         os._exit(7)
-    print(json.dumps({"status": "ok", "process": os.getpid()}), flush=True)
+    found = {"status": "error" if key == "breaks" else "ok", "process": os.getpid()}
+    if key in ("breaks", "taints"):
+        found["fatal"] = True
+    print(json.dumps(found), flush=True)
 """
 
 
@@ -56,6 +59,12 @@ def test_a_hang_and_a_crash_cost_one_task_each(tmp_path):
     }  # fmt: skip
     assert "illegal address" in found["crashes"]["output"] and found["hangs"]["about"] == {"about": "hangs"}
     assert found["a"]["process"] != found["b"]["process"] != found["c"]["process"] == found["d"]["process"]
+
+
+def test_a_process_that_is_of_no_more_use_is_replaced(tmp_path):
+    found = _serve(tmp_path, ["a", "taints", "b", "breaks", "c"])
+    assert [result["status"] for result in found.values()] == [OK, OK, OK, CRASH, OK]
+    assert len({found[key]["process"] for key in "abc"}) == 3 and "fatal" not in found["taints"]
 
 
 def test_the_end_of_the_run_is_no_hang(tmp_path):

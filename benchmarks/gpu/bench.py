@@ -69,7 +69,8 @@ class Wrong(RuntimeError):
 def run_guarded(task: Task) -> Result:
     """A task's result, whatever happens in it; KeyboardInterrupt passes.
 
-    "fatal" is set where the device no longer answers: only a new process can go on.
+    "fatal" is set where only a new process can go on: the device no longer answers, or a capture that failed has left
+    torch's generator believing that it is still captured.
     """
     try:
         result: Result = {"status": OK} | task.run()
@@ -80,12 +81,19 @@ def run_guarded(task: Task) -> Result:
     except Exception as error:  # noqa: BLE001 - recorded in the cell; the run goes on
         result = {"status": ERROR, "error": f"{type(error).__name__}: {_short(error)}"}
     free()
-    if result["status"] != OK and torch.cuda.is_available():
-        try:
-            torch.cuda.synchronize()
-        except Exception:  # noqa: BLE001
-            result["fatal"] = True
+    if torch.cuda.is_available() and not _healthy():
+        result["fatal"] = True
     return result if task.about is None else {"about": dict(task.about)} | result
+
+
+def _healthy() -> bool:
+    try:
+        torch.cuda.synchronize()
+        torch.rand(1, device="cuda")
+        torch.cuda.synchronize()
+    except Exception:  # noqa: BLE001 - whatever it is, this process is of no more use
+        return False
+    return True
 
 
 def free() -> None:

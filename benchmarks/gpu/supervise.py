@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.gpu import external
 from benchmarks.gpu.bench import run_guarded
 from benchmarks.gpu.store import Store
-from benchmarks.gpu.task import CRASH, HANG, Result, Task
+from benchmarks.gpu.task import CRASH, HANG, OK, Result, Task
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _START_SECONDS = 90.0  # that a worker may take to import and to find its tasks, once
@@ -184,8 +184,8 @@ def _serve(
             if time.monotonic() >= limits.end:
                 return  # the run is over, which says nothing of the task
             result = {"status": HANG, "error": f"no answer within {task.limit:.0f} s", "output": worker.said()}
-        if result["status"] == CRASH or result.get("fatal"):
-            result["status"] = CRASH
+        if result["status"] == CRASH or result.pop("fatal", False):
+            result["status"] = result["status"] if result["status"] == OK else CRASH
             worker.end()
         if task.about is not None:
             result.setdefault("about", dict(task.about))
