@@ -1,0 +1,84 @@
+"""The card: its name, driver, clocks and versions, and the ceilings that every roofline uses."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.gpu import measure
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.roofline import name_of
+from benchmarks.gpu.task import Result, Task
+
+_QUERY = (
+    "name", "driver_version", "vbios_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
+    "power.draw", "power.limit", "temperature.gpu", "memory.total", "mig.mode.current", "ecc.mode.current",
+)  # fmt: skip
+
+
+def tasks(bench: Bench) -> list[Task]:
+    """The card's ceilings, and what it says of itself."""
+    return [
+        Task("ceilings", lambda: ceilings(bench), 120.0),
+        Task("card", card, 60.0),
+        Task("packages", packages, 60.0),
+    ]
+
+
+def card() -> Result:
+    """What the driver says; only what can be read."""
+    found: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties()
+        found = {
+            "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
+            "units": properties.multi_processor_count, "memory": properties.total_memory, "cuda": torch.version.cuda,
+        }  # fmt: skip
+    tool = shutil.which("nvidia-smi")
+    if tool is not None:
+        for name in _QUERY:  # one by one: an older driver does not know them all
+            done = _run([tool, f"--query-gpu={name}", "--format=csv,noheader"])
+            if done is not None:
+                found[name] = done
+    return found
+
+
+def _run(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+
+
+def packages() -> Result:
+    """Which competitors can be imported here."""
+    import importlib.util
+
+    names = ("peft", "transformers", "unsloth", "liger_kernel", "matplotlib", "triton")
+    return {"importable": {name: importlib.util.find_spec(name) is not None for name in names}}
+
+
+def ceilings(bench: Bench) -> Result:
+    """FLOP/s of a large vendor product of random operands, bytes/s of a large copy; medians."""
+    size, copied = (64, 2**16) if bench.plan.dry else (8192, 2**30)
+    device, flops = bench.plan.device, {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        edge = size if dtype.itemsize == 2 else size // 2
+        x, W = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
+        seconds = _median(bench, lambda x=x, W=W: F.linear(x, W))
+        flops[name_of(dtype)] = 2 * edge**3 / seconds
+    source = torch.empty(copied, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    seconds = _median(bench, lambda: target.copy_(source))
+    return {"flops": flops, "bandwidth": 2 * copied / seconds, "product": size, "copied": copied}
+
+
+def _median(bench: Bench, run: Callable[[], object]) -> float:
+    samples = bench.time({"run": run})["run"]
+    return measure.interval(samples)[1]
