@@ -154,6 +154,22 @@ def test_a_holder_that_lives_is_waited_for_and_not_for_ever(by_file: bool, tmp_p
             pass
 
 
+@pytest.mark.skipif(lock.fcntl is None, reason="no flock here")
+def test_a_lock_whose_file_the_last_holder_removed_is_taken_again(tmp_path, monkeypatch):
+    """The file goes between our open and our flock; the next one to come would make another, and hold it too."""
+    genuine, removed = lock.fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not removed:
+            removed.append((tmp_path / ".table.json.lock").unlink())
+        genuine(descriptor, operation)
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with lock.locked(tmp_path / "table.json"):
+        with pytest.raises(TimeoutError), lock.locked(tmp_path / "table.json", timeout=0.1):
+            pass
+
+
 def test_of_two_who_find_an_abandoned_lock_one_gets_it(tmp_path):
     """Between the look at the abandoned lock and its removal another waiter has taken it: it is put back."""
     held = tmp_path / ".table.json.held"

@@ -104,7 +104,7 @@ def test_the_time_left_is_never_more_than_the_budget():
 # ---------------------------------------------------------------------------------------------------- the GPU's timer
 
 
-@pytest.mark.parametrize("memory", [2**34, 2**38])
+@pytest.mark.parametrize("memory", [2**30, 2**34, 2**38])
 def test_the_cache_is_flushed_before_each_timing(memory: int, monkeypatch):
     """Against a GPU that only keeps a diary."""
     pytest.importorskip("triton")
@@ -139,7 +139,7 @@ def test_the_cache_is_flushed_before_each_timing(memory: int, monkeypatch):
     timer = EventTimer(torch.device("cuda"))
     assert [timer(lambda: diary.append("run")) for _ in range(2)] == [pytest.approx(2.5e-3)] * 2
     assert diary == ["flush", "start", "run", "end", "wait for end"] * 2
-    assert 2 * L2 <= sizes[0] <= memory // 16 and len(sizes) == 1
+    assert 2 * L2 <= sizes[0] <= max(2 * L2, memory // 16) and len(sizes) == 1
 
 
 def test_it_tunes_the_chip_that_is_there(monkeypatch):

@@ -96,15 +96,51 @@ def test_a_wrong_result_is_seen(spoil, backward: bool, monkeypatch):
 
 
 def test_what_is_not_written_is_seen(monkeypatch):
-    """A candidate that does nothing cannot pass by the results of the one before it."""
+    """A candidate that does nothing cannot pass by the results of the one before it, in whose memory its own are."""
     from peftkern.backends.triton import schedule
 
     tuned = cell(False)
     bench, choice = bench_of(tuned), candidates(tuned.launch, ARCH)[0]
+    made, genuine = [], schedule.produce
+    monkeypatch.setattr(schedule, "produce", lambda *a, **k: made.append(genuine(*a, **k)) or made[-1])
     assert bench.check(choice) is None
-    genuine = schedule.produce
-    monkeypatch.setattr(schedule, "produce", lambda *a, **k: dataclasses.replace(genuine(*a, **k), steps=[]))
-    assert "error inf" in bench.check(choice)
+    for spoiled in ("Z", "T"):
+        kept = {"Z": made[0].Z.clone(), "T": made[0].T.clone()}
+        half = dataclasses.replace(made[0], steps=[Rewrite(made[0], kept, spoiled)])
+        monkeypatch.setattr(schedule, "produce", lambda *a, half=half, **k: half)
+        assert bench.check(choice).startswith(f"{spoiled} is wrong: error inf")
+        made[0].Z.copy_(kept["Z"])
+        made[0].T.copy_(kept["T"])
+
+
+class Rewrite:
+    """Writes the right results, except one of them."""
+
+    def __init__(self, made, kept: dict[str, torch.Tensor], spoiled: str) -> None:
+        self.made, self.kept, self.spoiled = made, kept, spoiled
+
+    def run(self) -> None:
+        for name in self.kept.keys() - {self.spoiled}:
+            getattr(self.made, name).copy_(self.kept[name])
+
+
+def test_a_device_that_is_lost_ends_the_search(monkeypatch):
+    """An illegal access makes every later call fail; a candidate that merely does not fit does not."""
+    tuned = cell(False)
+    choice = candidates(tuned.launch, ARCH)[0]
+
+    def fail(*_):
+        raise RuntimeError("out of resources")
+
+    bench = bench_of(tuned, fail)
+    bench.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with pytest.raises(RuntimeError, match="out of resources") as error:
+        bench.sample(choice)
+    assert not isinstance(error.value, search.DeviceLost)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    with pytest.raises(search.DeviceLost, match=choice.schedule):
+        bench.sample(choice)
 
 
 def test_a_choice_that_cannot_run_raises():

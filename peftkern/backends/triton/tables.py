@@ -275,7 +275,7 @@ def merge(path: Path, update: Table, to_ship: bool = False) -> Table:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        table = dataclasses.replace(update, entries={}, device="" if to_ship else update.device)
+        table = dataclasses.replace(update, entries={})
         try:
             table = parse(path.read_text(encoding="utf-8"), update.arch, None if to_ship else update.device, str(path))
         except FileNotFoundError:
