@@ -1,4 +1,4 @@
-"""``python -m peftkern``: what is here, and what the kernels compile to."""
+"""``python -m peftkern``: what is here, what the kernels compile to, and what is fastest on this GPU."""
 
 from __future__ import annotations
 
@@ -8,12 +8,34 @@ import sys
 from collections.abc import Callable
 
 Command = Callable[[argparse.Namespace], str]
+Options = Callable[[argparse.ArgumentParser], None]
 
 
 def _kernels(options: argparse.Namespace) -> str:
     from peftkern.backends.triton import inspect_kernels
 
     return inspect_kernels.kernels_table(options.json)
+
+
+def _tune(options: argparse.Namespace) -> str:
+    from peftkern.backends.triton.tune import command, search
+    from peftkern.ops import dispatch
+
+    reference, unavailable = dispatch.backend_named("reference"), dispatch.backend_named("triton").unavailable()
+    try:
+        return command.run(options, reference, unavailable)
+    except (OSError, search.DeviceLost) as error:  # a folder that cannot be written; a kernel that broke the device
+        raise SystemExit(f"peftkern tune: {error}") from error
+
+
+def _tune_options(parser: argparse.ArgumentParser) -> None:
+    from peftkern.backends.triton.tune import command
+
+    command.add_options(parser)
+
+
+def _no_options(parser: argparse.ArgumentParser) -> None:
+    pass
 
 
 def _env(options: argparse.Namespace) -> str:
@@ -34,25 +56,36 @@ def _lines(report: dict[str, object], indent: str = "") -> list[str]:
     return lines
 
 
-# name: (what it prints, its function); each takes --json.
-COMMANDS: dict[str, tuple[str, Command]] = {
-    "env": ("versions, devices and each backend's state", _env),
-    "kernels": ("registers, stack, shared memory and MMA kind of every Triton kernel on every target", _kernels),
-}
+# name: (what it does, its function, its own options); each takes --json.
+COMMANDS: dict[str, tuple[str, Command, Options]] = {
+    "env": ("versions, devices and each backend's state", _env, _no_options),
+    "kernels": (
+        "registers, stack, shared memory and MMA kind of every Triton kernel on every target", _kernels, _no_options,
+    ),
+    "tune": ("measure the schedules and tiles of the Triton kernels on this GPU", _tune, _tune_options),
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one sub-command and print what it returns."""
+    """Run one sub-command and print what it returns.
+
+    Returns: 0; 2 for options or an environment that make no sense; 130 after Ctrl-C.
+    Raises: SystemExit, with code 2 from the parser and 1 with a message for what failed on the way.
+    """
     parser = argparse.ArgumentParser(prog="python -m peftkern", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (meaning, _) in COMMANDS.items():
-        commands.add_parser(name, help=meaning).add_argument("--json", action="store_true", help="print JSON")
+    for name, (meaning, _, add_options) in COMMANDS.items():
+        command = commands.add_parser(name, help=meaning)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        add_options(command)
     options = parser.parse_args(arguments)
     try:
         print(COMMANDS[options.command][1](options))
-    except ValueError as error:  # a bad environment variable
+    except ValueError as error:  # a bad option or environment variable
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -92,6 +92,18 @@ def dispatch_env(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None
     forget()
 
 
+@pytest.fixture
+def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
+    """Where an H200's own table would be; none is shipped, unless the test writes one to ``tables.shipped``."""
+    from peftkern.backends.triton import arch, select, tables
+
+    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tables, "shipped", lambda name: tmp_path / "shipped" / f"{name}.json")
+    select.forget()
+    yield tables.cache_path(dataclasses.replace(arch.ARCHES["sm_90"], product="NVIDIA H200"))
+    select.forget()
+
+
 # ---------------------------------------------------------- one call: its description, tensors, run and judgement
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ class Arch:
             for the other waves' stores.
         tma: whether tensor descriptors become bulk copies.
         dependent_launch: whether a launch may begin before the one it depends on ends.
+        product: what the vendor calls it; the user's own measurements hold for one product.
     """
 
     name: str
@@ -34,6 +36,12 @@ class Arch:
     protocols: bool = True
     tma: bool = False
     dependent_launch: bool = False
+    product: str = ""
+
+    @property
+    def family(self) -> Arch:
+        """The same figures without the product's name."""
+        return dataclasses.replace(self, product="")
 
 
 ARCHES = {
@@ -53,11 +61,13 @@ def arch_of(device: torch.device) -> Arch:
     """The chip behind a device: its nearest known relative, with the device's own units and shared memory."""
     if device.type != "cuda":
         return ARCHES["interpreter"]
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return dataclasses.replace(ARCHES["gfx942"], units=properties.multi_processor_count)
-    return nvidia((properties.major, properties.minor), properties.multi_processor_count,
-                  properties.shared_memory_per_block_optin)  # fmt: skip
+        arch = dataclasses.replace(ARCHES["gfx942"], units=properties.multi_processor_count)
+    else:
+        arch = nvidia((properties.major, properties.minor), properties.multi_processor_count,
+                      properties.shared_memory_per_block_optin)  # fmt: skip
+    return dataclasses.replace(arch, product=properties.name)
 
 
 def nvidia(capability: tuple[int, int], units: int, shared_memory: int) -> Arch:

@@ -55,10 +55,19 @@ def choose(launch: Pass, arch: Arch) -> Choice:
 @functools.lru_cache(maxsize=4096)
 def _choose(launch: Pass, arch: Arch, schedule: str) -> Choice:
     if schedule == "auto":
-        for table in tables.tables(arch.name):
-            choice = table.lookup(launch)
-            if choice is not None and tiles.supports(launch, choice, arch) is None:
+        for table in tables.tables(arch):
+            choice = table.lookup(launch, arch)
+            if choice is None:
+                continue
+            reason = tiles.supports(launch, choice, arch)
+            if reason is None:
                 return choice
+            tables.complain(table, reason)
+    return estimated(launch, arch, schedule)
+
+
+def estimated(launch: Pass, arch: Arch, schedule: str = "auto") -> Choice:
+    """What the analytic estimate says, whatever the tables do. Raises: RuntimeError if nothing is legal."""
     legal = [choice for choice in tiles.choices(launch, arch) if schedule in ("auto", choice.schedule)]
     if not legal:
         reasons = tiles.refusals(launch, arch)
@@ -70,4 +79,4 @@ def _choose(launch: Pass, arch: Arch, schedule: str) -> Choice:
 def forget() -> None:
     """Make the next call look at the environment and the tables again."""
     _choose.cache_clear()
-    tables.tables.cache_clear()
+    tables.forget()

@@ -1,52 +1,103 @@
 """Tables of measured, or estimated, choices: the user's cache and those that are shipped.
 
-A table is JSON: {"version", "gpu", "triton", "source", "entries"}; an entry's key is ``key_of`` a direction, its value the
-schedule and the tile. A table that cannot be read, is of another version or for another chip is ignored with one warning.
+A table is one JSON file for one chip. "choices" numbers schedules with their tiles (what is left out of a tile has its
+default); "entries" says which rows get which, for everything else that a choice depends on:
+
+    "forward P4096 Q4096 R16 bfloat16/float32/base dense dropout": "1-16~04 32-64=00 8192=07"
+
+M and R count by their power of two: 8192 stands for 4097 to 8192 rows. ``=`` was measured and holds for all of them;
+``~`` is the analytic estimate's and holds for exactly that M and R on the chip as ``ARCHES`` knows it: anywhere else
+the estimate itself, made for the very call, is as good or better. The user's cache holds for one product ("device"); a
+shipped table for the whole architecture, and its device says where it was measured.
+
+A table that cannot be read, is of another version or for another chip is ignored with one warning; so is what
+``supports`` refuses of it. No call ever raises because of a table.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, fields
+import re
+import secrets
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from peftkern import _env
+from peftkern.backends.triton.arch import ARCHES, Arch
+from peftkern.backends.triton.lock import locked
 from peftkern.backends.triton.tiles import Choice, Pass, TileConfig, padded
 
 logger = logging.getLogger("peftkern")
 
 VERSION = 1
+SHIPPED_LIMIT = 64 * 1024  # bytes
+_RUN = re.compile(r"(\d+)(?:-(\d+))?([=~])(\w+)")
+_POWERS = ("BLOCK_M", "BLOCK_P", "BLOCK_Q", "num_warps", "SUBTILES", "SLICES")  # fields that are powers of two
+
+
+class Entry(NamedTuple):
+    """What a table says for one key and bucket of rows."""
+
+    choice: Choice
+    measured: bool
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table. ``source`` is "measured" or "estimate"."""
+    """One table: arch.name, the product it was measured on ("" if it is estimated), and entries by key, then bucket."""
 
-    gpu: str
-    source: str
-    entries: dict[str, Choice]
+    arch: str
+    device: str
+    triton: str
+    entries: dict[str, dict[int, Entry]]
+    origin: str = ""
 
-    def lookup(self, launch: Pass) -> Choice | None:
-        """What the table says for a direction; M counts by its power of two."""
-        return self.entries.get(key_of(launch))
+    def lookup(self, launch: Pass, arch: Arch) -> Choice | None:
+        """What the table says for a direction."""
+        problem = launch.problem
+        entry = self.entries.get(key_of(launch), {}).get(bucket_of(problem.M))
+        if entry is None or entry.measured:
+            return None if entry is None else entry.choice
+        exact = problem.M == bucket_of(problem.M) and problem.R == padded(problem.R)
+        return entry.choice if exact and arch.family == ARCHES[arch.name] else None
+
+    def updated(self, other: Table) -> Table:
+        """This table and another's entries; an estimate replaces no measurement. Raises: ValueError: other chips."""
+        if self.arch != other.arch or (self.device and other.device and self.device != other.device):
+            raise ValueError(
+                f"{self.origin or 'the table'} is for {self.arch} {self.device}, not {other.arch} {other.device}"
+            )
+        entries = {key: dict(buckets) for key, buckets in self.entries.items()}
+        for key, buckets in other.entries.items():
+            mine = entries.setdefault(key, {})
+            for bucket, entry in buckets.items():
+                if entry.measured or bucket not in mine or not mine[bucket].measured:
+                    mine[bucket] = entry
+        return Table(self.arch, other.device or self.device, other.triton or self.triton, entries, self.origin)
+
+    def without_estimates(self) -> Table:
+        """The measurements alone."""
+        measured = {key: {b: e for b, e in buckets.items() if e.measured} for key, buckets in self.entries.items()}
+        return dataclasses.replace(self, entries={key: buckets for key, buckets in measured.items() if buckets})
+
+
+def bucket_of(M: int) -> int:
+    """The power of two that a number of rows counts as."""
+    return 1 << max(0, M - 1).bit_length()
 
 
 def key_of(launch: Pass) -> str:
-    """A direction's key: everything that a choice depends on, M and R rounded up to powers of two."""
+    """A direction's key: everything that a choice depends on except the rows."""
     p = launch.problem
-    bucket = 1 << max(0, p.M - 1).bit_length()
     dtypes = f"{_short(p.dtype)}/{_short(p.adapter_dtype)}/{p.precision}"
-    words = [
-        "backward" if launch.backward else "forward",
-        f"M{bucket}",
-        f"P{launch.P}",
-        f"Q{launch.Q}",
-        f"R{padded(p.R)}",
-    ]
+    words = ["backward" if launch.backward else "forward", f"P{launch.P}", f"Q{launch.Q}", f"R{padded(p.R)}"]
     return " ".join([*words, dtypes, p.weight_format, *(["dropout"] if p.dropout else [])])
 
 
@@ -54,51 +105,205 @@ def _short(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def to_json(gpu: str, triton: str, source: str, entries: dict[str, Choice]) -> str:
-    """A table as text, with sorted keys, one entry a line."""
-    lines = [f"  {json.dumps(key)}: {json.dumps(_entry(choice))}" for key, choice in sorted(entries.items())]
-    head = {"version": VERSION, "gpu": gpu, "triton": triton, "source": source}
-    start = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items())
-    return "{\n" + start + ',\n "entries": {\n' + ",\n".join(lines) + "\n }\n}\n"
+# ----------------------------------------------------------------------------------------------------------- the text
 
 
-def _entry(choice: Choice) -> list[Any]:
-    return [choice.schedule, *asdict(choice.tile).values()]
+def to_json(table: Table) -> str:
+    """A table as text: sorted keys, a choice or an entry a line."""
+    used = {entry.choice for buckets in table.entries.values() for entry in buckets.values()}
+    texts = sorted((json.dumps(_to_fields(choice), sort_keys=True), choice) for choice in used)
+    names = {choice: f"{number:02}" for number, (_, choice) in enumerate(texts)}
+    choices = {names[choice]: text for text, choice in texts}
+    entries = {key: json.dumps(_to_runs(buckets, names)) for key, buckets in sorted(table.entries.items()) if buckets}
+    parts = {
+        "arch": json.dumps(table.arch), "choices": _block(choices), "device": json.dumps(table.device),
+        "entries": _block(entries), "triton": json.dumps(table.triton), "version": str(VERSION),
+    }  # fmt: skip
+    return "{\n" + ",\n".join(f" {json.dumps(name)}: {text}" for name, text in parts.items()) + "\n}\n"
 
 
-def parse(text: str, gpu: str) -> Table:
-    """Read a table. Raises: ValueError saying what is wrong with it."""
+def _block(lines: dict[str, str]) -> str:
+    return "{\n" + ",\n".join(f"  {json.dumps(name)}: {text}" for name, text in lines.items()) + "\n }"
+
+
+def _to_fields(choice: Choice) -> dict[str, Any]:
+    tile = choice.tile
+    differing = {f.name: getattr(tile, f.name) for f in fields(tile) if getattr(tile, f.name) != f.default}
+    return {"schedule": choice.schedule, **differing}
+
+
+def _to_runs(buckets: dict[int, Entry], names: dict[Choice, str]) -> str:
+    """Neighbouring buckets with one entry are one run."""
+    runs: list[tuple[int, int, Entry]] = []
+    for bucket, entry in sorted(buckets.items()):
+        if runs and runs[-1][1] * 2 == bucket and runs[-1][2] == entry:
+            runs[-1] = (runs[-1][0], bucket, entry)
+        else:
+            runs.append((bucket, bucket, entry))
+    return " ".join(
+        f"{first}{f'-{last}' if last > first else ''}{'=' if entry.measured else '~'}{names[entry.choice]}"
+        for first, last, entry in runs
+    )
+
+
+def parse(text: str, arch: str, device: str | None = None, origin: str = "") -> Table:
+    """Read a table.
+
+    Args: arch: the architecture it must be for; device: the product, or None for any; origin: for messages.
+    Raises: ValueError saying what is wrong with it.
+    """
     content = json.loads(text)
     if not isinstance(content, dict) or content.get("version") != VERSION:
         found = content.get("version") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"it is of version {found!r}, not {VERSION}")
-    if content.get("gpu") != gpu:
-        raise ValueError(f"it is for {content.get('gpu')!r}, not for {gpu!r}")
-    entries = {}
-    for key, value in content["entries"].items():
-        schedule, *numbers = value
-        if len(numbers) != len(fields(TileConfig)) or not all(isinstance(number, int) for number in numbers):
-            raise ValueError(f"entry {key!r} is not a schedule and a tile: {value!r}")
-        entries[key] = Choice(schedule, TileConfig(*numbers[:-1], tma=bool(numbers[-1])))
-    return Table(gpu, str(content.get("source")), entries)
+    if content.get("arch") != arch:
+        raise ValueError(f"it is for {content.get('arch')!r}, not for {arch!r}")
+    if device is not None and content.get("device") != device:
+        raise ValueError(f"it was measured on {content.get('device')!r}, this is {device!r}")
+    choices, entries = content.get("choices"), content.get("entries")
+    if not isinstance(choices, dict) or not isinstance(entries, dict):
+        raise ValueError("it has no choices or no entries")
+    named = {name: _from_fields(name, value) for name, value in choices.items()}
+    found = {key: dict(_from_runs(key, value, named)) for key, value in entries.items()}
+    return Table(arch, str(content.get("device")), str(content.get("triton")), found, origin)
 
 
-def cache_path(gpu: str) -> Path:
-    """Where the user's own measurements for a chip are: below PEFTKERN_CACHE, XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PEFTKERN_CACHE") or Path(base) / "peftkern") / f"{gpu}.json"
+def _from_fields(name: str, value: Any) -> Choice:
+    numbers = dict(value) if isinstance(value, dict) else {}
+    schedule = numbers.pop("schedule", None)
+    if schedule not in _env.SCHEDULES:
+        raise ValueError(f"choice {name} has no known schedule: {value!r}")
+    known = {f.name: f for f in fields(TileConfig)}
+    for field, number in numbers.items():
+        fits = type(number) is (bool if field == "tma" else int) and number >= (
+            0 if field in ("tma", "resident") else 1
+        )
+        if field not in known or not fits or (field in _POWERS and number & (number - 1)):
+            raise ValueError(f"choice {name} has no tile: {field}={number!r}")
+    missing = [f.name for f in known.values() if f.default is dataclasses.MISSING and f.name not in numbers]
+    if missing or numbers["num_warps"] > 32 or numbers["num_stages"] > 16:
+        raise ValueError(f"choice {name} has no tile: {value!r}")
+    return Choice(schedule, TileConfig(**numbers))
 
 
-@functools.cache
-def tables(gpu: str) -> tuple[Table, ...]:
-    """The tables for a chip, the user's first. Never raises."""
-    shipped = resources.files("peftkern.backends.triton") / "tuned" / f"{gpu}.json"
-    found = []
-    for source in (cache_path(gpu), shipped):
+def _from_runs(key: str, value: Any, named: dict[str, Choice]) -> Iterator[tuple[int, Entry]]:
+    for word in value.split(" ") if isinstance(value, str) else [""]:
+        run = _RUN.fullmatch(word)
+        if run is None or run[4] not in named:
+            raise ValueError(f"entry {key!r} is not a list of rows and choices: {value!r}")
+        bucket, last = int(run[1]), int(run[2] or run[1])
+        if bucket != bucket_of(bucket) or last != bucket_of(last) or not bucket <= last <= 2**40:
+            raise ValueError(f"entry {key!r} has rows that are no powers of two in order: {value!r}")
+        while bucket <= last:
+            yield bucket, Entry(named[run[4]], run[3] == "=")
+            bucket *= 2
+
+
+# ---------------------------------------------------------------------------------------------------------- the files
+
+
+def cache_path(arch: Arch) -> Path:
+    """Where the user's own measurements for a product are: below PEFTKERN_CACHE, XDG_CACHE_HOME or ~/.cache."""
+    product = re.sub(r"[^a-z0-9]+", "-", arch.product.lower()).strip("-")
+    folder = (
+        os.environ.get("PEFTKERN_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftkern"
+    )
+    return Path(folder) / f"{arch.name}{'-' if product else ''}{product}.json"
+
+
+def shipped(arch: str) -> Any:
+    """The shipped table's file, which need not exist."""
+    return resources.files("peftkern.backends.triton") / "tuned" / f"{arch}.json"
+
+
+_loading = threading.Lock()
+_loaded: dict[tuple[str, str], tuple[Table, ...]] = {}
+_complained: set[str] = set()
+
+
+def tables(arch: Arch) -> tuple[Table, ...]:
+    """The tables for a chip, the user's first; read once, by one thread. Never raises."""
+    key = arch.name, arch.product
+    found = _loaded.get(key)
+    if found is None:
+        with _loading:
+            found = _loaded.get(key)
+            if found is None:
+                found = _loaded[key] = tuple(_load(arch))
+    return found
+
+
+def _load(arch: Arch) -> Iterator[Table]:
+    for find, device in ((lambda: cache_path(arch), arch.product), (lambda: shipped(arch.name), None)):
+        source = None
         try:
-            found.append(parse(source.read_text(), gpu))
+            source = find()
+            yield parse(source.read_text(encoding="utf-8"), arch.name, device, str(source))
         except FileNotFoundError:
             continue
         except Exception as error:  # noqa: BLE001 - a bad file costs speed, never a call
-            logger.warning("peftkern: %s is ignored: %s", source, error)
-    return tuple(found)
+            logger.warning("peftkern: %s is ignored: %s", source or "the cache of tuned tables", error)
+
+
+def complain(table: Table, reason: str) -> None:
+    """One warning a file about entries that cannot be used."""
+    with _loading:
+        new = table.origin not in _complained
+        _complained.add(table.origin)
+    if new:
+        logger.warning("peftkern: %s has entries that are ignored: %s", table.origin, reason)
+
+
+def forget() -> None:
+    """Read the files again when a table is next asked for."""
+    with _loading:
+        _loaded.clear()
+        _complained.clear()
+
+
+def merge(path: Path, update: Table, to_ship: bool = False) -> Table:
+    """Add a table's entries to a file, atomically; of two processes that do so at once neither loses anything.
+
+    Args:
+        path: the file; its folder is made.
+        update: what is added.
+        to_ship: the file is a table to be shipped: what is there must be readable, its estimates are replaced where the
+            update has any, it holds for every product, and the size is limited. In the user's cache a file that cannot
+            be used is replaced, with a warning.
+    Raises: OSError if it cannot be written; ValueError for a shipped file that is bad, another chip's or too large.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        table = dataclasses.replace(update, entries={})
+        try:
+            table = parse(path.read_text(encoding="utf-8"), update.arch, None if to_ship else update.device, str(path))
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            if to_ship:
+                raise ValueError(f"{path}: {error}") from error
+            logger.warning("peftkern: %s is replaced: %s", path, error)
+        if not all(entry.measured for buckets in update.entries.values() for entry in buckets.values()):
+            table = table.without_estimates()
+        table = table.updated(update)
+        text = to_json(table)
+        if to_ship and len(text.encode()) > SHIPPED_LIMIT:
+            raise ValueError(
+                f"{path} would have {len(text.encode())} bytes; a shipped table has {SHIPPED_LIMIT} at most"
+            )
+        _replace(path, text)
+    return table
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new, whatever happens in between."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
