@@ -8,6 +8,8 @@ variable                  values                                   default
                           one_pass/shared | split | library``
 ``PEFTKERN_BATCH_         ``0 | 1``: a row's result does not        ``0``
 INVARIANT``               depend on the number of rows
+``PEFTKERN_OVERLAP``      ``0 | 1``: large gradients of A and B   ``1``
+                          run beside dx, on a second stream
 ``PEFTKERN_CACHE``        a folder: the user's tuned tables         ``~/.cache/peftkern``
 ========================  =======================================  ========
 
@@ -32,6 +34,7 @@ class Settings:
     backend: str
     schedule: str
     batch_invariant: bool
+    overlap: bool
 
 
 def _choice(name: str, allowed: tuple[str, ...]) -> str:
@@ -41,8 +44,8 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def _switch(name: str) -> bool:
-    value = os.environ.get(name, "").strip() or "0"
+def _switch(name: str, default: str) -> bool:
+    value = os.environ.get(name, "").strip() or default
     if value not in ("0", "1"):
         raise ValueError(f"{name}={value!r} is not 0 or 1")
     return value == "1"
@@ -54,5 +57,6 @@ def settings() -> Settings:
     return Settings(
         backend=_choice("PEFTKERN_BACKEND", BACKENDS),
         schedule=_choice("PEFTKERN_SCHEDULE", SCHEDULES),
-        batch_invariant=_switch("PEFTKERN_BATCH_INVARIANT"),
+        batch_invariant=_switch("PEFTKERN_BATCH_INVARIANT", "0"),
+        overlap=_switch("PEFTKERN_OVERLAP", "1"),
     )

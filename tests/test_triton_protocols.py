@@ -1,7 +1,7 @@
-"""The kernels whose programs work together, with their programs interleaved and memory weak: no GPU.
+"""The kernels whose programs work together, their programs interleaved and memory weak: no GPU.
 
-``shared`` (tickets, publish, await), slices of ``fused`` and ``shrink`` (who arrives last) and ``grad`` with t. A second
-call right after the first shows that the counters are zero again.
+``shared`` (tickets, publish, await), slices of ``fused`` and ``shrink`` (who arrives last) and ``grad`` with t. A
+second call right after the first shows that the counters are zero again.
 """
 
 from __future__ import annotations

@@ -48,15 +48,22 @@ def test_one_pass_moves_what_it_must(schedule: str, size: int, floor: int):
 @pytest.mark.parametrize(
     ("schedule", "forward", "backward"),
     [
-        ("one_pass/recompute", ("fused",), ("fused", "grad", "reduce")),
-        ("one_pass/shared", ("fused",), ("fused", "grad", "reduce")),
+        ("one_pass/recompute", ("fused",), ("fused", "grad", "grad", "reduce")),
+        ("one_pass/shared", ("fused",), ("fused", "grad", "grad", "reduce")),
         ("split", ("shrink", "fused"), ("shrink", "fused", "grad", "reduce")),
         ("library", ("shrink", "vendor", "fused"), ("shrink", "vendor", "fused", "grad", "reduce")),
     ],
 )
-def test_launches(schedule: str, forward: tuple, backward: tuple):
+def test_launches(schedule: str, forward: tuple, backward: tuple, dispatch_env):
+    """At most three beyond dx; one less where dA does not have to wait for dB's launch to overlap with dx."""
     found = measured(schedule, square(4096))
     assert (found[0].launches, found[1].launches) == (forward, backward)
+    dispatch_env(PEFTKERN_OVERLAP="0")
+    alone = measured(schedule, square(4096))[1]
+    assert alone.launches == tuple(
+        name for i, name in enumerate(backward) if backward[i - 1 : i] != ("grad",) or name != "grad"
+    )
+    assert alone.bytes <= found[1].bytes
 
 
 @pytest.mark.parametrize("schedule", ["split", "library"])

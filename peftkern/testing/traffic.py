@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends.triton.arch import ARCHES, Arch
-from peftkern.backends.triton.schedule import Step, gradients, produce
+from peftkern.backends.triton.schedule import Step, backward, produce
 from peftkern.ops.problem import LoRAOperands, Needs, Problem
 from peftkern.weights import DenseWeight
 
@@ -73,10 +73,4 @@ def traffic(problem: Problem, arch: str | Arch = "sm_90", needs: Needs | None = 
     needs = needs or Needs(True, True, True, p.bias, p.lora_bias)
     x, dy = empty(p.M, p.K), empty(p.M, p.N)
     forward = produce(operands, x, False, chip)
-    backward: list[Step] = []
-    t = None
-    if needs.x:
-        produced = produce(operands, dy, True, chip)
-        backward, t = produced.steps, produced.T
-    steps, _ = gradients(operands, dy, x, forward.T, t, needs, chip)
-    return count(forward.steps), count([*backward, *steps])
+    return count(forward.steps), count(backward(operands, dy, x, forward.T, needs, chip).all)

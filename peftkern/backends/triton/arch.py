@@ -19,8 +19,8 @@ class Arch:
         shared_memory: bytes a block may have.
         flops, bandwidth, clock: 16-bit FLOP/s, bytes/s, Hz; for the cost model.
         warp: threads a warp.
-        protocols: whether a program's stores are complete before its flag is released. On gfx942 the binary does not wait
-            for the other waves' stores.
+        protocols: whether a program's stores are complete before its flag is released. On gfx942 the binary does not
+            wait for the other waves' stores.
         tma: whether tensor descriptors become bulk copies.
         dependent_launch: whether a launch may begin before the one it depends on ends.
         product: what the vendor calls it; the user's own measurements hold for one product.

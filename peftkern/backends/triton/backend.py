@@ -92,16 +92,30 @@ class TritonBackend(Backend):
     ) -> Gradients:
         from peftkern.backends.triton import schedule
 
-        arch = arch_of(dy.device)
         with _on(dy.device):
-            dx = t = None
-            if needs.x:
-                produced = schedule.produce(operands, dy, backward=True, arch=arch)
-                _run(produced.steps)
-                dx, t = produced.Z, produced.T
-            steps, found = schedule.gradients(operands, dy, x, s, t, needs, arch)
-            _run(steps)
-        return found._replace(x=dx)
+            plan = schedule.backward(operands, dy, x, s, needs, arch_of(dy.device))
+            _run(plan.before)
+            if plan.beside and dy.is_cuda:
+                _run_beside(plan, dy.device)
+            else:
+                _run([*plan.steps, *plan.beside])
+            _run(plan.after)
+        return plan.gradients
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _run_beside(plan: Any, device: torch.device) -> None:
+    """The plan's two branches on two streams that fork from and join the caller's; under capture too."""
+    here, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        _run(plan.beside)
+    _run(plan.steps)
+    here.wait_stream(side)  # whatever is freed after this is reused in the order of ``here``
 
 
 def _run(steps: Iterable[Any]) -> None:

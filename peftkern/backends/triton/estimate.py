@@ -1,4 +1,4 @@
-"""The analytic cost of a choice, for chips that nobody has tuned. A model, for choosing only; never quoted as a time."""
+"""The analytic cost of a choice, for chips that nobody has tuned: a model to choose by, never quoted as a time."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from peftkern.backends.triton.arch import ARCHES, Arch
 from peftkern.backends.triton.tiles import (
     LIBRARY,
     SCHEDULES,
+    SPLIT,
     Choice,
     Pass,
     TileConfig,
@@ -139,7 +140,8 @@ def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
         made, _ = launch.grad(direction, None, None, empty(v.M, v.N), T, v.bias, arch, t_out=T)
         return made, str(grad_tile(v.dtype, R, True, arch))
     choice = Choice(v.body, v.tile) if v.tile else select.choose(v.launch, arch)
-    return launch.fused(direction, X, T, empty(v.M, P), choice, arch), str(choice.tile)
+    dependent = choice.schedule == SPLIT and arch.dependent_launch
+    return launch.fused(direction, X, T, empty(v.M, P), choice, arch, dependent), str(choice.tile)
 
 
 def _describe(value: Any, path: tuple[int, ...], specialize: bool, source: dict[str, Any]) -> Any:
@@ -234,7 +236,7 @@ def failure(row: Row, variant: Variant) -> str | None:
 
 
 def variants(arch: Arch) -> Iterator[Variant]:
-    """Every schedule on every shipped tile: forward and backward with the most that the tile bears, and a usual call."""
+    """Every schedule on every shipped tile: forward and backward with the most that it bears, and a usual call."""
     usual = Variant("", adapter_dtype=torch.float32, dropout=True)
     for schedule in SCHEDULES:
         for dtype in (torch.bfloat16, torch.float32):
@@ -248,8 +250,10 @@ def variants(arch: Arch) -> Iterator[Variant]:
                 base = replace(usual, body=schedule, dtype=dtype, tile=tile, M=16 if tile.BLOCK_M == 16 else 8192)
                 yield from _hardest(base, arch)
     for dtype, adapter, precision in (
-        (torch.bfloat16, torch.float32, "base"), (torch.float16, torch.float32, "fp32"), (torch.float32,) * 2 + ("base",)
-    ):  # fmt: skip
+        (torch.bfloat16, torch.float32, "base"),
+        (torch.float16, torch.float32, "fp32"),
+        (torch.float32, torch.float32, "base"),
+    ):
         thin = Variant("", dtype, adapter, precision, dropout=True, bias=True)
         yield replace(thin, body="shrink", bias=False)
         yield replace(thin, body="shrink", bias=False, M=64, R=512)
@@ -260,9 +264,10 @@ def variants(arch: Arch) -> Iterator[Variant]:
 
 
 def _hardest(base: Variant, arch: Arch) -> Iterator[Variant]:
-    """The forward and the backward variant of highest pressure that the tile bears, and ``base`` where that differs."""
+    """The forward and the backward variant of highest pressure that the tile bears, and ``base``."""
     assert base.tile is not None
-    choice, found = Choice(base.body, base.tile), {}
+    choice = Choice(base.body, base.tile)
+    found: dict[bool, tuple[int, Variant]] = {}
     dtypes = (torch.float16, torch.bfloat16) if base.dtype != torch.float32 else (torch.float32,)
     slots = itertools.product(dtypes, ("fp32", "base"), ("int8", "dense"), (True, False), (64, 32, 16), (True, False))
     for dtype, precision, weight_format, dropout, R, backward in slots:

@@ -1,80 +1,142 @@
-"""Which launches make a direction, in which order: what the backend runs and the traffic model counts.
+"""Which launches make a call, in which order: what the backend runs and the traffic model counts.
 
-forward, dx        one_pass: fused          split: shrink, fused         library: shrink, vendor GEMM, fused
-the parameters     grad, reduce (grad twice where x needs no gradient: t and dB come from one read of dy)
+    forward, dx        one_pass: fused          split: shrink, fused         library: shrink, vendor GEMM, fused
+    the parameters     grad, reduce (grad twice where x needs no gradient: t and dB come from one read of dy)
+
+Where they are large, the parameters' gradients, which wait for memory, run beside dx, which waits for the tensor cores:
+all of them where ``shrink`` has made t before; dB alone, and dA afterwards, where dx's own pass makes t.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from peftkern import _env
 from peftkern.backends.triton import launch, select, tiles
 from peftkern.backends.triton.arch import Arch
-from peftkern.backends.triton.launch import Direction, Launch, VendorProduct
+from peftkern.backends.triton.launch import Direction, Gradient, Launch, VendorProduct
 from peftkern.backends.triton.tiles import LIBRARY, SPLIT
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs
 
 Step = Launch | VendorProduct
 
+OVERLAP_BYTES = 64 * 2**20  # of x and dy: below, a fork and a join of streams cost what they save
+
 
 @dataclass(frozen=True)
 class Produced:
-    """Z [M, P] and T [M, R], once the steps have run: (y, s) forward, (dx, t) backward."""
+    """Z [M, P] and T [M, R], once the steps have run: (y, s) forward, (dx, t) backward. ``first`` makes T alone."""
 
-    steps: list[Step]
+    first: list[Step]
+    rest: list[Step]
     Z: Tensor
     T: Tensor
 
+    @property
+    def steps(self) -> list[Step]:
+        """All of them."""
+        return [*self.first, *self.rest]
 
-def produce(operands: LoRAOperands, X: Tensor, backward: bool, arch: Arch) -> Produced:
-    """The steps of one direction, by the schedule that is selected for it."""
+
+@dataclass(frozen=True)
+class Backward:
+    """Steps in order; ``beside`` may run while ``steps`` does, between ``before`` and ``after``."""
+
+    gradients: Gradients
+    before: list[Step] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    beside: list[Step] = field(default_factory=list)
+    after: list[Step] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[Step]:
+        """In an order that is right on one stream."""
+        return [*self.before, *self.steps, *self.beside, *self.after]
+
+
+def produce(operands: LoRAOperands, X: Tensor, backward: bool, arch: Arch, forked: bool = False) -> Produced:
+    """The steps of one direction, by the schedule that is selected for it. ``forked``: others start after ``first``."""
     key = select.pass_of(operands.problem(X.shape[0], X.dtype), backward)
     choice = select.choose(key, arch)
     direction = Direction(operands, backward, X.dtype)
     P, _, R = direction.extents
     Z, T = X.new_empty(X.shape[0], P), X.new_empty(X.shape[0], R, dtype=torch.float32)
-    steps: list[Step] = []
+    dependent = choice.schedule == SPLIT and arch.dependent_launch and not forked
+    first: list[Step] = []
+    rest: list[Step] = []
     if not choice.one_pass:
-        followed = choice.schedule == SPLIT and arch.dependent_launch
-        steps.append(launch.shrink(direction, X, T, key, arch, followed))
+        first.append(launch.shrink(direction, X, T, key, arch, followed=dependent))
     if choice.schedule == LIBRARY:
         W = operands.weight.materialize(X.dtype)
-        steps.append(VendorProduct(X, W if backward else W.T, Z))
-    steps.append(launch.fused(direction, X, T, Z, choice, arch))
-    return Produced(steps, Z, T)
+        rest.append(VendorProduct(X, W if backward else W.T, Z))
+    rest.append(launch.fused(direction, X, T, Z, choice, arch, dependent))
+    return Produced(first, rest, Z, T)
 
 
-def gradients(
-    operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, t: Tensor | None, needs: Needs, arch: Arch
-) -> tuple[list[Step], Gradients]:
-    """The steps of the parameters' gradients, and what they leave (dx is not theirs). t is None where dx is not needed."""
+def backward(
+    operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs, arch: Arch
+) -> Backward:
+    """The steps of every gradient that is needed."""
+    sums = needs.bias or needs.lora_bias
+    side_x = x if needs.lora_A else None
+    side_dy = dy if needs.lora_B or sums else None
+    thin = s.contiguous() if needs.lora_B and s is not None else None
+    wide = [side for side in (side_x, side_dy) if side is not None]
+    if not needs.x:
+        return _without_dx(operands, dy, side_x, thin, needs, arch)
+    large = sum(side.numel() * side.itemsize for side in wide) >= OVERLAP_BYTES
+    overlapped = bool(wide) and large and _env.settings().overlap
+    produced = produce(operands, dy, True, arch, forked=overlapped)
+    if not wide:
+        return Backward(Gradients(produced.Z, None, None, None, None), steps=produced.steps)
+    direction = Direction(operands, True, dy.dtype)
+    t = produced.T
+    if not overlapped or produced.first or side_x is None or side_dy is None:
+        both, found = launch.grad(direction, side_x, t if side_x is not None else None, side_dy, thin, sums, arch)
+        last, made = _reduced(direction, found, needs)
+        made = made._replace(x=produced.Z)
+        if overlapped and (produced.first or side_x is None):
+            return Backward(made, produced.first, produced.rest, [both, last])
+        return Backward(made, steps=produced.steps, after=[both, last])
+    of_dy, found_dy = launch.grad(direction, None, None, side_dy, thin, sums, arch)
+    of_x, found_x = launch.grad(direction, side_x, t, None, None, False, arch)
+    last, made = _reduced(direction, Gradient(found_x.x, found_dy.dy), needs)
+    return Backward(made._replace(x=produced.Z), [], produced.rest, [of_dy], [of_x, last])
+
+
+def _without_dx(
+    operands: LoRAOperands, dy: Tensor, x: Tensor | None, thin: Tensor | None, needs: Needs, arch: Arch
+) -> Backward:
+    """The parameters alone: t and dB from one read of dy where one launch can do both."""
     direction = Direction(operands, True, dy.dtype)
     sums = needs.bias or needs.lora_bias
-    thin = s.contiguous() if needs.lora_B and s is not None else None
-    wide_dy = dy if needs.lora_B or sums else None
     steps: list[Step] = []
-    side_of_dy = None
-    if needs.lora_A and t is None:
+    side_dy, of_dy, t = (dy if thin is not None or sums else None), None, None
+    if x is not None:
         t = dy.new_empty(dy.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
         if thin is not None and tiles.grad_gives_t(dy.dtype, t.shape[1], arch):
             first, found = launch.grad(direction, None, None, dy, thin, sums, arch, t_out=t)
-            side_of_dy, wide_dy = found.dy, None
-            steps.append(first)
+            side_dy, of_dy = None, found.dy
         else:
             key = select.pass_of(operands.problem(dy.shape[0], dy.dtype), True)
-            steps.append(launch.shrink(direction, dy, t, key, arch))
-    x = x if needs.lora_A else None
-    if x is None and wide_dy is None and side_of_dy is None:
-        return steps, Gradients(None, None, None, None, None)
-    if x is not None or wide_dy is not None:
-        both, found = launch.grad(direction, x, t if x is not None else None, wide_dy, thin, sums, arch)
-        steps.append(both)
-    else:
-        found = launch.Gradient(None, None)
-    found = launch.Gradient(found.x, side_of_dy or found.dy)
+            first = launch.shrink(direction, dy, t, key, arch)
+        steps.append(first)
+    found = Gradient(None, None)
+    if x is not None or side_dy is not None:
+        rest, found = launch.grad(direction, x, t, side_dy, thin, sums, arch)
+        steps.append(rest)
+    if not steps:
+        return Backward(Gradients(None, None, None, None, None))
+    last, made = _reduced(direction, Gradient(found.x, of_dy or found.dy), needs)
+    return Backward(made, steps=[*steps, last])
+
+
+def _reduced(direction: Direction, found: Gradient, needs: Needs) -> tuple[Launch, Gradients]:
+    """The second stage, and the fresh gradients that it writes; dx is not among them."""
+    operands = direction.operands
 
     def fresh(needed: bool, like: Tensor | None) -> Tensor | None:
         return torch.empty_like(like, memory_format=torch.contiguous_format) if needed and like is not None else None
@@ -83,5 +145,4 @@ def gradients(
         None, fresh(needs.lora_A, operands.lora_A), fresh(needs.lora_B, operands.lora_B),
         fresh(needs.bias, operands.bias), fresh(needs.lora_bias, operands.lora_bias),
     )  # fmt: skip
-    steps.append(launch.reduce(direction, found, made.lora_A, made.lora_B, made.bias, made.lora_bias))
-    return steps, made
+    return launch.reduce(direction, found, made.lora_A, made.lora_B, made.bias, made.lora_bias), made

@@ -86,10 +86,11 @@ class Choice:
         return self.schedule in (RECOMPUTE, SHARED)
 
 
-# Per chip: the product's tile (M, P, Q, warps, stages), and the highest ``pressure`` at which its binaries spill nothing in
-# recompute, shared and split. Limits are read off compiled kernels (Triton 3.9, 640 combinations); _NO rules a schedule out.
+# Per chip: the product's tile (M, P, Q, warps, stages), and the highest ``pressure`` at which its binaries do not spill
+# in recompute, shared and split. The limits are read off compiled kernels (Triton 3.9, 640 of them); _NO: not at all.
 _ANY, _NO = 99, -1
-_SHIPPED = {
+_Shape = tuple[int, int, int, int, int]
+_SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
     "sm_80": {
         (16, 64, 64, 4, 4): (_ANY, _NO, _ANY),
         (32, 64, 64, 4, 4): (10, _NO, _ANY),
@@ -122,7 +123,10 @@ _SHIPPED = {
     "interpreter": {(32, 128, 64, 8, 1): (_ANY, _ANY, _ANY), (32, 32, 64, 8, 1): (_ANY, _ANY, _ANY)},
 }
 # fp32 is multiplied without tensor cores unless torch's switch allows TF32.
-_SHIPPED_FP32 = {(16, 32, 32, 4, 2): (4, _NO, _ANY), (64, 64, 32, 8, 2): (0, _NO, 4)}
+_SHIPPED_FP32: dict[_Shape, tuple[int, int, int]] = {
+    (16, 32, 32, 4, 2): (4, _NO, _ANY),
+    (64, 64, 32, 8, 2): (0, _NO, 4),
+}
 _SLICES = (1, 2, 4, 8, 16)
 
 
@@ -147,7 +151,7 @@ def shipped(launch: Pass, arch: Arch) -> list[TileConfig]:
     return [TileConfig(*shape) for shape in _shipped(launch, arch)]
 
 
-def _shipped(launch: Pass, arch: Arch) -> dict[tuple[int, ...], tuple[int, int, int]]:
+def _shipped(launch: Pass, arch: Arch) -> dict[_Shape, tuple[int, int, int]]:
     wide = launch.problem.dtype == torch.float32 and arch.name != "interpreter"
     return _SHIPPED_FP32 if wide else _SHIPPED[arch.name]
 
@@ -201,7 +205,7 @@ def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
         return f"one_pass keeps T in registers, which R={R} > {ONE_PASS_R} does not allow"
     found, limit = pressure(launch, choice), _pressure_limit(launch, choice, arch)
     if found > limit:
-        return f"what a {tile} tile keeps in registers for this call (pressure {found} > {limit}) would spill on {arch.name}"
+        return f"a {tile} tile would spill registers on {arch.name} (pressure {found} > {limit})"
     needed = shared_memory(launch, choice)
     if needed > arch.shared_memory:
         return f"a {tile} tile needs about {needed} bytes of shared memory, {arch.name} has {arch.shared_memory}"
@@ -242,7 +246,7 @@ def _pressure_limit(launch: Pass, choice: Choice, arch: Arch) -> int:
 
 
 def pressure(launch: Pass, choice: Choice) -> int:
-    """What the slots keep alive beside the tile, in units that separate compiled kernels that spill from those that do not."""
+    """What the slots keep alive beside the tile, in units that tell compiled kernels that spill from the others."""
     problem, narrow = launch.problem, launch.problem.dtype != torch.float32
     total = int(launch.backward) + 2 * problem.dropout
     if choice.one_pass:

@@ -1,7 +1,7 @@
 """Tiles of a matrix in memory, and the scalar c; what every body needs and no plug decides.
 
-A matrix is a pointer with its two strides, or, where the strides are an empty tuple, a TMA descriptor whose block is the
-tile. Both give zeros outside the extents and write nothing there.
+A matrix is a pointer with its two strides, or, where the strides are an empty tuple, a TMA descriptor whose block is
+the tile. Both give zeros outside the extents and write nothing there.
 """
 
 import triton
@@ -12,7 +12,7 @@ from peftkern.backends.triton.kernels.cast import narrow
 
 @triton.jit
 def load_block(matrix, strides, row0, col0, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """matrix[row0 : +BLOCK_ROWS, col0 : +BLOCK_COLS]. The origin's offset is 64-bit, those within a tile need not be."""
+    """matrix[row0 : +BLOCK_ROWS, col0 : +BLOCK_COLS]. The origin's offset is 64-bit, those within it need not be."""
     if len(strides) == 0:
         return matrix.load([row0, col0])
     else:

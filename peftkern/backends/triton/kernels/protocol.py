@@ -1,6 +1,6 @@
 """How programs of one launch work together: tickets, one flag a row block, and who arrives last.
 
-``counters`` is int32, zero when a launch begins and zero again when it ends: [tickets, retired programs, one a block ...].
+``counters`` is int32, zero when a launch begins and zero again when it ends: tickets, retired programs, one a block.
 A block's stores are complete before its counter is touched (``tl.debug_barrier``: Triton 3.6 to 3.8 let one thread
 release what the others have not stored yet), and the counter is released and acquired at GPU scope.
 
@@ -52,7 +52,7 @@ def retire(counters):
 
 @triton.jit
 def arrived_last(counters, block, count):
-    """Whether this program is the last of ``count`` to store its part of ``block``; the others' parts can be read then."""
+    """Whether this program is the last of ``count`` to store its part of ``block``: then it can read the others'."""
     tl.debug_barrier()
     last = tl.atomic_add(counters + BLOCKS + block, 1, sem="acq_rel") == count - 1
     if last:

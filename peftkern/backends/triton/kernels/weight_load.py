@@ -1,7 +1,7 @@
-"""Plugs that read a tile of the frozen weight: LOAD_W(W, operands, ...) -> op(W)[q0 : +BLOCK_Q, p0 : +BLOCK_P] in DTYPE.
+"""Plugs that read a tile of the frozen weight: LOAD_W(W, operands, ...) -> op(W)[q0 : +BLOCK_Q, p0 : +BLOCK_P].
 
-op(W)[q, p] is W[p, q] forward and W[q, p] backward. Elements outside [Q, P] are zero. A loader agrees with its format's
-``materialize``.
+op(W)[q, p] is W[p, q] forward and W[q, p] backward, in DTYPE. Elements outside [Q, P] are zero. A loader agrees with
+its format's ``materialize``.
 """
 
 import triton

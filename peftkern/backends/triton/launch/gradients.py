@@ -68,9 +68,8 @@ def grad(
     assert like is not None
     R = operands.lora_A.shape[0]
     tile = tiles.grad_tile(like.dtype, R, t_out is not None, arch)
-    programs = 2 * arch.units // ((x is not None) + (dy is not None))
-    of_x = None if x is None else side(x, t, R, False, programs, tile)
-    of_dy = None if dy is None else side(dy, s, R, sums, programs, tile)
+    of_x = None if x is None else side(x, t, R, False, arch.units, tile)
+    of_dy = None if dy is None else side(dy, s, R, sums, arch.units, tile)
     F, f_strides = direction.first
     parts = None
     if t_out is not None and dy is not None:
@@ -90,7 +89,8 @@ def grad(
         grad_body, (sum(one.programs for one in made),), arguments, tile.num_warps, tile.num_stages,
         reads=present(*(tensor for one in made for tensor in (one.wide, one.thin)), parts),
         writes=present(*(tensor for one in made for tensor in (one.partial, one.sums)), parts, t_out),
-        flops=sum(2 * one.wide.numel() * R * ((one.thin is not None) + (one is of_dy and parts is not None)) for one in made),
+        flops=sum(2 * one.wide.numel() * R for one in made if one.thin is not None)
+        + (0 if parts is None else 2 * like.numel() * R),
     )  # fmt: skip
     return launch, Gradient(of_x, of_dy)
 

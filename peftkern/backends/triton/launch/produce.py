@@ -25,8 +25,10 @@ from peftkern.backends.triton.tiles import LIBRARY, RECOMPUTE, SHARED, SPLIT, Ch
 _SOURCES = {RECOMPUTE: "recompute", SHARED: "shared", SPLIT: "ready", LIBRARY: "library"}
 
 
-def fused(direction: Direction, X: Tensor, T: Tensor, Z: Tensor, choice: Choice, arch: Arch) -> Launch:
-    """Z, and T too where the choice is one_pass (else T holds what ``shrink`` wrote)."""
+def fused(
+    direction: Direction, X: Tensor, T: Tensor, Z: Tensor, choice: Choice, arch: Arch, dependent: bool = False
+) -> Launch:
+    """Z, and T where the choice is one_pass; else T holds what ``shrink`` wrote, or (``dependent``) still writes."""
     operands, backward, tile = direction.operands, direction.backward, choice.tile
     P, Q, R = direction.extents
     M = X.shape[0]
@@ -35,7 +37,6 @@ def fused(direction: Direction, X: Tensor, T: Tensor, Z: Tensor, choice: Choice,
     produced = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(P, tile.BLOCK_P)
     partials = X.new_empty(tile.SLICES, M, P + R, dtype=torch.float32) if tile.SLICES > 1 else None
     together = choice.schedule == SHARED or partials is not None
-    dependent = choice.schedule == SPLIT and arch.dependent_launch
     low_rank_scale = direction.dropout_scale if direction.masks_out else 1.0
     arguments = {
         **matrix("X", X, (tile.BLOCK_M, tile.BLOCK_Q), tile.tma),
