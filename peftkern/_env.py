@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 BACKENDS = ("triton", "cpp", "reference")
 SCHEDULES = ("one_pass/recompute", "one_pass/shared", "split", "library")
@@ -60,3 +61,9 @@ def settings() -> Settings:
         batch_invariant=_switch("PEFTKERN_BATCH_INVARIANT", "0"),
         overlap=_switch("PEFTKERN_OVERLAP", "1"),
     )
+
+
+def cache_folder() -> Path:
+    """Where the user's tuned tables are: PEFTKERN_CACHE, or peftkern below XDG_CACHE_HOME or ~/.cache. Never cached."""
+    chosen = os.environ.get("PEFTKERN_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftkern"

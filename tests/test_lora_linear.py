@@ -357,3 +357,30 @@ def test_row_25_new_values_are_used_after_a_step_and_a_reload(target: Target, di
         exact = torch.nn.functional.linear(x, layer.weight + 2 * layer.lora_B @ layer.lora_A, layer.bias)
         assert not torch.equal(layer(x), before)
         torch.testing.assert_close(layer(x), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_fp16_with_a_gradient_scaler(p: float, target: Target):
+    """Overflowing gradients are seen by the scaler and the step is skipped; the next ones train."""
+    device = target.device
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 32, device=device, dtype=torch.float16)
+    layer = LoRALinear.from_linear(linear, r=4, lora_alpha=8, lora_dropout=p)
+    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    assert all(parameter.dtype == torch.float32 for parameter in parameters)
+    optimizer = torch.optim.SGD(parameters, lr=1e-2)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**24, growth_interval=1000)
+    x = torch.randn(16, 48, device=device, dtype=torch.float16)
+    wanted = torch.randn(16, 32, device=device)
+    losses, scales = [], []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(layer(x).float(), wanted)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+        scales.append(scaler.get_scale())
+    assert scales[0] < 2.0**24 and scales[-1] == scales[-10] > 1
+    assert losses[-1] < losses[0]
+    assert all(parameter.isfinite().all() for parameter in parameters)

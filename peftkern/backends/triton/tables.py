@@ -203,13 +203,9 @@ def _from_runs(key: str, value: Any, named: dict[str, Choice]) -> Iterator[tuple
 
 
 def cache_path(arch: Arch) -> Path:
-    """Where the user's own measurements for a product are: below PEFTKERN_CACHE, XDG_CACHE_HOME or ~/.cache."""
+    """Where the user's own measurements for a product are."""
     product = re.sub(r"[^a-z0-9]+", "-", arch.product.lower()).strip("-")
-    folder = (
-        os.environ.get("PEFTKERN_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftkern"
-    )
-    return Path(folder) / f"{arch.name}{'-' if product else ''}{product}.json"
+    return _env.cache_folder() / f"{arch.name}{'-' if product else ''}{product}.json"
 
 
 def shipped(arch: str) -> Any:

@@ -87,7 +87,7 @@ class Choice:
 
 
 # Per chip: the product's tile (M, P, Q, warps, stages), and the highest ``pressure`` at which its binaries do not spill
-# in recompute, shared and split. The limits are read off compiled kernels (Triton 3.9, 640 of them); _NO: not at all.
+# in recompute, shared and split. The limits are read off compiled kernels (Triton 3.6 and 3.9); _NO: not at all.
 _ANY, _NO = 99, -1
 _Shape = tuple[int, int, int, int, int]
 _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
@@ -100,8 +100,8 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
         (128, 128, 64, 8, 3): (3, _NO, _ANY),
     },
     "sm_90": {
-        (16, 64, 64, 4, 5): (8, _NO, _ANY),
-        (32, 64, 64, 4, 4): (8, _NO, _ANY),
+        (16, 64, 64, 4, 5): (7, _NO, _ANY),
+        (32, 64, 64, 4, 4): (7, _NO, _ANY),
         (64, 64, 64, 4, 3): (9, 7, _ANY),
         (64, 128, 64, 4, 4): (9, 7, _ANY),
         (128, 128, 64, 8, 4): (9, 9, _ANY),
@@ -125,7 +125,7 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
 # fp32 is multiplied without tensor cores unless torch's switch allows TF32.
 _SHIPPED_FP32: dict[_Shape, tuple[int, int, int]] = {
     (16, 32, 32, 4, 2): (4, _NO, _ANY),
-    (64, 64, 32, 8, 2): (0, _NO, 4),
+    (64, 64, 32, 8, 2): (0, _NO, 3),
 }
 _SLICES = (1, 2, 4, 8, 16)
 
