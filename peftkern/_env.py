@@ -6,8 +6,8 @@ variable                  values                                   default
 ``PEFTKERN_BACKEND``      ``auto | triton | cpp | reference``       ``auto``
 ``PEFTKERN_SCHEDULE``     ``auto | one_pass/recompute |             ``auto``
                           one_pass/shared | split | library``
-``PEFTKERN_BATCH_         ``0 | 1``: a row's result does not        ``0``
-INVARIANT``               depend on the number of rows
+``PEFTKERN_BATCH_INVARIANT``  ``0 | 1``: a row's result does not   ``0``
+                          depend on the number of rows
 ``PEFTKERN_OVERLAP``      ``0 | 1``: large gradients of A and B   ``1``
                           run beside dx, on a second stream
 ``PEFTKERN_CACHE``        a folder: the user's tuned tables         ``~/.cache/peftkern``

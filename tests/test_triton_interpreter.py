@@ -332,3 +332,20 @@ def test_t_and_dB_from_one_read_of_dy(dtype: torch.dtype, R: int, weight_format:
     for name in ("lora_A", "lora_B", "bias"):
         assert_as_good_as(found[name], peer[name], truth[name], name)
     assert found["x"] is None
+
+
+def test_rows_that_lie_far_apart(schedule: str):
+    """Strides whose multiples within a tile pass 2^31: x, dy and the weight in one wide sheet of address space."""
+    case = Case(70, 40, 36, 5, BF16, F32, 0.2)
+    t = make(case)
+    near = run(case, t, "triton")
+    distance = 2**25  # 64 rows of it are 2^31 elements
+
+    def far(tensor: torch.Tensor) -> torch.Tensor:
+        sheet = torch.empty(distance * tensor.shape[0], dtype=tensor.dtype).as_strided(tensor.shape, (distance, 1))
+        return sheet.copy_(tensor)
+
+    torch.utils.deterministic.fill_uninitialized_memory = False  # the pages between stay untouched
+    t.x, t.dy, t.weight = far(t.x), far(t.dy), far(t.weight)
+    found = run(case, t, "triton")
+    assert all(torch.equal(found[name], near[name]) for name in ("y", "x", "lora_A", "lora_B"))

@@ -59,6 +59,7 @@ class Backward:
 
 def produce(operands: LoRAOperands, X: Tensor, backward: bool, arch: Arch, forked: bool = False) -> Produced:
     """The steps of one direction, by the schedule that is selected for it. ``forked``: others start after ``first``."""
+    X = launch.near(X)
     key = select.pass_of(operands.problem(X.shape[0], X.dtype), backward)
     choice = select.choose(key, arch)
     direction = Direction(operands, backward, X.dtype)
@@ -81,7 +82,8 @@ def backward(
 ) -> Backward:
     """The steps of every gradient that is needed."""
     sums = needs.bias or needs.lora_bias
-    side_x = x if needs.lora_A else None
+    dy = launch.near(dy)
+    side_x = launch.near(x) if needs.lora_A and x is not None else None
     side_dy = dy if needs.lora_B or sums else None
     thin = s.contiguous() if needs.lora_B and s is not None else None
     wide = [side for side in (side_x, side_dy) if side is not None]

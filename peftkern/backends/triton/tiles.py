@@ -125,7 +125,7 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
 # fp32 is multiplied without tensor cores unless torch's switch allows TF32.
 _SHIPPED_FP32: dict[_Shape, tuple[int, int, int]] = {
     (16, 32, 32, 4, 2): (4, _NO, _ANY),
-    (64, 64, 32, 8, 2): (0, _NO, 3),
+    (64, 64, 32, 8, 2): (_NO, _NO, 3),
 }
 _SLICES = (1, 2, 4, 8, 16)
 

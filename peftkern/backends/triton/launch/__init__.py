@@ -5,7 +5,7 @@ compiles the same object for chips that are not here, and ``peftkern.testing.tra
 """
 
 from peftkern.backends.triton.launch.gradients import Gradient, grad, reduce
-from peftkern.backends.triton.launch.operands import Direction, Launch, VendorProduct, loads
+from peftkern.backends.triton.launch.operands import Direction, Launch, VendorProduct, loads, near
 from peftkern.backends.triton.launch.produce import fused, shrink
 
-__all__ = ["Direction", "Gradient", "Launch", "VendorProduct", "fused", "grad", "loads", "reduce", "shrink"]
+__all__ = ["Direction", "Gradient", "Launch", "VendorProduct", "fused", "grad", "loads", "near", "reduce", "shrink"]

@@ -88,13 +88,13 @@ class Direction:
     @property
     def first(self) -> tuple[Tensor, tuple[int, int]]:
         """F^T [Q, R]: the tensor, and its strides along q and r."""
-        A, B = self.operands.lora_A, self.operands.lora_B
+        A, B = near(self.operands.lora_A), near(self.operands.lora_B)
         return (B, (B.stride(0), B.stride(1))) if self.backward else (A, (A.stride(1), A.stride(0)))
 
     @property
     def second(self) -> tuple[Tensor, tuple[int, int]]:
         """G^T [R, P]: the tensor, and its strides along r and p."""
-        A, B = self.operands.lora_A, self.operands.lora_B
+        A, B = near(self.operands.lora_A), near(self.operands.lora_B)
         return (A, (A.stride(0), A.stride(1))) if self.backward else (B, (B.stride(1), B.stride(0)))
 
     @property
@@ -123,14 +123,22 @@ class Direction:
         """LOAD_W, W and LOAD_W's operands."""
         weight = self.operands.weight
         block = (block_q, block_p) if self.backward else (block_p, block_q)
-        along_n, along_k = weight.data.stride()
+        W: Any = near(weight.data)
+        along_n, along_k = W.stride()
         strides: tuple[Any, ...] = (along_n, along_k) if self.backward else (along_k, along_n)
-        W: Any = weight.data
         if weight.scale is not None:
             strides += (weight.scale, weight.scale.stride(0))
         elif tma and describable(W):
             W, strides = TensorDescriptor.from_tensor(W, list(block)), ()
         return {"LOAD_W": _LOADERS[weight.format], "W": W, "w_operands": strides}
+
+
+FAR = 2**23  # a stride from here on, times a tile's rows, is more than the kernels' 32-bit offsets within a tile
+
+
+def near(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where its elements lie too far apart for one tile's offsets."""
+    return tensor if max(tensor.stride(), default=0) < FAR else tensor.contiguous()
 
 
 def describable(matrix: Tensor) -> bool:
