@@ -268,9 +268,7 @@ def test_more_tuning_measures_the_changed_cells_again(tmp_path):
     kept = store.Store(tmp_path, "products", {}, {})
     for M, choice in ((8, None), (2, {"backend": "another"})):
         cell = at.plan.cell(at.plan.layers[0], M)
-        kept.put(
-            plan.key_of(cell), {"status": OK, "about": cells.about(cell), "choice": choice or backend.chosen(cell)}
-        )
+        kept.put(plan.key_of(cell), {"status": OK, "about": plan.about(cell), "choice": choice or backend.chosen(cell)})
     kept.put("rng draw", {"status": OK})
     cells.forget_stale(kept, at.plan)
     assert [key.split()[0] for key in kept.results] == ["tiny.square", "rng"]
@@ -297,7 +295,7 @@ def test_the_plot(tmp_path, monkeypatch):
     at = tiny_bench(tmp_path)
     kept = store.Store(tmp_path, "products", {}, {})
     cell = at.plan.cell(at.plan.layers[0], 8)
-    kept.put(f"cell {plan.key_of(cell)}", {"status": OK, "about": cells.about(cell)} | cells.measure_cell(at, cell))
+    kept.put(f"cell {plan.key_of(cell)}", {"status": OK, "about": plan.about(cell)} | cells.measure_cell(at, cell))
     kept.flush()
     report.write(tmp_path)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

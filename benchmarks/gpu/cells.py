@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import backend, measure, roofline
+from benchmarks.gpu import backend, measure, roofline, studies
 from benchmarks.gpu.bench import Bench, Wrong
-from benchmarks.gpu.plan import BF16, F32, NAMES, Plan, key_of, plane, sampled
+from benchmarks.gpu.plan import BF16, F32, NAMES, Plan, about, key_of, plane, sampled
 from benchmarks.gpu.store import Store
 from benchmarks.gpu.task import OUT_OF_MEMORY, WRONG, Result, Task
 from benchmarks.gpu.variants import RESULTS, Linear
@@ -26,8 +26,6 @@ _BYTES_FREE = 0.85  # of the memory that a cell may need, by a generous count
 
 def tasks(bench: Bench) -> list[Task]:
     """Planes, side studies and the sample, in order of value."""
-    from benchmarks.gpu import studies
-
     plan = bench.plan
     first = plane(plan, 0.05, BF16)
     head, rest = first[: len(plan.layers)], first[len(plan.layers) :]
@@ -50,12 +48,6 @@ def tasks(bench: Bench) -> list[Task]:
 def _rank_128(bench: Bench) -> list[Cell]:
     rows = [M for M in bench.plan.rows if M in (2048, 8192)] or bench.plan.rows[:1]
     return [bench.plan.cell(layer, M, 128, 0.05, BF16) for M in rows for layer in bench.plan.layers]
-
-
-def about(cell: Cell) -> dict[str, Any]:
-    """A cell as plain values."""
-    dtypes = {"dtype": NAMES[cell.dtype], "adapter": NAMES[cell.adapter_dtype]}
-    return {"layer": cell.layer, "M": cell.M, "K": cell.K, "N": cell.N, "r": cell.r, "p": cell.p} | dtypes
 
 
 def forget_stale(results: Store, plan: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -115,3 +116,9 @@ def sampled(plan: Plan) -> list[Cell]:
         if not (r == 16 and cell.p == 0.05 and M in plan.rows):
             found[key_of(cell)] = cell
     return list(found.values())
+
+
+def about(cell: Cell) -> dict[str, Any]:
+    """A cell as plain values."""
+    dtypes = {"dtype": NAMES[cell.dtype], "adapter": NAMES[cell.adapter_dtype]}
+    return {"layer": cell.layer, "M": cell.M, "K": cell.K, "N": cell.N, "r": cell.r, "p": cell.p} | dtypes

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import peftkern
 from benchmarks import linear
-from benchmarks.gpu import backend, cells, graphs, measure, roofline
+from benchmarks.gpu import backend, graphs, measure, roofline
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.plan import BF16, F32, key_of
+from benchmarks.gpu.plan import BF16, F32, about, key_of
 from benchmarks.gpu.task import WRONG, Result, Task
 from benchmarks.gpu.variants import Linear
 from benchmarks.linear import SCALING, Cell
@@ -52,9 +52,9 @@ def schedules(bench: Bench) -> list[Task]:
     for name, M in plan.telling:
         cell = plan.cell(plan.layer(name), M, adapter=BF16)
         found.append(
-            Task(f"schedules {key_of(cell)}", lambda cell=cell: compare_choices(bench, cell), 240.0, cells.about(cell))
+            Task(f"schedules {key_of(cell)}", lambda cell=cell: compare_choices(bench, cell), 240.0, about(cell))
         )
-        found.append(Task(f"overlap {key_of(cell)}", lambda cell=cell: overlap(bench, cell), 60.0, cells.about(cell)))
+        found.append(Task(f"overlap {key_of(cell)}", lambda cell=cell: overlap(bench, cell), 60.0, about(cell)))
     return found
 
 
@@ -163,9 +163,7 @@ def decode(bench: Bench) -> list[Task]:
     for M in rows:
         for layer in plan.layers:
             cell = plan.cell(layer, M, p=0.0, adapter=F32)
-            found.append(
-                Task(f"decode {key_of(cell)}", lambda cell=cell: decode_cell(bench, cell), 90.0, cells.about(cell))
-            )
+            found.append(Task(f"decode {key_of(cell)}", lambda cell=cell: decode_cell(bench, cell), 90.0, about(cell)))
     return found
 
 
