@@ -101,7 +101,7 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
     },
     "sm_90": {
         (16, 64, 64, 4, 5): (7, _NO, _ANY),
-        (32, 64, 64, 4, 4): (7, _NO, _ANY),
+        (32, 64, 64, 4, 4): (6, _NO, _ANY),
         (64, 64, 64, 4, 3): (9, 7, _ANY),
         (64, 128, 64, 4, 4): (9, 7, _ANY),
         (128, 128, 64, 8, 4): (9, 9, _ANY),
@@ -110,10 +110,10 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
     "sm_100": {
         (16, 64, 64, 4, 4): (7, _NO, _ANY),
         (32, 64, 64, 4, 4): (8, _NO, _ANY),
-        (64, 64, 64, 4, 3): (8, 7, 7),
+        (64, 64, 64, 4, 3): (8, 7, 6),
         (128, 64, 64, 4, 4): (3, 8, _ANY),
-        (128, 128, 64, 8, 4): (3, 9, _ANY),
-        (128, 256, 64, 8, 3): (5, 3, _ANY),
+        (128, 128, 64, 8, 4): (3, 9, 7),
+        (128, 256, 64, 8, 3): (5, _NO, _ANY),
     },
     "gfx942": {
         (16, 64, 64, 4, 2): (_ANY, _NO, _ANY),
@@ -124,8 +124,8 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
 }
 # fp32 is multiplied without tensor cores unless torch's switch allows TF32.
 _SHIPPED_FP32: dict[_Shape, tuple[int, int, int]] = {
-    (16, 32, 32, 4, 2): (4, _NO, _ANY),
-    (64, 64, 32, 8, 2): (_NO, _NO, 3),
+    (16, 32, 32, 4, 2): (2, _NO, _ANY),
+    (64, 64, 32, 8, 2): (_NO, _NO, 2),
 }
 _SLICES = (1, 2, 4, 8, 16)
 
@@ -295,7 +295,8 @@ def shrink_tile(launch: Pass, arch: Arch) -> ThinConfig:
     while arch.protocols and programs * slices < arch.units and slices * 2 * 256 <= Q and slices < 16:
         slices *= 2
     stages = 2 if arch.name == "gfx942" or problem.dtype == torch.float32 else 4
-    columns = 32 if problem.dtype == torch.float32 else 64
+    wide = problem.dtype == torch.float32 or (problem.dtype == torch.float16 and problem.precision == "fp32")
+    columns = 32 if wide else 64  # of wide operands more would spill
     return ThinConfig(rows, columns, 4, stages, slices if programs <= COUNTERS - 2 else 1)
 
 
