@@ -47,7 +47,11 @@ def schedule(request) -> Iterator[str]:
 @pytest.fixture(params=["tma", "tma in sub-tiles", "slices"])
 def variant(request) -> Iterator[str]:
     """Ways to run a tile that the schedules do not show."""
-    changed = {"tma": {"tma": True}, "tma in sub-tiles": {"tma": True, "SUBTILES": 2}, "slices": {"SLICES": 2}}
+    changed = {
+        "tma": {"tma": True},
+        "tma in sub-tiles": {"tma": True, "SUBTILES": 2},
+        "slices": {"SLICES": 2, "BLOCK_Q": 16},
+    }
     with select.forced(choice("one_pass/recompute", **changed[request.param])):
         yield request.param
 

@@ -30,6 +30,7 @@ pytestmark = [
 
 TILE = TileConfig(16, 16, 64, 4, 1, GROUP_M=2, resident=1)
 CASE = Case(64, 64, 64, 5, torch.float32)  # 4 x 4 tiles
+SMALL = Case(32, 64, 32, 5, torch.float32)  # 2 x 2
 SEEDS = range(3)
 
 
@@ -50,17 +51,17 @@ def programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr("peftkern.backends.triton.backend.arch_of", lambda device: arch)
 
 
-def once(needs: tuple[str, ...]) -> Found:
+def once(needs: tuple[str, ...] = (), case: Case = CASE) -> Found:
     """y, and the gradients that are needed; forward alone where none is."""
-    t = make(CASE)
+    t = make(case)
     if needs:
-        return run(CASE, t, "triton", needs)
+        return run(case, t, "triton", needs)
     return {"y": peftkern.lora_linear(t.x, t.weight, t.lora_A, t.lora_B, backend="triton")}
 
 
-def interleaved_run(seed: int, resident: int | None, needs: tuple[str, ...] = ()) -> list[Found]:
+def interleaved_run(seed: int, resident: int | None, needs: tuple[str, ...] = (), case: Case = CASE) -> list[Found]:
     with interleaved(seed=seed, weak_memory=True, barriers=True, max_resident=resident):
-        return [once(needs) for _ in range(2)]
+        return [once(needs, case) for _ in range(2)]
 
 
 def compare(found: list[Found], expected: Found, needs: tuple[str, ...] = ()) -> None:
@@ -92,22 +93,22 @@ def test_shared_makes_one_result_with_recompute():
 @pytest.mark.parametrize("resident", [None, 1])
 def test_slices(resident: int | None):
     with select.forced(Choice(RECOMPUTE, replace(TILE, BLOCK_Q=32, SLICES=2, resident=0))):
-        expected = once(())
+        expected = once((), SMALL)
         for seed in SEEDS:
-            compare(interleaved_run(seed, resident), expected)
+            compare(interleaved_run(seed, resident, (), SMALL), expected)
 
 
 def test_slices_of_shrink_and_t_beside_dB(monkeypatch):
-    """shrink in three slices; t in four column blocks and two runs of rows."""
+    """shrink in two slices; t in two column blocks and two runs of rows."""
     monkeypatch.setattr(tiles, "shrink_tile", lambda launch, arch: ThinConfig(16, 32, 4, 1, SLICES=2))
     monkeypatch.setattr(tiles, "grad_tile", lambda dtype, R, with_t, arch: ThinConfig(16, 16, 4, 1))
     monkeypatch.setattr(tiles, "grad_gives_t", lambda dtype, R, arch: True)
     programs(monkeypatch, 8)
     needs = ("lora_A", "lora_B")
     with select.forced(Choice("split", replace(TILE, resident=0))):
-        expected = once(needs)
+        expected = once(needs, SMALL)
         for seed in SEEDS:
-            compare(interleaved_run(seed, None, needs), expected, needs)
+            compare(interleaved_run(seed, None, needs, SMALL), expected, needs)
 
 
 MUTATIONS = {
@@ -149,18 +150,18 @@ def test_a_broken_protocol_is_seen(name: str, monkeypatch, tmp_path, one_set_of_
     assert isinstance(getattr(kernels, function), type(triton.jit(lambda: None)))
     monkeypatch.setattr(kernels, function, getattr(module, function))
     programs(monkeypatch, 4)
-    chosen = (
-        Choice(RECOMPUTE, replace(TILE, BLOCK_Q=32, SLICES=2, resident=0)) if "slice" in name else Choice(SHARED, TILE)
-    )
-    with select.forced(Choice(RECOMPUTE, replace(TILE, resident=0))):
-        expected = once(()) if "slice" not in name else None
+    sliced = "slice" in name
+    case, chosen = CASE, Choice(SHARED, TILE)
+    if sliced:
+        case, chosen = SMALL, Choice(RECOMPUTE, replace(TILE, BLOCK_Q=32, SLICES=2, resident=0))
+    # One program after another, the mutant's slices are right; the shared schedule's result is recompute's.
+    with select.forced(chosen if sliced else Choice(RECOMPUTE, replace(TILE, resident=0))):
+        expected = once((), case)
     caught = False
     with select.forced(chosen):
         for seed in range(6):
             try:
-                found = interleaved_run(seed, 2 if "first" in name else None)
-                reference = expected or once(())
-                compare(found, reference)
+                compare(interleaved_run(seed, 2 if "first" in name else None, (), case), expected)
             except (AssertionError, Deadlock):
                 caught = True
                 break

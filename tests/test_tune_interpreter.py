@@ -72,7 +72,7 @@ def sabotaged(monkeypatch, spoil) -> None:
         spoiler = Spoiler()
         made = genuine(*arguments, **options)
         spoiler.produced = made
-        return dataclasses.replace(made, steps=[*made.steps, spoiler])
+        return dataclasses.replace(made, rest=[*made.rest, spoiler])
 
     monkeypatch.setattr(schedule, "produce", produce)
 
@@ -106,7 +106,7 @@ def test_what_is_not_written_is_seen(monkeypatch):
     assert bench.check(choice) is None
     for spoiled in ("Z", "T"):
         kept = {"Z": made[0].Z.clone(), "T": made[0].T.clone()}
-        half = dataclasses.replace(made[0], steps=[Rewrite(made[0], kept, spoiled)])
+        half = dataclasses.replace(made[0], first=[], rest=[Rewrite(made[0], kept, spoiled)])
         monkeypatch.setattr(schedule, "produce", lambda *a, half=half, **k: half)
         assert bench.check(choice).startswith(f"{spoiled} is wrong: error inf")
         made[0].Z.copy_(kept["Z"])

@@ -101,7 +101,7 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
     },
     "sm_90": {
         (16, 64, 64, 4, 5): (7, _NO, _ANY),
-        (32, 64, 64, 4, 4): (6, _NO, _ANY),
+        (32, 64, 64, 4, 4): (5, _NO, _ANY),
         (64, 64, 64, 4, 3): (9, 7, _ANY),
         (64, 128, 64, 4, 4): (9, 7, _ANY),
         (128, 128, 64, 8, 4): (9, 9, _ANY),
@@ -124,8 +124,8 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
 }
 # fp32 is multiplied without tensor cores unless torch's switch allows TF32.
 _SHIPPED_FP32: dict[_Shape, tuple[int, int, int]] = {
-    (16, 32, 32, 4, 2): (2, _NO, _ANY),
-    (64, 64, 32, 8, 2): (_NO, _NO, 2),
+    (16, 32, 16, 4, 3): (8, _NO, _ANY),
+    (64, 64, 16, 8, 3): (5, _NO, _NO),
 }
 _SLICES = (1, 2, 4, 8, 16)
 
