@@ -18,6 +18,7 @@ import peftkern
 from peftkern.backends.triton import schedule, select, tiles
 from peftkern.backends.triton.arch import arch_of
 from peftkern.backends.triton.tiles import Choice, Pass
+from peftkern.ops.problem import Problem
 from peftkern.testing.numerics import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -37,10 +38,8 @@ def equal(found: dict, expected: dict) -> bool:
 def every_choice(case: Case, per_schedule: int = 3) -> list[Choice]:
     """Some legal choices of both directions, spread over each schedule's tiles."""
     arch, found = arch_of(torch.device("cuda", 0)), []
-    t = make(replace(case, M=1))
-    problem = peftkern.ops.dispatch.Problem(
-        "cuda", case.M, case.K, case.N, case.R, case.dtype, t.lora_A.dtype, dropout=case.p > 0
-    )
+    adapter = case.adapter_dtype or case.dtype
+    problem = Problem("cuda", case.M, case.K, case.N, case.R, case.dtype, adapter, dropout=case.p > 0)
     for name in tiles.SCHEDULES:
         both = [c for c in tiles.choices(Pass(problem, False), arch) if c.schedule == name]
         both = [c for c in both if tiles.supports(Pass(problem, True), c, arch) is None]
@@ -83,7 +82,7 @@ def test_a_side_stream_and_no_synchronisation():
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
+            torch.cuda._sleep(200_000_000)
             found = run(CASE, t, "triton")
             assert not stream.query()
     finally:
@@ -205,7 +204,7 @@ def test_tf32_only_where_torch_allows_it(allowed: bool):
         torch.backends.cuda.matmul.allow_tf32 = before
     truth = t.x.double() @ t.weight.double().T + 1.75 * (t.x.double() @ t.lora_A.double().T @ t.lora_B.double().T)
     error = relative_error(y, truth)
-    assert 1e-5 < error < 1e-3 if allowed else error < 1e-6
+    assert 1e-5 < error < 3e-3 if allowed else error < 1e-6
 
 
 def _rows(t: Tensors, rows: int) -> torch.Tensor:
@@ -236,3 +235,41 @@ def test_more_elements_than_32_bits_count():
         assert relative_error(y[-64:], truth) < 5e-3, choice
         assert not y[:-64].any()
         del y
+
+
+def test_compiled_with_graphs():
+    """The compiler warms up in a memory pool of its own, which must not end up with the counters."""
+    t = make(DECODE, "cuda")
+    call = torch.compile(
+        lambda x: peftkern.lora_linear(x, t.weight, t.lora_A, t.lora_B, 1.75, backend="triton"), mode="reduce-overhead"
+    )
+    with torch.no_grad():
+        expected = peftkern.lora_linear(t.x, t.weight, t.lora_A, t.lora_B, 1.75, backend="triton")
+        for _ in range(5):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.equal(call(t.x), expected)
+    assert torch.equal(peftkern.lora_linear(t.x, t.weight, t.lora_A, t.lora_B, 1.75, backend="triton"), expected)
+
+
+def test_an_error_beside_dx_joins_the_streams(monkeypatch):
+    """The caller's stream has waited for the other one when it gets the error; the next call is right."""
+    monkeypatch.setattr(schedule, "OVERLAP_BYTES", 0)
+    t = make(CASE, "cuda")
+    expected = run(CASE, t, "triton")
+    genuine = schedule.backward
+
+    def broken(*arguments):
+        plan = genuine(*arguments)
+
+        class Fails:
+            def run(self) -> None:
+                raise RuntimeError("broken")
+
+        plan.steps.append(Fails())
+        return plan
+
+    with monkeypatch.context() as patched:
+        patched.setattr(schedule, "backward", broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            run(CASE, t, "triton")
+    assert equal(run(CASE, t, "triton"), expected)

@@ -140,6 +140,10 @@ TRAINING = Problem("cuda", 8192, 4096, 4096, 16, BF16, BF16)
         ("split", TileConfig(8, 64, 32, 4, 2), "at least 16"),
         ("split", TileConfig(64, 64, 32, 4, 2, SUBTILES=8), "at least 16"),
         ("split", TileConfig(256, 256, 64, 8, 2), "spill"),
+        ("split", TileConfig(64, 96, 64, 4, 2, SUBTILES=3), "powers of two"),
+        ("split", TileConfig(64, 64, 64, 3, 2), "powers of two"),
+        ("split", TileConfig(64, 64, 64, 4, 2, GROUP_M=0), "GROUP_M=0"),
+        ("one_pass/recompute", TileConfig(32, 64, 64, 4, 2, SUBTILES=2, SLICES=2), "whole tiles"),
         ("split", TileConfig(128, 128, 128, 8, 8, tma=True), "shared memory"),
         ("split", TileConfig(16, 64, 64, 4, 5, SLICES=2), "does not slice"),
         ("one_pass/recompute", TileConfig(16, 64, 64, 4, 5, SLICES=128), "fewer than 128 steps"),
@@ -190,3 +194,17 @@ def test_an_unknown_chip_is_its_nearest_relative():
     with pytest.raises(RuntimeError, match="shared memory"):
         select.choose(Pass(TRAINING, False), tiny)
     assert set(tiles.refusals(Pass(TRAINING, False), tiny)) == set(tiles.SCHEDULES)
+
+
+@pytest.mark.parametrize(("K", "N"), [(28672, 8192), (14336, 4096), (64, 64)])
+def test_batch_invariant_choices(K: int, N: int, dispatch_env):
+    """Neither the vendor's product nor what counts row blocks; one choice for every number of rows."""
+    dispatch_env(PEFTKERN_BATCH_INVARIANT="1")
+    for arch, backward in itertools.product(("sm_80", "sm_90", "gfx942"), (False, True)):
+        found = set()
+        for M in (1, 16, 512, 2**23):
+            launch = select.pass_of(Problem("cuda", M, K, N, 16, BF16, BF16, "dense", True), backward)
+            found.add((select.choose(launch, ARCHES[arch]), tiles.shrink_tile(launch, ARCHES[arch])))
+        ((choice, shrink),) = found
+        assert choice.schedule in ("one_pass/recompute", "split")
+        assert choice.tile.SLICES == shrink.SLICES == 1

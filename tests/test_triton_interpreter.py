@@ -353,3 +353,18 @@ def test_rows_that_lie_far_apart(schedule: str):
     t.x, t.dy, t.weight = far(t.x), far(t.dy), far(t.weight)
     found = run(case, t, "triton")
     assert all(torch.equal(found[name], near[name]) for name in ("y", "x", "lora_A", "lora_B"))
+
+
+def test_biases_that_are_columns_of_something_wide():
+    """A stride of a vector times its length passes 2^31."""
+    case = Case(5, 65, 1100, 5, BF16, F32, bias=True, lora_bias=True)
+    t = make(case)
+    near = run(case, t, "triton")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+    def far(vector: torch.Tensor) -> torch.Tensor:
+        return torch.empty(2**21 * len(vector), dtype=vector.dtype).as_strided(vector.shape, (2**21,)).copy_(vector)
+
+    t.bias, t.lora_bias = far(t.bias), far(t.lora_bias)
+    found = run(case, t, "triton")
+    assert all(torch.equal(found[name], near[name]) for name in NAMES)

@@ -102,7 +102,7 @@ def test_slices_of_shrink_and_t_beside_dB(monkeypatch):
     """shrink in two slices; t in two column blocks and two runs of rows."""
     monkeypatch.setattr(tiles, "shrink_tile", lambda launch, arch: ThinConfig(16, 32, 4, 1, SLICES=2))
     monkeypatch.setattr(tiles, "grad_tile", lambda dtype, R, with_t, arch: ThinConfig(16, 16, 4, 1))
-    monkeypatch.setattr(tiles, "grad_gives_t", lambda dtype, R, arch: True)
+    monkeypatch.setattr(tiles, "grad_gives_t", lambda dtype, R, precision, arch: True)
     programs(monkeypatch, 8)
     needs = ("lora_A", "lora_B")
     with select.forced(Choice("split", replace(TILE, resident=0))):

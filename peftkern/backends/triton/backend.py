@@ -54,6 +54,10 @@ class TritonBackend(Backend):
         reason = _missing()
         if reason is None and not torch.cuda.is_available() and not _interpreted():
             return "there is no CUDA or ROCm device, and TRITON_INTERPRET is not 1"
+        if reason is None and torch.cuda.is_available() and not torch.version.hip:
+            capability = torch.cuda.get_device_capability()
+            if capability < (8, 0):
+                return f"a GPU of compute capability {capability[0]}.{capability[1]} is older than 8.0"
         return reason
 
     def supports(self, problem: Problem) -> str | None:
@@ -103,19 +107,23 @@ class TritonBackend(Backend):
         return plan.gradients
 
 
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+@functools.lru_cache(maxsize=64)
+def _side_stream(device: torch.device, stream: int) -> torch.cuda.Stream:
+    """The one beside the caller's stream: callers that share none do not meet on it, nor in each other's captures."""
     return torch.cuda.Stream(device)
 
 
 def _run_beside(plan: Any, device: torch.device) -> None:
     """The plan's two branches on two streams that fork from and join the caller's; under capture too."""
-    here, side = torch.cuda.current_stream(device), _side_stream(device)
+    here = torch.cuda.current_stream(device)
+    side = _side_stream(device, here.cuda_stream)
     side.wait_stream(here)
-    with torch.cuda.stream(side):
-        _run(plan.beside)
-    _run(plan.steps)
-    here.wait_stream(side)  # whatever is freed after this is reused in the order of ``here``
+    try:
+        with torch.cuda.stream(side):
+            _run(plan.beside)
+        _run(plan.steps)
+    finally:  # whatever is freed after this, on an error too, is reused in the order of ``here``
+        here.wait_stream(side)
 
 
 def _run(steps: Iterable[Any]) -> None:

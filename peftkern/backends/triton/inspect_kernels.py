@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel, for chips that are not here: registers, stack, shared memory, MMA kind.
 
-Each row compiles the launch that the backend would start (``launch.py`` on meta tensors), with the tile that it would
+Each row compiles the launch that the backend would start (``launch`` on meta tensors), with the tile that it would
 choose, through ``triton.compile`` and a ``GPUTarget``; no GPU, no driver.
 """
 
@@ -259,8 +259,8 @@ def variants(arch: Arch) -> Iterator[Variant]:
         yield replace(thin, body="shrink", bias=False, M=64, R=512)
         yield replace(thin, body="grad")
         yield replace(thin, body="grad", R=512)
-        if grad_gives_t(dtype, 64, arch):
-            yield replace(thin, body="grad with t", R=64, dropout=False)
+        if grad_gives_t(dtype, thin.R, precision, arch):
+            yield replace(thin, body="grad with t", dropout=False)
 
 
 def _hardest(base: Variant, arch: Arch) -> Iterator[Variant]:

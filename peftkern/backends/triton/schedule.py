@@ -119,7 +119,7 @@ def _without_dx(
     side_dy, of_dy, t = (dy if thin is not None or sums else None), None, None
     if x is not None:
         t = dy.new_empty(dy.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
-        if thin is not None and tiles.grad_gives_t(dy.dtype, t.shape[1], arch):
+        if thin is not None and tiles.grad_gives_t(dy.dtype, t.shape[1], operands.precision, arch):
             first, found = launch.grad(direction, None, None, dy, thin, sums, arch, t_out=t)
             side_dy, of_dy = None, found.dy
         else:

@@ -37,7 +37,7 @@ def forced(choice: Choice) -> Iterator[None]:
 def pass_of(problem: Problem, backward: bool) -> Pass:
     """The key of one direction, as schedules and tiles are chosen by it."""
     if _env.settings().batch_invariant:
-        problem = dataclasses.replace(problem, M=_INVARIANT_M)
+        return Pass(dataclasses.replace(problem, M=_INVARIANT_M), backward, invariant=True)
     return Pass(problem, backward)
 
 

@@ -51,6 +51,7 @@ class Pass:
 
     problem: Problem
     backward: bool
+    invariant: bool = False  # M stands for any number of rows, and no row's result may depend on it
 
     @property
     def P(self) -> int:
@@ -100,15 +101,15 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
         (128, 128, 64, 8, 3): (3, _NO, _ANY),
     },
     "sm_90": {
-        (16, 64, 64, 4, 5): (7, _NO, _ANY),
-        (32, 64, 64, 4, 4): (5, _NO, _ANY),
+        (16, 64, 64, 4, 5): (4, _NO, _ANY),
+        (32, 64, 64, 4, 4): (4, _NO, _ANY),
         (64, 64, 64, 4, 3): (9, 7, _ANY),
         (64, 128, 64, 4, 4): (9, 7, _ANY),
         (128, 128, 64, 8, 4): (9, 9, _ANY),
         (128, 256, 64, 8, 3): (5, 5, 7),
     },
     "sm_100": {
-        (16, 64, 64, 4, 4): (7, _NO, _ANY),
+        (16, 64, 64, 4, 4): (4, _NO, _ANY),
         (32, 64, 64, 4, 4): (8, _NO, _ANY),
         (64, 64, 64, 4, 3): (8, 7, 6),
         (128, 64, 64, 4, 4): (3, 8, _ANY),
@@ -124,7 +125,8 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
 }
 # fp32 is multiplied without tensor cores unless torch's switch allows TF32.
 _SHIPPED_FP32: dict[_Shape, tuple[int, int, int]] = {
-    (16, 32, 16, 4, 3): (8, _NO, _ANY),
+    (16, 32, 16, 8, 3): (_ANY, _NO, _ANY),
+    (32, 32, 16, 8, 3): (_ANY, _NO, _ANY),
     (64, 64, 16, 8, 3): (5, _NO, _NO),
 }
 _SLICES = (1, 2, 4, 8, 16)
@@ -193,8 +195,10 @@ def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
     """Why ``choice`` cannot run this direction on ``arch``, or None: the one legality predicate."""
     tile = choice.tile
     blocks = (tile.BLOCK_M, tile.BLOCK_P // tile.SUBTILES, tile.BLOCK_Q)
-    if any(block < 16 or block & (block - 1) for block in blocks):
-        return f"blocks {blocks} are not powers of two of at least 16"
+    if min(blocks) < 16 or any(size & (size - 1) for size in (*blocks, tile.BLOCK_P, tile.num_warps)):
+        return f"blocks {blocks} are not powers of two of at least 16, or BLOCK_P and num_warps no powers of two"
+    if tile.GROUP_M < 1:
+        return f"GROUP_M={tile.GROUP_M} is no number of rows"
     if choice.schedule not in SCHEDULES:
         return f"there is no schedule {choice.schedule!r}"
     reason = _protocol_refusal(launch, choice, arch)
@@ -218,6 +222,10 @@ def _protocol_refusal(launch: Pass, choice: Choice, arch: Arch) -> str | None:
     tiles_m, tiles_p = -(-problem.M // tile.BLOCK_M), -(-launch.P // tile.BLOCK_P)
     if tile.SLICES > 1 and choice.schedule != RECOMPUTE:
         return f"{choice.schedule} does not slice Q"
+    if tile.SLICES > 1 and tile.SUBTILES > 1:
+        return "slices are stored as whole tiles, not in sub-tiles"
+    if launch.invariant and (tile.SLICES > 1 or choice.schedule in (SHARED, LIBRARY)):
+        return f"{choice.schedule} with {tile.SLICES} slices is not the same for every number of rows"
     if tile.SLICES > -(-launch.Q // tile.BLOCK_Q):
         return f"Q={launch.Q} has fewer than {tile.SLICES} steps of {tile.BLOCK_Q}"
     if choice.schedule != SHARED and tile.SLICES == 1:
@@ -241,7 +249,8 @@ def _pressure_limit(launch: Pass, choice: Choice, arch: Arch) -> int:
     shape = (tile.BLOCK_M, tile.BLOCK_P, tile.BLOCK_Q, tile.num_warps, tile.num_stages)
     limits = _shipped(launch, arch).get(shape)
     if limits is None:
-        return _ANY if tile.BLOCK_M * tile.BLOCK_P // (arch.warp * tile.num_warps) <= 64 else 0
+        produced = tile.BLOCK_M * tile.BLOCK_P // (arch.warp * tile.num_warps)
+        return _ANY if produced <= 64 else 0 if produced <= 128 else _NO
     return limits[{RECOMPUTE: 0, SHARED: 1}.get(choice.schedule, 2)]
 
 
@@ -250,7 +259,9 @@ def pressure(launch: Pass, choice: Choice) -> int:
     problem, narrow = launch.problem, launch.problem.dtype != torch.float32
     total = int(launch.backward) + 2 * problem.dropout
     if choice.one_pass:
-        total += {16: 0, 32: 2}.get(padded(problem.R), 4)
+        total += {16: 0, 32: 2}.get(padded(problem.R), 4) + (3 if problem.R % 16 else 0)
+    if problem.K * problem.dtype.itemsize % 16 or problem.N * problem.dtype.itemsize % 16:
+        total += 6  # rows that begin unaligned: no descriptors, no wide loads
     if narrow and problem.adapter_dtype == torch.float32:
         total += 3 if problem.dtype == torch.float16 else 2  # a narrow range is normalised
     if narrow and problem.precision == "fp32":
@@ -292,7 +303,13 @@ def shrink_tile(launch: Pass, arch: Arch) -> ThinConfig:
     rows = 16 if problem.M <= 16 else 32
     programs = -(-problem.M // rows) * -(-problem.R // rank_block(problem.R))
     slices = 1
-    while arch.protocols and programs * slices < arch.units and slices * 2 * 256 <= Q and slices < 16:
+    while (
+        arch.protocols
+        and not launch.invariant
+        and programs * slices < arch.units
+        and slices * 2 * 256 <= Q
+        and slices < 16
+    ):
         slices *= 2
     stages = 2 if arch.name == "gfx942" or problem.dtype == torch.float32 else 4
     wide = problem.dtype == torch.float32 or (problem.dtype == torch.float16 and problem.precision == "fp32")
@@ -300,9 +317,9 @@ def shrink_tile(launch: Pass, arch: Arch) -> ThinConfig:
     return ThinConfig(rows, columns, 4, stages, slices if programs <= COUNTERS - 2 else 1)
 
 
-def grad_gives_t(dtype: torch.dtype, R: int, arch: Arch) -> bool:
-    """Whether the side of dy can compute t beside dB: all of R in one chunk, and registers for it."""
-    return arch.protocols and R <= rank_block(R) and dtype != torch.float32
+def grad_gives_t(dtype: torch.dtype, R: int, precision: str, arch: Arch) -> bool:
+    """Whether the side of dy computes t beside dB: from R=32 on, t's parts weigh as much as a second read of dy."""
+    return arch.protocols and R < 32 and dtype != torch.float32 and precision == "base"
 
 
 def grad_tile(dtype: torch.dtype, R: int, with_t: bool, arch: Arch) -> ThinConfig:

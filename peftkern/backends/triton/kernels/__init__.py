@@ -1,1 +1,1 @@
-"""The three kernel bodies, their plugs, and the helpers both share. Only ``launch`` imports the bodies."""
+"""The bodies (fused, shrink, grad and its reduce), their plugs, and what they share. Only ``launch`` imports bodies."""

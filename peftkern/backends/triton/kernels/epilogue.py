@@ -13,7 +13,7 @@ def nothing(operands, acc, p0, P, c, BLOCK_P: tl.constexpr):
 @triton.jit
 def columns(operands, acc, p0, P, c, BLOCK_P: tl.constexpr):
     """acc + bias + c lora_bias. operands: bias, its stride, lora_bias, its stride; either pointer may be None."""
-    p = p0 + tl.arange(0, BLOCK_P)
+    p = p0 + tl.arange(0, BLOCK_P).to(tl.int64)
     if operands[0] is not None:
         acc += tl.load(operands[0] + p * operands[1], mask=p < P, other=0.0).to(tl.float32)[None, :]
     if operands[2] is not None:

@@ -29,9 +29,9 @@ def int8(
     """W[n, k] = data[n, k] * scale[n]. operands: data's strides along q and p, scale, its stride."""
     data = load_block(W, (operands[0], operands[1]), q0, p0, Q, P, BLOCK_Q, BLOCK_P).to(tl.float32)
     if BACKWARD:
-        n = q0 + tl.arange(0, BLOCK_Q)
+        n = q0 + tl.arange(0, BLOCK_Q).to(tl.int64)
         scale = tl.load(operands[2] + n * operands[3], mask=n < Q, other=0.0)[:, None]
     else:
-        n = p0 + tl.arange(0, BLOCK_P)
+        n = p0 + tl.arange(0, BLOCK_P).to(tl.int64)
         scale = tl.load(operands[2] + n * operands[3], mask=n < P, other=0.0)[None, :]
     return narrow(data * scale, DTYPE)

@@ -85,9 +85,10 @@ def grad(
         "BLOCK_M": tile.BLOCK_M, "BLOCK_C": tile.BLOCK_COLS, "BLOCK_R": tiles.rank_block(R),
     }  # fmt: skip
     made = [one for one in (of_x, of_dy) if one is not None]
+    wide = present(*(tensor for one in made for tensor in (one.wide, one.thin)))
     launch = Launch(
         grad_body, (sum(one.programs for one in made),), arguments, tile.num_warps, tile.num_stages,
-        reads=present(*(tensor for one in made for tensor in (one.wide, one.thin)), parts),
+        reads=(*wide, *present(parts, F if t_out is not None else None)),
         writes=present(*(tensor for one in made for tensor in (one.partial, one.sums)), parts, t_out),
         flops=sum(2 * one.wide.numel() * R for one in made if one.thin is not None)
         + (0 if parts is None else 2 * like.numel() * R),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -85,16 +87,20 @@ class Direction:
     backward: bool
     dtype: torch.dtype
 
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return near(self.operands.lora_A), near(self.operands.lora_B)
+
     @property
     def first(self) -> tuple[Tensor, tuple[int, int]]:
         """F^T [Q, R]: the tensor, and its strides along q and r."""
-        A, B = near(self.operands.lora_A), near(self.operands.lora_B)
+        A, B = self._factors
         return (B, (B.stride(0), B.stride(1))) if self.backward else (A, (A.stride(1), A.stride(0)))
 
     @property
     def second(self) -> tuple[Tensor, tuple[int, int]]:
         """G^T [R, P]: the tensor, and its strides along r and p."""
-        A, B = near(self.operands.lora_A), near(self.operands.lora_B)
+        A, B = self._factors
         return (A, (A.stride(0), A.stride(1))) if self.backward else (B, (B.stride(1), B.stride(0)))
 
     @property
@@ -204,14 +210,26 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 def counters(like: Tensor) -> Tensor:
     """Zeroed int32 counters for the current stream; the kernels leave them zero, so they are made once a stream.
 
-    Under graph capture a stream without them gets its own, whose clearing is captured with the launch.
+    A captured graph gets its own, whose clearing is captured with the launch: it may run beside whatever else there is.
     """
-    if like.device.type != "cuda":
-        return torch.zeros(COUNTERS, dtype=torch.int32, device=like.device)
-    key = like.device, torch.cuda.current_stream(like.device).cuda_stream
-    found = _counters.get(key)
+    device = like.device
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device)
+    found = _counters.get((device, stream.cuda_stream))
     if found is None:
-        found = torch.zeros(COUNTERS, dtype=torch.int32, device=like.device)
-        if not torch.cuda.is_current_stream_capturing():
-            _counters[key] = found
+        # From a thread of its own: a pool that the caller's thread allocates from, such as a compiler's for its graphs,
+        # may take its memory back.
+        with ThreadPoolExecutor(1) as thread:
+            found, ready = thread.submit(_cleared, device).result()
+        stream.wait_event(ready)
+        _counters[device, stream.cuda_stream] = found
     return found
+
+
+def _cleared(device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
+    with torch.cuda.device(device):
+        found = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        ready = torch.cuda.Event()
+        ready.record()
+    return found, ready
