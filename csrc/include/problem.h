@@ -4,7 +4,8 @@
 //   backward   t = dy B                dx += c D(t A)
 //              dA = c t^T D(x)         dB = c dy^T s
 //
-// y and dx hold the product with the frozen weight when the call begins.
+// The product with the frozen weight is computed in the same call where the weight is given; otherwise y and dx hold it when
+// the call begins.
 #pragma once
 #include <cstdint>
 
@@ -22,6 +23,13 @@ struct Dropout {
   uint64_t seed, offset;
 };
 
+// W [N, K] in `dtype`. Rows lie `stride` apart; where `transposed`, columns do, and rows are what has a unit stride.
+struct Weight {
+  const void *data;  // or null
+  int64_t stride;
+  bool transposed;
+};
+
 struct Problem {
   int64_t M, K, N, R;
   DType dtype;          // of x, y, dy, dx
@@ -30,14 +38,16 @@ struct Problem {
   float scaling;        // c
   Dropout dropout;
   int threads;
+  Weight weight;
 };
 
 struct Forward : Problem {
   const void *x; int64_t x_stride;  // [M, K], unit stride along K
   const void *A, *B;                // [R, K] and [N, R], contiguous
   const void *lora_bias;            // [N] or null
+  const void *bias;                 // [N] in dtype or null; read where the weight is given
   float *s;                         // [M, R], contiguous, written
-  void *y;                          // [M, N], contiguous, accumulated into
+  void *y;                          // [M, N], contiguous, accumulated into, or written where the weight is given
 };
 
 struct Backward : Problem {
@@ -45,7 +55,7 @@ struct Backward : Problem {
   const void *x; int64_t x_stride;    // [M, K] or null where dA is not needed
   const float *s;                     // [M, R] or null where dB is not needed
   const void *A, *B;
-  void *dx;                           // [M, K] accumulated into, or null
+  void *dx;                           // [M, K] accumulated into (written where the weight is given), or null
   void *dA, *dB;                      // [R, K], [N, R] written, or null
 };
 
