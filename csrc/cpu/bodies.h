@@ -63,7 +63,7 @@ template <class Thin, class A> struct Bodies {
   }
 
   static void forward(const Forward &problem) {
-    if (problem.weight.data) return Fused<X, A>::forward(problem);
+    if (problem.one_pass) return Fused<X, A>::forward(problem);
     const int blocks = static_cast<int>(smaller(problem.threads, (problem.M + Thin::kRows - 1) / Thin::kRows));
     parallel_run(blocks, [](void *data, int index, int count) {
       const Forward &p = *static_cast<const Forward *>(data);
@@ -164,7 +164,7 @@ template <class Thin, class A> struct Bodies {
 
   static void backward(const Backward &problem) {
     const Sizes size(problem);
-    const int64_t grain = problem.weight.data ? kTileRows : Thin::kRows;
+    const int64_t grain = problem.one_pass ? kTileRows : Thin::kRows;
     const int count = static_cast<int>(smaller(problem.threads, (problem.M + grain - 1) / grain));
     const bool sums = problem.dA || problem.dB;
     Scratch &memory = caller_scratch();
@@ -178,10 +178,9 @@ template <class Thin, class A> struct Bodies {
         const Sums own = c.sums(share_index);
         if (own.dA) memset(own.dA, 0, c.p.R * sizes.Kp * sizeof(float));
         if (own.dB) memset(own.dB, 0, c.p.R * sizes.Np * sizeof(float));
-        const bool whole = c.p.weight.data;
-        const Range rows = share(c.p.M, whole ? kTileRows : Thin::kRows, share_index, c.count);
+        const Range rows = share(c.p.M, c.p.one_pass ? kTileRows : Thin::kRows, share_index, c.count);
         if (rows.begin >= rows.end) continue;
-        if (whole) Fused<X, A>::backward_rows(c.p, own.dA, sizes.Kp, own.dB, sizes.Np, rows);
+        if (c.p.one_pass) Fused<X, A>::backward_rows(c.p, own.dA, sizes.Kp, own.dB, sizes.Np, rows);
         else backward_rows(c.p, own, rows);
       }
     }, &call);

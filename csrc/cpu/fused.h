@@ -9,6 +9,7 @@
 // No sum's order depends on how the work is shared, so y, s and dx have the same bits for any number of threads.
 #pragma once
 #include "../include/philox.h"
+#include "decode.h"
 #include "scratch.h"
 #include "thin_f32.h"
 #include "tile.h"
@@ -164,6 +165,7 @@ template <class X, class A> struct Fused {
   }
 
   static void forward(const Forward &problem) {
+    if (Decode<X, A>::takes(problem)) return Decode<X, A>::forward(problem);
     const int64_t tiles = problem.M / kTileRows + (problem.N + kTileColumns - 1) / kTileColumns;
     parallel_run(int(smaller(problem.threads, tiles)), [](void *data, int index, int count) {
       const Forward &p = *static_cast<const Forward *>(data);

@@ -4,8 +4,7 @@
 //   backward   t = dy B                dx += c D(t A)
 //              dA = c t^T D(x)         dB = c dy^T s
 //
-// The product with the frozen weight is computed in the same call where the weight is given; otherwise y and dx hold it when
-// the call begins.
+// In one pass, the product with the frozen weight is computed in the same call; otherwise y and dx hold it when the call begins.
 #pragma once
 #include <cstdint>
 
@@ -25,7 +24,7 @@ struct Dropout {
 
 // W [N, K] in `dtype`. Rows lie `stride` apart; where `transposed`, columns do, and rows are what has a unit stride.
 struct Weight {
-  const void *data;  // or null
+  const void *data;
   int64_t stride;
   bool transposed;
 };
@@ -38,16 +37,17 @@ struct Problem {
   float scaling;        // c
   Dropout dropout;
   int threads;
-  Weight weight;
+  bool one_pass;
+  Weight weight;  // read in one pass alone, and then for y and dx alone
 };
 
 struct Forward : Problem {
   const void *x; int64_t x_stride;  // [M, K], unit stride along K
   const void *A, *B;                // [R, K] and [N, R], contiguous
   const void *lora_bias;            // [N] or null
-  const void *bias;                 // [N] in dtype or null; read where the weight is given
+  const void *bias;                 // [N] in dtype or null; read in one pass alone
   float *s;                         // [M, R], contiguous, written
-  void *y;                          // [M, N], contiguous, accumulated into, or written where the weight is given
+  void *y;                          // [M, N], contiguous, accumulated into, or written in one pass
 };
 
 struct Backward : Problem {
@@ -55,7 +55,7 @@ struct Backward : Problem {
   const void *x; int64_t x_stride;    // [M, K] or null where dA is not needed
   const float *s;                     // [M, R] or null where dB is not needed
   const void *A, *B;
-  void *dx;                           // [M, K] accumulated into (written where the weight is given), or null
+  void *dx;                           // [M, K] accumulated into (written in one pass), or null
   void *dA, *dB;                      // [R, K], [N, R] written, or null
 };
 

@@ -53,15 +53,14 @@ class CppBackend(Backend):
         if module is None:
             return Plan("split", "not built")
         kernels = module.instruction_set()
-        if own_product(problem.dtype):
+        if one_pass():
             return Plan("one_pass", f"{kernels} kernels that read the frozen weight in place")
         return Plan("split", f"vendor GEMM + {kernels} thin products in blocks of rows")
 
     def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
         x = _unit_stride(x)
         weight, bias = operands.weight.materialize(x.dtype), operands.bias
-        own = own_product(x.dtype) and weight.numel() > 0  # nothing has no address
-        if own:
+        if one_pass():
             weight, y = _unit_stride_somewhere(weight), x.new_empty(x.shape[0], weight.shape[0])
             bias = None if bias is None else bias.contiguous()
         else:
@@ -70,7 +69,7 @@ class CppBackend(Backend):
         A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
         lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
         extension()[0].forward(
-            _problem(operands, x, weight if own else None), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(),
+            _problem(operands, x, weight), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(),
             _address(lora_bias), _address(bias), s.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return y, s
@@ -83,25 +82,27 @@ class CppBackend(Backend):
             dy = _unit_stride(dy)
             A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
             weight = operands.weight.materialize(dy.dtype) if needs.x else None
-            if weight is not None and own_product(dy.dtype) and weight.numel() > 0:
+            if weight is not None and one_pass():
                 weight = _unit_stride_somewhere(weight)
                 dx = dy.new_empty(dy.shape[0], weight.shape[1])
             elif weight is not None:
-                dx, weight = dy @ weight, None
+                dx = dy @ weight
             dA = torch.empty_like(A) if needs.lora_A else None
             dB = torch.empty_like(B) if needs.lora_B else None
             x = _unit_stride(x) if x is not None else None
             extension()[0].backward(
-                _problem(operands, dy, weight), dy.data_ptr(), dy.stride(0), _address(x), 0 if x is None else x.stride(0),
-                _address(s), A.data_ptr(), B.data_ptr(), _address(dx), _address(dA), _address(dB),
+                _problem(operands, dy, weight), dy.data_ptr(), dy.stride(0), _address(x),
+                0 if x is None else x.stride(0), _address(s), A.data_ptr(), B.data_ptr(), _address(dx), _address(dA),
+                _address(dB),
             )  # fmt: skip
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
 
 
-def own_product(dtype: torch.dtype) -> bool:
-    """Whether y and dx are computed here rather than by torch: where that was measured ahead (benchmarks/NOTES.md).
+def one_pass() -> bool:
+    """Whether y and dx are computed here as a whole, rather than on top of torch's product with the frozen weight.
 
-    That is AVX2 without AVX-512 in every dtype. Elsewhere torch's GEMM is better or nobody has measured.
+    That is where it was measured ahead (benchmarks/NOTES.md): AVX2 without AVX-512, in every dtype. Elsewhere torch's
+    product is better, or nobody has measured.
     """
     return extension()[0].instruction_set() == "avx2"
 
@@ -114,7 +115,7 @@ def _problem(operands: LoRAOperands, rows: Tensor, weight: Tensor | None):
     return extension()[0].Problem(
         rows.shape[0], K, N, operands.lora_A.shape[0], _DTYPES[rows.dtype], _DTYPES[operands.lora_A.dtype],
         operands.precision == "base", scaling, dropout.threshold(operands.dropout_p), _address(operands.rng_state),
-        torch.get_num_threads(), *_weight(weight),
+        torch.get_num_threads(), one_pass(), *_weight(weight),
     )  # fmt: skip
 
 
