@@ -60,7 +60,6 @@ template <class X, class A> struct Fused {
       bits = p.dropout.threshold ? memory.take<uint64_t>(bits_size) : nullptr;
     }
     float *t_panel(int64_t panel) const { return t + panel * rows * kTileColumns; }
-    void clear(float *tiles, int64_t count) const { memset(tiles, 0, count * kTileColumns * sizeof(float)); }
   };
 
   template <class T> static void make_block(const T *w, int64_t ldw, bool by_rows, int64_t q, int64_t p, int64_t depth, int64_t columns, float *block) {
@@ -78,19 +77,19 @@ template <class X, class A> struct Fused {
     }
   }
 
-  static void product(const float *x, int64_t ldx, int64_t rows, const float *block, int64_t depth, float *sums) {
+  static void product(const float *x, int64_t ldx, int64_t rows, const float *block, int64_t depth, bool add, float *sums) {
     for (int64_t row = 0; row < rows; row += kTileRows) {
-      tile_of(smaller(kTileRows, rows - row), x + row * ldx, ldx, block, depth, sums + row * kTileColumns);
+      tile_of(smaller(kTileRows, rows - row), x + row * ldx, ldx, block, depth, add, sums + row * kTileColumns);
     }
   }
 
-  // T += chunk F, with F[q, r] from A [R, K] (by rows) or B [N, R].
+  // T (+)= chunk F, from its first chunk on, with F[q, r] from A [R, K] (by rows) or B [N, R].
   static void add_thin(const Problem &p, const Memory &m, const float *x, int64_t ldx, int64_t rows, const void *f, int64_t ldf,
                        bool by_rows, int64_t q, int64_t depth) {
     for (int64_t panel = 0; panel < m.panels; ++panel) {
       const int64_t r = panel * kTileColumns;
       make_factor(p, (const A *)f, ldf, by_rows, q, r, depth, smaller(kTileColumns, p.R - r), m.block);
-      product(x, ldx, rows, m.block, depth, m.t_panel(panel));
+      product(x, ldx, rows, m.block, depth, q > 0, m.t_panel(panel));
     }
   }
 
@@ -102,16 +101,15 @@ template <class X, class A> struct Fused {
     float c; X *z; int64_t ldz;
   };
   static void finish_panel(const Problem &p, const Memory &m, const Panel &o, int64_t first, int64_t width, const float *column, const uint64_t *bits) {
-    m.clear(m.sums, o.rows), m.clear(m.extra, o.rows);
-    for (int64_t q = 0; q < o.Q; q += kDepth) {
+    for (int64_t q = 0; q == 0 || q < o.Q; q += kDepth) {  // once for nothing: an empty sum is zero
       const int64_t depth = smaller(kDepth, o.Q - q);
       make_block((const X *)o.weight->data, o.weight->stride, o.w_by_rows, q, first, depth, width, m.block);
-      product(o.x.data + q, o.x.ld, o.rows, m.block, depth, m.sums);
+      product(o.x.data + q, o.x.ld, o.rows, m.block, depth, q > 0, m.sums);
     }
     for (int64_t panel = 0; panel < m.panels; ++panel) {
       const int64_t r = panel * kTileColumns, depth = smaller(kTileColumns, p.R - r);
       make_factor(p, o.g, o.ldg, o.g_by_rows, r, first, depth, width, m.block);
-      product(m.t_panel(panel), kTileColumns, o.rows, m.block, depth, m.extra);
+      product(m.t_panel(panel), kTileColumns, o.rows, m.block, depth, panel > 0, m.extra);
     }
     for (int64_t row = 0; row < o.rows; ++row) {
       for (int64_t half = 0; half < width; half += W) {
@@ -133,8 +131,7 @@ template <class X, class A> struct Fused {
       const int64_t count = smaller(m.rows, rows.end - row);
       const X *source = (const X *)p.x + row * p.x_stride;
       const Rows x = widened(source, p.x_stride, count, p.K, m.x);
-      m.clear(m.t, m.panels * m.rows);
-      for (int64_t k = 0; k < p.K; k += kDepth) {
+      for (int64_t k = 0; k == 0 || k < p.K; k += kDepth) {
         const int64_t depth = smaller(kDepth, p.K - k);
         Rows dropped = {x.data + k, x.ld};
         if (m.bits) {
@@ -182,11 +179,13 @@ template <class X, class A> struct Fused {
     for (int64_t row = rows.begin; row < rows.end; row += m.rows) {
       const int64_t count = smaller(m.rows, rows.end - row);
       const Rows dy = widened((const X *)p.dy + row * p.dy_stride, p.dy_stride, count, p.N, m.x);
-      m.clear(m.t, m.panels * m.rows);
-      for (int64_t n = 0; n < p.N; n += kDepth) {
+      for (int64_t n = 0; n == 0 || n < p.N; n += kDepth) {
         const int64_t depth = smaller(kDepth, p.N - n);
         if (p.dx || p.dA) add_thin(p, m, dy.data + n, dy.ld, count, p.B, p.R, false, n, depth);
-        if (dB) Thin::outer({const_cast<float *>(p.s) + row * p.R, p.R}, p.R, dy.data + n, dy.ld, count, depth, dB + n, ldB);
+        if (!dB) continue;
+        Rows chunk = {dy.data + n, dy.ld};
+        if (depth % W) chunk.data = Thin::load_block((const X *)p.dy + row * p.dy_stride + n, p.dy_stride, count, depth, nullptr, 0, m.chunk, &chunk.ld);
+        Thin::outer({const_cast<float *>(p.s) + row * p.R, p.R}, p.R, chunk.data, chunk.ld, count, depth, dB + n, ldB);
       }
       if (m.bits) for (int64_t i = 0; i < count; ++i) keep_bits_row(p.dropout, row + i, 0, p.K, m.bits + i * m.words);
       for (int64_t k = 0; dA && k < p.K; k += kDepth) {

@@ -1,6 +1,6 @@
 // The big product in fp32 registers: a tile of kTileRows x kTileColumns sums, and the blocks of the weight that it reads.
 //
-//   tile     sums[m, p] += sum_q X[m, q] B[q, p]     X row-major fp32, B a block [depth, kTileColumns] in the L1 cache
+//   tile     sums[m, p] (+)= sum_q X[m, q] B[q, p]     X row-major fp32, B a block [depth, kTileColumns] in the L1 cache
 //   block    B[q, p] from the weight where it lies, widened: W[p, q] (transposed in registers) for y, W[q, p] for dx
 //
 // A block is made once and used for every row of the caller's share, so one micro-kernel serves every storage type, and the
@@ -17,8 +17,8 @@ constexpr int kTileRows = W == 16 ? 12 : 6;  // twice as many sums, and the oper
 constexpr int kTileColumns = 2 * W;
 constexpr int64_t kDepth = 256;  // a block of the weight takes half of the L1 cache
 
-// sums is [ROWS, kTileColumns]; rows of x lie ldx apart.
-template <int ROWS> static inline void tile(const float *x, int64_t ldx, const float *block, int64_t depth, float *sums) {
+// sums is [ROWS, kTileColumns], written or added to; rows of x lie ldx apart.
+template <int ROWS> static inline void tile(const float *x, int64_t ldx, const float *block, int64_t depth, bool add, float *sums) {
   vf low[ROWS], high[ROWS];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) low[i] = high[i] = vf{};
@@ -34,17 +34,17 @@ template <int ROWS> static inline void tile(const float *x, int64_t ldx, const f
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
     float *sum = sums + i * kTileColumns;
-    store(load(sum) + low[i], sum);
-    store(load(sum + W) + high[i], sum + W);
+    store(add ? load(sum) + low[i] : low[i], sum);
+    store(add ? load(sum + W) + high[i] : high[i], sum + W);
   }
 }
 
 template <int ROWS = kTileRows>
-static inline void tile_of(int64_t rows, const float *x, int64_t ldx, const float *block, int64_t depth, float *sums) {
+static inline void tile_of(int64_t rows, const float *x, int64_t ldx, const float *block, int64_t depth, bool add, float *sums) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return tile_of<ROWS - 1>(rows, x, ldx, block, depth, sums);
+    if (rows < ROWS) return tile_of<ROWS - 1>(rows, x, ldx, block, depth, add, sums);
   }
-  tile<ROWS>(x, ldx, block, depth, sums);
+  tile<ROWS>(x, ldx, block, depth, add, sums);
 }
 
 // Lanes of a and b merged: where bit D of the lane's number is clear those of a, else those of b, and the other way round.

@@ -13,6 +13,7 @@ from peftkern import dropout
 from peftkern.backends.base import Backend, Plan, bias_gradients
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
+_DECODE_ROWS = 16
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # problem.h, DType
 
 
@@ -53,14 +54,14 @@ class CppBackend(Backend):
         if module is None:
             return Plan("split", "not built")
         kernels = module.instruction_set()
-        if one_pass():
+        if one_pass(problem.dtype, problem.M):
             return Plan("one_pass", f"{kernels} kernels that read the frozen weight in place")
         return Plan("split", f"vendor GEMM + {kernels} thin products in blocks of rows")
 
     def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
         x = _unit_stride(x)
         weight, bias = operands.weight.materialize(x.dtype), operands.bias
-        if one_pass():
+        if one_pass(x.dtype, x.shape[0]):
             weight, y = _unit_stride_somewhere(weight), x.new_empty(x.shape[0], weight.shape[0])
             bias = None if bias is None else bias.contiguous()
         else:
@@ -82,7 +83,7 @@ class CppBackend(Backend):
             dy = _unit_stride(dy)
             A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
             weight = operands.weight.materialize(dy.dtype) if needs.x else None
-            if weight is not None and one_pass():
+            if weight is not None and one_pass(dy.dtype, dy.shape[0]):
                 weight = _unit_stride_somewhere(weight)
                 dx = dy.new_empty(dy.shape[0], weight.shape[1])
             elif weight is not None:
@@ -98,13 +99,13 @@ class CppBackend(Backend):
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
 
 
-def one_pass() -> bool:
+def one_pass(dtype: torch.dtype, M: int) -> bool:
     """Whether y and dx are computed here as a whole, rather than on top of torch's product with the frozen weight.
 
-    That is where it was measured ahead (benchmarks/NOTES.md): AVX2 without AVX-512, in every dtype. Elsewhere torch's
-    product is better, or nobody has measured.
+    That is where it was measured ahead (benchmarks/NOTES.md): with AVX2 and without AVX-512, 16-bit dtypes always and
+    fp32 for a handful of rows. Elsewhere torch's product is as good or better, or nobody has measured.
     """
-    return extension()[0].instruction_set() == "avx2"
+    return extension()[0].instruction_set() == "avx2" and (dtype != torch.float32 or M <= _DECODE_ROWS)
 
 
 def _problem(operands: LoRAOperands, rows: Tensor, weight: Tensor | None):
@@ -115,7 +116,7 @@ def _problem(operands: LoRAOperands, rows: Tensor, weight: Tensor | None):
     return extension()[0].Problem(
         rows.shape[0], K, N, operands.lora_A.shape[0], _DTYPES[rows.dtype], _DTYPES[operands.lora_A.dtype],
         operands.precision == "base", scaling, dropout.threshold(operands.dropout_p), _address(operands.rng_state),
-        torch.get_num_threads(), one_pass(), *_weight(weight),
+        torch.get_num_threads(), one_pass(rows.dtype, rows.shape[0]), *_weight(weight),
     )  # fmt: skip
 
 
