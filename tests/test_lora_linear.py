@@ -48,7 +48,8 @@ def test_initial_values_are_pefts():
     assert abs(layer.lora_A.std() - bound / math.sqrt(3)) < 0.02 * bound and abs(layer.lora_A.mean()) < 0.05 * bound
     assert not layer.lora_B.any() and not layer.lora_bias.any()
     x = torch.randn(5, 400)
-    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    wide = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert_as_good_as(layer(x), nn.functional.linear(x, layer.weight, layer.bias), wide)
 
 
 def test_the_base_is_initialised_as_nn_linear():
