@@ -1,5 +1,6 @@
 # make demo   fine-tune a real language model with plain PEFT, then with peftkern
 # make test   lint, import contracts, types and every test that this machine can run
+# make sanitize   the extension's tests under AddressSanitizer and UBSan
 PYTHON ?= python3
 STEPS ?=
 OUT ?= demo_out
@@ -12,7 +13,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types unit interpreter clean
+.PHONY: demo test lint types unit interpreter sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -36,6 +37,14 @@ interpreter: .venv/ready
 	@if $(BIN)/python -c "import triton" 2>/dev/null; then \
 	  echo "TRITON_INTERPRET=1 pytest -m interpreter"; TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter; \
 	else echo "no Triton on this platform: the interpreter lane is left out"; fi
+
+# The extension's own tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own.
+SANITIZE := -fsanitize=address,undefined
+sanitize: .venv/ready
+	CFLAGS="-g1 $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	  $(BIN)/python setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=build/sanitized/lib $(BIN)/pytest tests/test_cpp.py
 
 .venv/base: Makefile
 	$(PYTHON) -m venv .venv

@@ -2,12 +2,15 @@
 
     python -m benchmarks.demo [--steps 60] [--out demo_out]
 
+The base is bf16 where the machine multiplies bf16 in hardware, else fp32. Without --steps there are 60, or as many as
+fit into five minutes of training.
 Writes report.json, report.png and the trained adapter into the output folder, each whole or not at all.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -26,17 +29,23 @@ if TYPE_CHECKING:
     from benchmarks.finetune import Job, Run
 
 AGREEMENT_STEPS = 5
-AGREEMENT_BOUND = torch.finfo(torch.bfloat16).eps / 2  # one rounding to bf16, relative
+MOST_STEPS = 60
+TRAINING_SECONDS = 300  # of both runs together, where --steps does not say how many steps
 HELD_OUT_BATCHES = 4
 PROMPT = "**LADY MACBETH**  \nMy lord, the hour is late, and"
 
 
 class Disagreement(RuntimeError):
-    """PEFT and peftkern differ by more than the roundings of bf16."""
+    """PEFT and peftkern differ by more than the roundings of the base's dtype."""
+
+
+def agreement_bound(job: Job) -> float:
+    """One rounding to the base's dtype, and the 1e-6 that orders of fp32 sums are given everywhere in this project."""
+    return torch.finfo(job.dtype).eps / 2 + 1e-6
 
 
 def agreement(job: Job, batches: Sequence[Tensor]) -> dict[str, Any]:
-    """Train a few steps without dropout both ways; the losses must agree to bf16 rounding.
+    """Train a few steps without dropout both ways; the losses must agree to the rounding of the base's dtype.
 
     Raises: Disagreement with both curves in the text.
     """
@@ -45,16 +54,18 @@ def agreement(job: Job, batches: Sequence[Tensor]) -> dict[str, Any]:
     plain = finetune.train(finetune.build(job, 0.0), batches, job, "p=0 PEFT")
     own = finetune.train(finetune.patched(finetune.build(job, 0.0))[0], batches, job, "p=0 ours")
     largest = max(abs(a - b) / abs(a) for a, b in zip(plain.losses, own.losses, strict=True))
-    if not largest <= AGREEMENT_BOUND:
+    bound = agreement_bound(job)
+    if not largest <= bound:
         raise Disagreement(
             f"without dropout PEFT's losses {plain.losses} and peftkern's {own.losses} differ by {largest:.2e} "
-            f"relative, more than one rounding to bf16 ({AGREEMENT_BOUND:.2e})"
+            f"relative, more than one rounding to {job.base} ({bound:.2e})"
         )
     return {
         "peft": plain.losses,
         "peftkern": own.losses,
         "largest_relative_difference": largest,
-        "bound": AGREEMENT_BOUND,
+        "bound": bound,
+        "seconds": plain.median_seconds + own.median_seconds,
     }
 
 
@@ -79,7 +90,8 @@ def logits_in_fresh_process(ids: Tensor, adapter: Path, job: Job) -> Tensor:
     with tempfile.TemporaryDirectory() as scratch:
         ids_file, logits_file = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"ids": ids.cpu()}, ids_file)
-        arguments = [adapter, job.cache, job.device, ids_file, logits_file]
+        dtype = str(job.dtype).removeprefix("torch.")
+        arguments = [adapter, job.cache, job.device, dtype, ids_file, logits_file]
         command = [sys.executable, "-m", "benchmarks.reload_adapter", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -90,8 +102,8 @@ def logits_in_fresh_process(ids: Tensor, adapter: Path, job: Job) -> Tensor:
 def reload_check(model: Any, ids: Tensor, adapter: Path, job: Job) -> dict[str, float]:
     """Compare the reloaded adapter's logits with PEFT's and peftkern's in this process, all relative.
 
-    The size of bf16's roundings is measured: the same model in fp32 is the truth that both errors are taken against.
-    ``model`` is left in fp32.
+    The size of the base's roundings is measured: the same model one precision up (fp32 for bf16, fp64 for fp32) is the
+    truth that both errors are taken against. ``model`` is left in that precision.
 
     Raises: Disagreement where the fresh process computes something else than PEFT does here, or where peftkern's error
         is more than twice PEFT's.
@@ -103,7 +115,7 @@ def reload_check(model: Any, ids: Tensor, adapter: Path, job: Job) -> dict[str, 
     fresh = logits_in_fresh_process(ids, adapter, job)
     with peftkern.disabled():
         plain = finetune.logits(model, ids)
-        truth = finetune.logits(model.float(), ids)
+        truth = finetune.logits(model.to(torch.float32 if job.dtype == torch.bfloat16 else torch.float64), ids)
 
     def distance(value: Tensor, other: Tensor) -> float:
         return ((value - other).norm() / other.norm()).item()
@@ -111,11 +123,11 @@ def reload_check(model: Any, ids: Tensor, adapter: Path, job: Job) -> dict[str, 
     found = {
         "fresh_peft_to_peft_here": distance(fresh, plain),
         "fresh_peft_to_peftkern": distance(fresh, fused),
-        "peft_error_against_fp32": distance(fresh, truth),
-        "peftkern_error_against_fp32": distance(fused, truth),
+        "peft_error": distance(fresh, truth),
+        "peftkern_error": distance(fused, truth),
     }
-    same = found["fresh_peft_to_peft_here"] <= AGREEMENT_BOUND
-    if not (same and found["peftkern_error_against_fp32"] <= 2 * found["peft_error_against_fp32"]):
+    same = found["fresh_peft_to_peft_here"] <= agreement_bound(job)
+    if not (same and found["peftkern_error"] <= 2 * found["peft_error"] + 1e-6):
         raise Disagreement(f"the reloaded adapter gives other logits: {found}")
     return found
 
@@ -146,13 +158,17 @@ def fine_tune(job: Job, out: Path) -> dict[str, Any]:
 
     tokenizer = smollm2.load_tokenizer(job.cache)
     plays = smollm2.Plays(tokenizer)
-    count = max(job.steps, AGREEMENT_STEPS)
+    count = max(job.steps or MOST_STEPS, AGREEMENT_STEPS)
     batches = [ids.to(job.device) for ids in plays.train_batches(count, job.rows, job.length, job.seed)]
     held_out = [ids.to(job.device) for ids in plays.held_out_batches(HELD_OUT_BATCHES, job.rows, job.length)]
 
     print(f"1. {AGREEMENT_STEPS} steps without dropout, PEFT and then peftkern: the losses must agree", flush=True)
     agreed = agreement(job, batches[:AGREEMENT_STEPS])
     print(f"   they do: largest relative difference {agreed['largest_relative_difference']:.1e}", flush=True)
+
+    if not job.steps:
+        fitting = max(AGREEMENT_STEPS, int(TRAINING_SECONDS / agreed["seconds"]))
+        job = dataclasses.replace(job, steps=min(MOST_STEPS, fitting))
 
     runs: dict[str, Run] = {}
     print(f"2. {job.steps} steps with dropout 0.05 under plain PEFT", flush=True)
@@ -180,6 +196,7 @@ def fine_tune(job: Job, out: Path) -> dict[str, Any]:
             "learning_rate": job.learning_rate,
             "seed": job.seed,
             "held_out_play": smollm2.HELD_OUT_PLAY,
+            "base": job.base,
         },
         "agreement": agreed,
         "runs": {name: _run_record(run, before, job) for name, run in runs.items()},
@@ -205,12 +222,12 @@ def show(report: dict[str, Any]) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.demo", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each of the two runs")
+    parser.add_argument("--steps", type=int, help=f"training steps of each run ({MOST_STEPS}, or what fits)")
     parser.add_argument(
         "--out", type=Path, default=Path("demo_out"), help="folder of report.json, report.png, adapter/"
     )
     options = parser.parse_args(arguments)
-    if options.steps < 1:
+    if options.steps is not None and options.steps < 1:
         parser.error("--steps is at least 1")
     return options
 
@@ -223,8 +240,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    job = Job(device, options.out / smollm2.CACHE.name, options.steps)
+    job = Job(device, options.out / smollm2.CACHE.name, options.steps or 0, smollm2.native_dtype(device))
     record.print_machine(record.machine())
+    why = "bf16" if job.base == "bf16" else "no bf16"
+    print(f"base model in {job.base}: this machine has {why} instructions", flush=True)
     report = fine_tune(job, options.out)
     report["seconds_in_all"] = time.monotonic() - start
     show(report)

@@ -63,16 +63,16 @@ def explanation(report: Mapping[str, Any]) -> str:
     largest, bound = agreed["largest_relative_difference"], agreed["bound"]
     return f"""What you see
   A language model (SmolLM2-135M-Instruct) was fine-tuned twice on Shakespeare's plays, {job["steps"]} steps of
-  {job["tokens"]} tokens each, on {place}. Its own weights stay frozen; what is trained is a small
+  {job["tokens"]} tokens each, on {place}, in {job["base"]}. Its own weights stay frozen; what is trained is a small
   low-rank adapter beside every linear layer (LoRA: r=16, alpha=32, dropout 0.05). The first run is plain
   PEFT, the second the same model after one more line, peftkern.patch(model).
   - The losses agree: same batches, same initial adapter, same mathematics. They are not equal to the last
     digit, because dropout draws differently. Without dropout, the first {len(agreed["peft"])} steps differ by at most
-    {largest:.1e} (relative); one rounding to bf16 is {bound:.1e}.
+    {largest:.1e} (relative); one rounding to {job["base"]} and 1e-6 are {bound:.1e}.
   - The held-out loss is measured on {job["held_out_play"].title()}, which neither run was trained on.
   - "MiB saved for backward" is what autograd keeps from the forward pass for the backward pass.
   - The adapter that peftkern trained was saved, and loaded by plain PEFT in a fresh process that never
-    imported peftkern: {_reload_sentence(report["reload"])}
+    imported peftkern: {_reload_sentence(report["reload"], job["base"])}
   Timings are of this machine and this minute; python -m benchmarks.model measures interleaved, with spread.
 {_busy(report)}"""
 
@@ -84,13 +84,13 @@ def _busy(report: Mapping[str, Any]) -> str:
     return "  CAUTION: other work kept this machine busy (some steps took far longer); these timings say little."
 
 
-def _reload_sentence(reload: Mapping[str, float]) -> str:
+def _reload_sentence(reload: Mapping[str, float], base: str) -> str:
     same = reload["fresh_peft_to_peft_here"]
     plain = "bit-identical to PEFT's here" if same == 0 else f"{same:.1e} (relative) from PEFT's here"
     return (
         f"its logits are {plain}.\n"
-        f"    Against the same model in fp32, PEFT's bf16 logits err by {reload['peft_error_against_fp32']:.1e} "
-        f"and peftkern's by {reload['peftkern_error_against_fp32']:.1e}."
+        f"    Against the same model one precision up, PEFT's {base} logits err by {reload['peft_error']:.1e} "
+        f"and peftkern's by {reload['peftkern_error']:.1e}."
     )
 
 

@@ -20,15 +20,21 @@ WARMUP_STEPS = 2  # not counted in the median time of a step
 
 @dataclass(frozen=True)
 class Job:
-    """One fine-tuning job; the seed fixes the initial adapter, the batches and the dropout draws."""
+    """One fine-tuning job. ``dtype`` is the base's; the seed fixes the initial adapter, the batches and the dropout."""
 
     device: str
     cache: Path
     steps: int
+    dtype: torch.dtype = torch.bfloat16
     rows: int = 2
     length: int = 256
     learning_rate: float = 5e-4
     seed: int = 0
+
+    @property
+    def base(self) -> str:
+        """The base's dtype in short, for tables."""
+        return {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
 
     @property
     def tokens(self) -> int:
@@ -52,9 +58,9 @@ class Run:
 
 
 def build(job: Job, dropout_p: float) -> Any:
-    """The bf16 model with PEFT's default fp32 adapter (B = 0), the same one at every call."""
+    """The model in the job's dtype with PEFT's default fp32 adapter (B = 0), the same one at every call."""
     torch.manual_seed(job.seed)
-    model = smollm2.load_model(torch.bfloat16, job.device, job.cache)
+    model = smollm2.load_model(job.dtype, job.device, job.cache)
     return get_peft_model(model, smollm2.lora_config(dropout_p))
 
 

@@ -7,6 +7,10 @@ PEFT and peftkern run the same adapter (r=16, fp32, every linear layer) on the s
 a ratio to the frozen step of the same rounds, beside what autograd saved for backward. Before anything is timed, loss
 and adapter gradients of one step are compared with PEFT's under the same dropout mask (``training.check_gradients``),
 and the frozen loss with that of PEFT's model with its adapters disabled.
+
+A CPU without bf16 instructions runs fp32 bases unless --base says otherwise: there PyTorch's own bf16 step takes
+minutes, so a bf16 base gets one warm-up and at most SLOW_ROUNDS rounds (--length 64 makes it bearable), and the output
+says so.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from torch import Tensor
 from benchmarks import harness, memory, packages, record, smollm2
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SLOW_ROUNDS = 3  # of a 16-bit base where the machine has no instructions for it
 # (base, p) -> (ratio to frozen, MiB saved for backward) to reach on 2 CPU cores at 512 tokens
 GOALS: dict[tuple[str, float], tuple[float, float | None]] = {
     ("bf16", 0.05): (1.18, 432.0),
@@ -68,7 +73,8 @@ def compare(model: Any, ids: Tensor, dropout_p: float, rounds: int, compiled: bo
     if compiled:
         models["peft compiled"], checks["peft compiled"] = torch.compile(training.shared_copy(plain)), check_compiled
     cases = [_case(name, variant, ids, checks[name]) for name, variant in models.items()]
-    timings = harness.measure(cases, rounds, warmup=2, label=_label(ids, model, dropout_p))
+    warmup = 2 if rounds > SLOW_ROUNDS else 1
+    timings = harness.measure(cases, rounds, warmup=warmup, label=_label(ids, model, dropout_p))
     saved = {name: memory.saved_for_backward(lambda m=m: training.loss(m, ids), m) for name, m in models.items()}
     for variant in models.values():
         variant.zero_grad(set_to_none=True)
@@ -135,7 +141,7 @@ def text(result: Mapping[str, Any], goal: tuple[float, float | None] | None) -> 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.model", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--base", choices=DTYPES, action="append", help="base dtype, repeatable (default: bf16 and fp32)"
+        "--base", choices=DTYPES, action="append", help="base dtype, repeatable (default: what the machine multiplies)"
     )
     parser.add_argument("--p", type=float, action="append", help="LoRA dropout, repeatable (default: 0.05 and 0)")
     parser.add_argument("--rows", type=int, default=1, help="sequences in the batch")
@@ -158,10 +164,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ids = smollm2.Plays(smollm2.load_tokenizer()).train_batches(1, options.rows, options.length)[0].to(device)
     results: dict[str, Any] = {}
     rows = []
-    for base in options.base or ["bf16", "fp32"]:
+    native = smollm2.native_dtype(device) == torch.bfloat16
+    for base in options.base or (["bf16", "fp32"] if native else ["fp32"]):
+        rounds = options.rounds if native or base == "fp32" else min(options.rounds, SLOW_ROUNDS)
+        if rounds < options.rounds:
+            print(f"{base}: this CPU has no instructions for it and PyTorch is very slow; {rounds} rounds only\n")
         for p in options.p or [0.05, 0.0]:
             model = smollm2.load_model(DTYPES[base], device)
-            result = compare(model, ids, p, options.rounds, options.compiled)
+            result = compare(model, ids, p, rounds, options.compiled)
             gc.collect()
             name = f"{base} base, p={p:g}"
             goal = GOALS.get((base, p)) if device == "cpu" and ids.numel() == 512 else None

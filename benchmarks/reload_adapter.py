@@ -1,6 +1,6 @@
 """Load a saved adapter with plain PEFT, in a process that never imports peftkern, and write its logits.
 
-    python -m benchmarks.reload_adapter ADAPTER_FOLDER MODEL_CACHE DEVICE IDS_FILE LOGITS_FILE
+    python -m benchmarks.reload_adapter ADAPTER_FOLDER MODEL_CACHE DEVICE DTYPE IDS_FILE LOGITS_FILE
 
 The demo runs this to show that what peftkern trained is an ordinary PEFT adapter.
 """
@@ -17,11 +17,11 @@ from benchmarks import smollm2
 
 def main(arguments: list[str]) -> None:
     """Read token ids, write the logits that the reloaded model gives."""
-    adapter, cache, device, ids_file, logits_file = arguments
+    adapter, cache, device, dtype, ids_file, logits_file = arguments
     from peft import PeftModel
     from safetensors.torch import load_file, save_file
 
-    base = smollm2.load_model(torch.bfloat16, device, Path(cache))
+    base = smollm2.load_model(getattr(torch, dtype), device, Path(cache))
     model = PeftModel.from_pretrained(base, adapter).eval()
     ids = load_file(ids_file, device=device)["ids"]
     with torch.no_grad():

@@ -97,6 +97,18 @@ def lora_config(dropout_p: float = 0.05, r: int = 16, alpha: int = 32) -> Any:
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout_p, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+def native_dtype(device: str) -> torch.dtype:
+    """bf16 where this machine multiplies it in hardware, else fp32.
+
+    A CPU without bf16 instructions computes bf16 products too, but PyTorch's are then up to 100 times slower than fp32.
+    """
+    if device == "cpu":
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
+    else:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
 class Plays:
     """Shakespeare's plays as token windows. One play is held out of training."""
 

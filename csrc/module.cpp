@@ -71,8 +71,10 @@ static Dropout dropout(uint32_t threshold, uintptr_t rng_state) {
 }
 
 static Problem problem(int64_t M, int64_t K, int64_t N, int64_t R, int dtype, int adapter_dtype, bool round_factors,
-                       float scaling, uint32_t threshold, uintptr_t rng_state, int threads) {
-  return {M, K, N, R, DType(dtype), DType(adapter_dtype), round_factors, scaling, dropout(threshold, rng_state), threads};
+                       float scaling, uint32_t threshold, uintptr_t rng_state, int threads, bool one_pass, uintptr_t weight,
+                       int64_t w_stride, bool w_transposed) {
+  return {M, K, N, R, DType(dtype), DType(adapter_dtype), round_factors, scaling, dropout(threshold, rng_state), threads,
+          one_pass, {pointer<const void>(weight), w_stride, w_transposed}};
 }
 
 }  // namespace peftkern
@@ -84,18 +86,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::class_<Problem>(m, "Problem")
       .def(py::init(&problem), py::arg("M"), py::arg("K"), py::arg("N"), py::arg("R"), py::arg("dtype"),
            py::arg("adapter_dtype"), py::arg("round_factors"), py::arg("scaling"), py::arg("threshold"),
-           py::arg("rng_state"), py::arg("threads"));
+           py::arg("rng_state"), py::arg("threads"), py::arg("one_pass"), py::arg("weight"), py::arg("w_stride"), py::arg("w_transposed"));
 
   m.def("forward", [](const Problem &p, uintptr_t x, int64_t x_stride, uintptr_t A, uintptr_t B, uintptr_t lora_bias,
-                      uintptr_t s, uintptr_t y) {
+                      uintptr_t bias, uintptr_t s, uintptr_t y) {
     py::gil_scoped_release release;
     Forward call;
     static_cast<Problem &>(call) = p;
     call.x = pointer<const void>(x), call.x_stride = x_stride;
     call.A = pointer<const void>(A), call.B = pointer<const void>(B), call.lora_bias = pointer<const void>(lora_bias);
+    call.bias = pointer<const void>(bias);
     call.s = pointer<float>(s), call.y = pointer<void>(y);
     chosen->forward(call);
-  }, "s = D(x) A^T and y += c s B^T + c lora_bias, on the product with the frozen weight that y holds.");
+  }, "s = D(x) A^T and y = x W^T + bias + c s B^T + c lora_bias; unless in one pass, y holds x W^T + bias beforehand.");
 
   m.def("backward", [](const Problem &p, uintptr_t dy, int64_t dy_stride, uintptr_t x, int64_t x_stride, uintptr_t s,
                        uintptr_t A, uintptr_t B, uintptr_t dx, uintptr_t dA, uintptr_t dB) {
@@ -107,7 +110,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     call.A = pointer<const void>(A), call.B = pointer<const void>(B);
     call.dx = pointer<void>(dx), call.dA = pointer<void>(dA), call.dB = pointer<void>(dB);
     chosen->backward(call);
-  }, "dx += c D(t A), dA = c t^T D(x), dB = c dy^T s with t = dy B; zero addresses are left out.");
+  }, "dx = dy W + c D(t A) (unless in one pass, dx holds dy W beforehand), dA = c t^T D(x), dB = c dy^T s with t = dy B; zero addresses are left out.");
 
   m.def("keep_bits", [](uint32_t threshold, uintptr_t rng_state, int64_t M, int64_t K, uintptr_t bits) {
     chosen->keep_bits(dropout(threshold, rng_state), M, K, pointer<uint64_t>(bits));

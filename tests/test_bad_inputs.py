@@ -22,6 +22,7 @@ from peftkern.backends.cpp.backend import CppBackend
 from peftkern.backends.triton.backend import TritonBackend
 from peftkern.ops import dispatch
 from peftkern.ops.problem import Problem
+from peftkern.testing.numerics import assert_as_good_as
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F32)]
@@ -296,14 +297,15 @@ def test_row_18_a_dropped_nan_of_the_update_is_zero_in_dx(target: Target, poison
 def test_row_19_scaling_zero_and_a_zeroed_adapter_are_the_base(dtype, adapter, target: Target, poisoned):
     case = Case(34, 48, 40, 8, dtype, adapter, 0.2, bias=True, scaling=0.0)
     t = make(case, target.device)
-    base = torch.nn.functional.linear(t.x, t.weight, t.bias)
+    x, W, bias, dy = (tensor.double() for tensor in (t.x, t.weight, t.bias, t.dy))
     found = run(case, t, target.backend)
-    assert torch.equal(found["y"], base) and torch.equal(found["x"], t.dy @ t.weight)
+    assert_as_good_as(found["y"], torch.nn.functional.linear(t.x, t.weight, t.bias), x @ W.T + bias)
+    assert_as_good_as(found["x"], t.dy @ t.weight, dy @ W)
     assert not found["lora_A"].any() and not found["lora_B"].any()
     t.lora_B.zero_()  # the first step of every LoRA training
-    found = run(case, t, target.backend, scaling=2.0)
-    assert torch.equal(found["y"], base) and torch.equal(found["x"], t.dy @ t.weight)
-    assert not found["lora_A"].any() and found["lora_B"].any()
+    zeroed = run(case, t, target.backend, scaling=2.0)
+    assert torch.equal(zeroed["y"], found["y"]) and torch.equal(zeroed["x"], found["x"])  # not one bit of the adapter
+    assert not zeroed["lora_A"].any() and zeroed["lora_B"].any()
 
 
 @pytest.mark.parametrize("scaling", ["float", "tensor"])

@@ -188,6 +188,36 @@ def test_a_wrong_gradient_stops_the_model_benchmark(monkeypatch):
         model.compare(tiny_llama(torch.float32), ids, 0.0, rounds=1)
 
 
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_demo_takes_a_dtype_that_the_machine_multiplies(native, dtype, monkeypatch):
+    from benchmarks import smollm2
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    assert smollm2.native_dtype("cpu") == dtype
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert smollm2.native_dtype("cpu") == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "noise", "wrong"), [(torch.bfloat16, 1e-3, 4e-3), (torch.float32, 5e-7, 3e-6)])
+def test_the_demo_stops_at_a_disagreement(dtype, noise, wrong, monkeypatch, tmp_path):
+    """Losses of the two runs may differ by the roundings of the base's dtype and by no more."""
+    pytest.importorskip("peft")
+    from benchmarks import demo, finetune
+
+    job = finetune.Job("cpu", tmp_path, 1, dtype)
+    monkeypatch.setattr(finetune, "build", lambda job, p: None)
+    monkeypatch.setattr(finetune, "patched", lambda model: (None, None))
+    for difference in (noise, wrong):
+        losses = iter([3.0, 3.0 * (1 + difference)])
+        monkeypatch.setattr(finetune, "train", lambda *_, values=losses: finetune.Run([next(values)], [1.0]))
+        if difference == noise:
+            assert demo.agreement(job, [])["seconds"] == 2.0
+        else:
+            with pytest.raises(demo.Disagreement, match="bf16" if dtype == torch.bfloat16 else "fp32"):
+                demo.agreement(job, [])
+
+
 def test_missing_packages_are_named_in_one_line():
     from benchmarks import packages
 

@@ -13,6 +13,7 @@ from conftest import NAMES, ROOT, Case, judge, make, run
 
 import peftkern
 from peftkern import dropout
+from peftkern.backends.cpp import backend as cpp
 from peftkern.backends.cpp.backend import extension
 from peftkern.ops import dispatch
 from peftkern.testing import dropout_mask
@@ -32,6 +33,13 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     C.use(request.param)
     yield request.param
     C.use(before)
+
+
+@pytest.fixture(params=[True, False], ids=["one_pass", "on_top_of_torch"])
+def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With the product with the frozen weight in the kernels, and without, wherever the default is something else."""
+    monkeypatch.setattr(cpp, "one_pass", lambda *_: request.param)
+    return request.param
 
 
 @pytest.fixture(params=[(1, True), (2, True), (3, True), (2, False), (3, False)], ids=str)
@@ -63,8 +71,14 @@ def test_mask_bits(instruction_set, M, K, p):
         assert torch.equal(bits.reshape(M, -1)[:, :K].bool(), dropout_mask(M, K, p, rng_state))
 
 
-# Rows around the block of 64 (16 in fp32), columns around the chunk of 256 and the vector, odd counts everywhere.
+# Rows around the block of 192 (64, 16), the tile (12, 6) and the handful (4), columns around the chunk of 256 and the
+# tile, ranks around the tile, odd counts everywhere.
 EDGES = [
+    (1, 257, 35, 17),
+    (3, 31, 5, 1),
+    (4, 514, 66, 33),
+    (5, 256, 32, 16),
+    (389, 130, 49, 7),
     (63, 255, 33, 15),
     (65, 257, 31, 17),
     (64, 256, 32, 16),
@@ -77,14 +91,14 @@ EDGES = [
 @pytest.mark.parametrize("precision", ["base", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("edge", EDGES, ids=str)
-def test_edges(instruction_set, edge, dtype, precision):
+def test_edges(instruction_set, schedule, edge, dtype, precision):
     case = Case(*edge, dtype, torch.float32, 0.1, bias=True, lora_bias=True, precision=precision)
     tensors = make(case)
     judge(case, "cpp", (tensors, run(case, tensors, "cpp")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_threads(threads, dtype):
+def test_threads(threads, schedule, dtype):
     """Right for any number of threads, also more than there are blocks, and the same bits every time."""
     for M in (1, 40, 200):
         case = Case(M, 96, 80, 16, dtype, torch.float32, 0.2, lora_bias=True)
@@ -95,7 +109,7 @@ def test_threads(threads, dtype):
         assert all(torch.equal(found[name], again[name]) for name in NAMES if found[name] is not None)
 
 
-def test_fp16_conversions(instruction_set):
+def test_fp16_conversions(instruction_set, schedule):
     """Every finite fp16 value, subnormals too, survives the accumulation into y, and halves round to even."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     values = values[values.isfinite()].reshape(1, -1)  # [1, K]
@@ -135,7 +149,7 @@ def test_s_does_not_depend_on_the_default_dtype(default):
     assert all(torch.equal(found[name], expected[name]) for name in NAMES if expected[name] is not None)
 
 
-def test_unaligned_rows(instruction_set):
+def test_unaligned_rows(instruction_set, schedule):
     """Addresses that are multiples of the element's size and of nothing else; the bytes around them stay untouched."""
     for dtype in (torch.float32, torch.bfloat16):
         case = Case(35, 70, 66, 9, dtype, torch.float32, 0.1)
@@ -155,7 +169,7 @@ def test_a_missing_extension_is_said(monkeypatch):
     assert backend.unavailable() == "not built here" and not backend.broken
 
 
-def test_what_lies_behind_an_odd_row_is_not_read_as_a_number(instruction_set):
+def test_what_lies_behind_an_odd_row_is_not_read_as_a_number(instruction_set, schedule):
     """bf16 elements are multiplied in pairs: the neighbour of the last one must not come in, not even times zero."""
     case = Case(35, 71, 67, 5, torch.bfloat16, torch.float32)
     tensors = make(case)
@@ -167,7 +181,7 @@ def test_what_lies_behind_an_odd_row_is_not_read_as_a_number(instruction_set):
     judge(case, "cpp", (tensors, run(case, tensors, "cpp")))
 
 
-def test_an_infinity_stays_one(instruction_set):
+def test_an_infinity_stays_one(instruction_set, schedule):
     """Ranks are padded to a vector: infinity times a padding zero must not reach y as NaN."""
     x = torch.ones(3, 8).bfloat16()
     x[1, 2] = torch.inf
@@ -191,3 +205,59 @@ def test_a_runtime_that_gives_fewer_threads_than_asked():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_THREAD_LIMIT": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+WEIGHTS = {
+    "transposed": lambda W: W.T.contiguous().T,
+    "sliced": lambda W: torch.cat([W, W], 1)[:, : W.shape[1]],
+    "unaligned": lambda W: torch.cat([W[:1, :1].flatten(), W.flatten()])[1:].view(W.shape),
+    "neither_contiguous": lambda W: W.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2],
+    "expanded": lambda W: W[:1].expand(W.shape),
+}
+
+
+@pytest.mark.parametrize("M", [2, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", WEIGHTS)
+def test_a_weight_is_read_where_it_lies(instruction_set, schedule, layout, dtype, M):
+    case = Case(M, 300, 70, 9, dtype, torch.float32, bias=True)
+    tensors = make(case)
+    tensors.weight = WEIGHTS[layout](tensors.weight)
+    judge(case, "cpp", (tensors, run(case, tensors, "cpp")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M", [2, 100])
+def test_one_pass_has_the_same_bits_for_any_number_of_threads(monkeypatch, M, dtype):
+    """y and dx, whose sums no thread shares with another."""
+    monkeypatch.setattr(cpp, "one_pass", lambda *_: True)
+    case = Case(M, 300, 130, 9, dtype, torch.float32, 0.2)
+    tensors = make(case)
+    before, found = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        found.append(run(case, tensors, "cpp"))
+    torch.set_num_threads(before)
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in ("y", "x"))
+
+
+@pytest.mark.parametrize("case", [Case(2, 40, 24, 3), Case(70, 40, 24, 3, p=0.3), Case(70, 24, 40, 3)], ids=str)
+def test_nothing_is_written_beside_the_outputs(monkeypatch, case):
+    """y, s, dx, dA and dB lie between guards."""
+    monkeypatch.setattr(cpp, "one_pass", lambda *_: True)
+    guarded: list[torch.Tensor] = []
+    genuine = torch.Tensor.new_empty
+
+    def between_guards(tensor, *shape, dtype=None):
+        size = torch.Size(shape).numel()
+        memory = genuine(tensor, 16 + size + 16, dtype=dtype or tensor.dtype).fill_(7.0)
+        guarded.append(memory)
+        return memory[16 : 16 + size].fill_(torch.nan).view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", between_guards)
+    tensors = make(case)
+    found = run(case, tensors, "cpp")
+    monkeypatch.undo()
+    judge(case, "cpp", (tensors, found))
+    assert len(guarded) >= 3  # y, s, dx
+    assert all((memory[:16] == 7).all() and (memory[-16:] == 7).all() for memory in guarded)

@@ -13,6 +13,7 @@ from conftest import Target
 from torch import nn
 
 from peftkern.nn import LoRALinear
+from peftkern.testing.numerics import assert_as_good_as
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -47,7 +48,8 @@ def test_initial_values_are_pefts():
     assert abs(layer.lora_A.std() - bound / math.sqrt(3)) < 0.02 * bound and abs(layer.lora_A.mean()) < 0.05 * bound
     assert not layer.lora_B.any() and not layer.lora_bias.any()
     x = torch.randn(5, 400)
-    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    wide = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert_as_good_as(layer(x), nn.functional.linear(x, layer.weight, layer.bias), wide)
 
 
 def test_the_base_is_initialised_as_nn_linear():
@@ -122,7 +124,7 @@ def test_from_linear_shares_the_storage(bias):
     layer = LoRALinear.from_linear(linear, 4, 8, lora_dropout=0.5, lora_bias=True)
     assert layer.weight is linear.weight and layer.bias is linear.bias and not linear.weight.requires_grad
     assert (layer.in_features, layer.out_features, layer.lora_dropout, layer.training) == (24, 16, 0.5, False)
-    assert torch.equal(layer(x), expected)
+    assert_as_good_as(layer(x), expected, linear.double()(x.double()))
 
 
 def test_from_linear_keeps_ties():

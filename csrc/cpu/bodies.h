@@ -5,52 +5,15 @@
 // once and serve D(x) and D(t A). dA and dB are summed per thread in fp32 and then over threads in their order:
 // bitwise deterministic for a fixed number of threads.
 #pragma once
-#include <stdlib.h>
-
 #include "../include/philox.h"
+#include "fused.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "thin_bf16.h"
 #include "thin_f32.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
-
-// A thread's scratch memory; it grows to the largest call and is reused.
-struct Scratch {
-  char *memory = nullptr;
-  int64_t capacity = 0, used = 0;
-  ~Scratch() { free(memory); }
-  void reserve(int64_t bytes) {
-    used = 0;
-    if (bytes <= capacity) return;
-    free(memory);
-    capacity = round_up(bytes, 4096);
-    memory = static_cast<char *>(aligned_alloc(64, capacity));
-    if (!memory) abort();  // a thread of the pool has nobody to throw to
-  }
-  template <class T> T *take(int64_t count) {
-    T *result = reinterpret_cast<T *>(memory + used);
-    used += bytes<T>(count);
-    return result;
-  }
-  template <class T> static int64_t bytes(int64_t count) { return round_up(count * int64_t(sizeof(T)), 64); }
-};
-
-// What a thread works with, and what a calling thread holds for all of them.
-static inline Scratch &worker_scratch() {
-  static thread_local Scratch instance;
-  return instance;
-}
-static inline Scratch &caller_scratch() {
-  static thread_local Scratch instance;
-  return instance;
-}
-
-struct Range { int64_t begin, end; };
-static inline Range share(int64_t total, int64_t grain, int index, int count) {
-  const int64_t blocks = (total + grain - 1) / grain;
-  return {smaller(total, blocks * index / count * grain), smaller(total, blocks * (index + 1) / count * grain)};
-}
 
 template <class Thin, class A> struct Bodies {
   typedef typename Thin::Storage X;
@@ -100,6 +63,7 @@ template <class Thin, class A> struct Bodies {
   }
 
   static void forward(const Forward &problem) {
+    if (problem.one_pass) return Fused<X, A>::forward(problem);
     const int blocks = static_cast<int>(smaller(problem.threads, (problem.M + Thin::kRows - 1) / Thin::kRows));
     parallel_run(blocks, [](void *data, int index, int count) {
       const Forward &p = *static_cast<const Forward *>(data);
@@ -200,7 +164,8 @@ template <class Thin, class A> struct Bodies {
 
   static void backward(const Backward &problem) {
     const Sizes size(problem);
-    const int count = static_cast<int>(smaller(problem.threads, (problem.M + Thin::kRows - 1) / Thin::kRows));
+    const int64_t grain = problem.one_pass ? kTileRows : Thin::kRows;
+    const int count = static_cast<int>(smaller(problem.threads, (problem.M + grain - 1) / grain));
     const bool sums = problem.dA || problem.dB;
     Scratch &memory = caller_scratch();
     if (sums) memory.reserve(count * problem.R * (size.Kp + size.Np) * int64_t(sizeof(float)));
@@ -213,8 +178,10 @@ template <class Thin, class A> struct Bodies {
         const Sums own = c.sums(share_index);
         if (own.dA) memset(own.dA, 0, c.p.R * sizes.Kp * sizeof(float));
         if (own.dB) memset(own.dB, 0, c.p.R * sizes.Np * sizeof(float));
-        const Range rows = share(c.p.M, Thin::kRows, share_index, c.count);
-        if (rows.begin < rows.end) backward_rows(c.p, own, rows);
+        const Range rows = share(c.p.M, c.p.one_pass ? kTileRows : Thin::kRows, share_index, c.count);
+        if (rows.begin >= rows.end) continue;
+        if (c.p.one_pass) Fused<X, A>::backward_rows(c.p, own.dA, sizes.Kp, own.dB, sizes.Np, rows);
+        else backward_rows(c.p, own, rows);
       }
     }, &call);
     if (!sums) return;

@@ -115,22 +115,32 @@ template <class X> struct ThinF32 {
     }
   }
 
+  template <int RANKS, int VECTORS> static void outer_tile(const Thin &thin, int64_t r, const Element *x, int64_t ld, int64_t rows,
+                                                           float *sums, int64_t lds) {
+    vf sum[VECTORS][RANKS] = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int v = 0; v < VECTORS; ++v) {
+        const vf value = load(x + row * ld + v * W);
+        for (int i = 0; i < RANKS; ++i) sum[v][i] += thin.t[row * thin.Rp + r + i] * value;
+      }
+    }
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int i = 0; i < RANKS; ++i) store(load(sums + (r + i) * lds + v * W) + sum[v][i], sums + (r + i) * lds + v * W);
+    }
+  }
+
+  // The lanes behind a row's end are summed up too and never read.
   template <int RANKS> static void outer_ranks(const Thin &thin, int64_t r, const Element *x, int64_t ld, int64_t rows,
                                                int64_t count, float *sums, int64_t lds) {
-    for (int64_t col = 0; col < count; col += W) {
-      vf sum[RANKS] = {};
-      for (int64_t row = 0; row < rows; ++row) {
-        const vf value = load(x + row * ld + col);
-        for (int i = 0; i < RANKS; ++i) sum[i] += thin.t[row * thin.Rp + r + i] * value;
-      }
-      for (int i = 0; i < RANKS; ++i) store(load(sums + (r + i) * lds + col) + sum[i], sums + (r + i) * lds + col);
-    }
+    int64_t col = 0;
+    for (; col + 2 * W <= count; col += 2 * W) outer_tile<RANKS, 2>(thin, r, x + col, ld, rows, sums + col, lds);
+    for (; col < count; col += W) outer_tile<RANKS, 1>(thin, r, x + col, ld, rows, sums + col, lds);
   }
 
   static void outer(const Thin &thin, int64_t R, const Element *x, int64_t ld, int64_t rows, int64_t count, float *sums,
                     int64_t lds) {
     int64_t r = 0;
-    for (; r + 8 <= R; r += 8) outer_ranks<8>(thin, r, x, ld, rows, count, sums, lds);
+    for (; r + 4 <= R; r += 4) outer_ranks<4>(thin, r, x, ld, rows, count, sums, lds);
     for (; r < R; ++r) outer_ranks<1>(thin, r, x, ld, rows, count, sums, lds);
   }
 };

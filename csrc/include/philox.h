@@ -66,6 +66,18 @@ static inline uint64_t kept(Words words, uint32_t threshold) {
   __m512i a = _mm512_permutex2var_epi64((__m512i)words.low, first, (__m512i)words.high);
   __m512i b = _mm512_permutex2var_epi64((__m512i)words.low, second, (__m512i)words.high);
   return uint64_t(_mm512_cmpge_epu16_mask(a, t)) | uint64_t(_mm512_cmpge_epu16_mask(b, t)) << 32;
+#elif defined(__AVX2__)
+  const __m256i t = _mm256_set1_epi16((short)threshold), zero = _mm256_setzero_si256();
+  const __m256i even = _mm256_unpacklo_epi64((__m256i)words.low, (__m256i)words.high);
+  const __m256i odd = _mm256_unpackhi_epi64((__m256i)words.low, (__m256i)words.high);
+  const __m256i a = _mm256_cmpeq_epi16(_mm256_subs_epu16(t, even), zero), b = _mm256_cmpeq_epi16(_mm256_subs_epu16(t, odd), zero);
+  return uint32_t(_mm256_movemask_epi8(_mm256_packs_epi16(a, b)));
+#elif defined(__SSE2__)
+  const __m128i t = _mm_set1_epi16((short)threshold), zero = _mm_setzero_si128();
+  const __m128i first = _mm_unpacklo_epi64((__m128i)words.low, (__m128i)words.high);
+  const __m128i second = _mm_unpackhi_epi64((__m128i)words.low, (__m128i)words.high);
+  const __m128i a = _mm_cmpeq_epi16(_mm_subs_epu16(t, first), zero), b = _mm_cmpeq_epi16(_mm_subs_epu16(t, second), zero);
+  return uint32_t(_mm_movemask_epi8(_mm_packs_epi16(a, b)));
 #else
   uint64_t bits = 0;
   for (int counter = 0; counter < L; ++counter) {

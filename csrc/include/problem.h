@@ -4,7 +4,7 @@
 //   backward   t = dy B                dx += c D(t A)
 //              dA = c t^T D(x)         dB = c dy^T s
 //
-// y and dx hold the product with the frozen weight when the call begins.
+// In one pass, the product with the frozen weight is computed in the same call; otherwise y and dx hold it when the call begins.
 #pragma once
 #include <cstdint>
 
@@ -22,6 +22,13 @@ struct Dropout {
   uint64_t seed, offset;
 };
 
+// W [N, K] in `dtype`. Rows lie `stride` apart; where `transposed`, columns do, and rows are what has a unit stride.
+struct Weight {
+  const void *data;
+  int64_t stride;
+  bool transposed;
+};
+
 struct Problem {
   int64_t M, K, N, R;
   DType dtype;          // of x, y, dy, dx
@@ -30,14 +37,17 @@ struct Problem {
   float scaling;        // c
   Dropout dropout;
   int threads;
+  bool one_pass;
+  Weight weight;  // read in one pass alone, and then for y and dx alone
 };
 
 struct Forward : Problem {
   const void *x; int64_t x_stride;  // [M, K], unit stride along K
   const void *A, *B;                // [R, K] and [N, R], contiguous
   const void *lora_bias;            // [N] or null
+  const void *bias;                 // [N] in dtype or null; read in one pass alone
   float *s;                         // [M, R], contiguous, written
-  void *y;                          // [M, N], contiguous, accumulated into
+  void *y;                          // [M, N], contiguous, accumulated into, or written in one pass
 };
 
 struct Backward : Problem {
@@ -45,7 +55,7 @@ struct Backward : Problem {
   const void *x; int64_t x_stride;    // [M, K] or null where dA is not needed
   const float *s;                     // [M, R] or null where dB is not needed
   const void *A, *B;
-  void *dx;                           // [M, K] accumulated into, or null
+  void *dx;                           // [M, K] accumulated into (written in one pass), or null
   void *dA, *dB;                      // [R, K], [N, R] written, or null
 };
 

@@ -132,9 +132,9 @@ template <class T> static inline void store_tail(vf value, T *target, int64_t co
 
 // value where the lane's bit is set, else zero (a NaN that is dropped becomes 0).
 static inline vf select(uint32_t bits, vf value) {
-  vu lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  vu keep = -(((vu{} + bits) >> lane) & 1);
+  vu bit;
+  for (int i = 0; i < W; ++i) bit[i] = 1u << i;
+  const vu keep = (vu)(((vu{} + bits) & bit) == bit);
   return (vf)((vu)value & keep);
 }
 

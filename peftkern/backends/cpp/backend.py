@@ -1,4 +1,4 @@
-"""Thin adapter to csrc: the base product by torch, the LoRA work by one C++ call per direction."""
+"""Thin adapter to csrc: one C++ call per direction, with the product with the frozen weight in it or after torch's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from peftkern import dropout
 from peftkern.backends.base import Backend, Plan, bias_gradients
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
+_DECODE_ROWS = 16
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # problem.h, DType
 
 
@@ -28,7 +29,7 @@ def extension() -> tuple[Any, str | None, bool]:
 
 
 class CppBackend(Backend):
-    """CPU training: y and dx by torch's GEMM, then everything LoRA adds in one pass over their rows."""
+    """CPU training: y and dx with everything that LoRA adds, by own kernels or on top of torch's GEMM."""
 
     name = "cpp"
 
@@ -52,17 +53,25 @@ class CppBackend(Backend):
         module = extension()[0]
         if module is None:
             return Plan("split", "not built")
-        return Plan("split", f"vendor GEMM + {module.instruction_set()} thin products in blocks of rows")
+        kernels = module.instruction_set()
+        if one_pass(problem.dtype, problem.M):
+            return Plan("one_pass", f"{kernels} kernels that read the frozen weight in place")
+        return Plan("split", f"vendor GEMM + {kernels} thin products in blocks of rows")
 
     def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
         x = _unit_stride(x)
-        y = torch.nn.functional.linear(x, operands.weight.materialize(x.dtype), operands.bias)
+        weight, bias = operands.weight.materialize(x.dtype), operands.bias
+        if one_pass(x.dtype, x.shape[0]):
+            weight, y = _unit_stride_somewhere(weight), x.new_empty(x.shape[0], weight.shape[0])
+            bias = None if bias is None else bias.contiguous()
+        else:
+            y = torch.nn.functional.linear(x, weight, bias)
         s = x.new_empty(x.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
         A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
         lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
         extension()[0].forward(
-            _problem(operands, x), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(), _address(lora_bias),
-            s.data_ptr(), y.data_ptr(),
+            _problem(operands, x, weight), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(),
+            _address(lora_bias), _address(bias), s.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return y, s
 
@@ -73,18 +82,33 @@ class CppBackend(Backend):
         if needs.x or needs.lora_A or needs.lora_B:
             dy = _unit_stride(dy)
             A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
-            dx = dy @ operands.weight.materialize(dy.dtype) if needs.x else None
+            weight = operands.weight.materialize(dy.dtype) if needs.x else None
+            if weight is not None and one_pass(dy.dtype, dy.shape[0]):
+                weight = _unit_stride_somewhere(weight)
+                dx = dy.new_empty(dy.shape[0], weight.shape[1])
+            elif weight is not None:
+                dx = dy @ weight
             dA = torch.empty_like(A) if needs.lora_A else None
             dB = torch.empty_like(B) if needs.lora_B else None
             x = _unit_stride(x) if x is not None else None
             extension()[0].backward(
-                _problem(operands, dy), dy.data_ptr(), dy.stride(0), _address(x), 0 if x is None else x.stride(0),
-                _address(s), A.data_ptr(), B.data_ptr(), _address(dx), _address(dA), _address(dB),
+                _problem(operands, dy, weight), dy.data_ptr(), dy.stride(0), _address(x),
+                0 if x is None else x.stride(0), _address(s), A.data_ptr(), B.data_ptr(), _address(dx), _address(dA),
+                _address(dB),
             )  # fmt: skip
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
 
 
-def _problem(operands: LoRAOperands, rows: Tensor):
+def one_pass(dtype: torch.dtype, M: int) -> bool:
+    """Whether y and dx are computed here as a whole, rather than on top of torch's product with the frozen weight.
+
+    That is where it was measured ahead (benchmarks/NOTES.md): with AVX2 and without AVX-512, 16-bit dtypes always and
+    fp32 for a handful of rows. Elsewhere torch's product is as good or better, or nobody has measured.
+    """
+    return extension()[0].instruction_set() == "avx2" and (dtype != torch.float32 or M <= _DECODE_ROWS)
+
+
+def _problem(operands: LoRAOperands, rows: Tensor, weight: Tensor | None):
     N, K = operands.weight.shape
     scaling = operands.scaling
     if operands.scaling_tensor is not None:
@@ -92,13 +116,26 @@ def _problem(operands: LoRAOperands, rows: Tensor):
     return extension()[0].Problem(
         rows.shape[0], K, N, operands.lora_A.shape[0], _DTYPES[rows.dtype], _DTYPES[operands.lora_A.dtype],
         operands.precision == "base", scaling, dropout.threshold(operands.dropout_p), _address(operands.rng_state),
-        torch.get_num_threads(),
+        torch.get_num_threads(), one_pass(rows.dtype, rows.shape[0]), *_weight(weight),
     )  # fmt: skip
 
 
 def _unit_stride(rows: Tensor) -> Tensor:
     """Rows whose elements lie next to each other: one copy where they do not (a transposed or expanded tensor)."""
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _unit_stride_somewhere(weight: Tensor) -> Tensor:
+    """A weight whose rows or columns (Conv1D's view) are contiguous: one copy where neither are."""
+    return weight if 1 in weight.stride() or 1 in weight.shape else weight.contiguous()
+
+
+def _weight(weight: Tensor | None) -> tuple[int, int, bool]:
+    """Address, distance of its rows, and whether it is its columns that are contiguous."""
+    if weight is None:
+        return 0, 0, False
+    transposed = weight.stride(1) != 1 and weight.shape[1] != 1
+    return weight.data_ptr(), weight.stride(1 if transposed else 0), transposed
 
 
 def _address(tensor: Tensor | None) -> int:
