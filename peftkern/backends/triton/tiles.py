@@ -114,7 +114,7 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
         (64, 64, 64, 4, 3): (8, 7, 6),
         (128, 64, 64, 4, 4): (3, 8, _ANY),
         (128, 128, 64, 8, 4): (3, 9, 7),
-        (128, 256, 64, 8, 3): (5, _NO, _ANY),
+        (128, 256, 64, 8, 3): (_NO, _NO, _ANY),  # with T beside it Triton 3.6 compiles a bare trap
     },
     "gfx942": {
         (16, 64, 64, 4, 2): (_ANY, _NO, _ANY),
