@@ -95,6 +95,8 @@ def test_what_may_not_be_shipped(changed: dict, reason: str):
     row = inspect_kernels.Row("sm_90", str(variant), str(tile), 200, 0, 0, 160_000, 227 * 1024, "wgmma", True, False)
     assert inspect_kernels.failure(row, variant) is None
     assert reason in inspect_kernels.failure(dataclasses.replace(row, **changed), variant)
+    twice = dataclasses.replace(variant, tile=dataclasses.replace(tile, resident=2))
+    assert "do not fit" in inspect_kernels.failure(row, twice)
 
 
 def test_kernels_command(monkeypatch, capsys):
@@ -208,3 +210,22 @@ def test_batch_invariant_choices(K: int, N: int, dispatch_env):
         ((choice, shrink),) = found
         assert choice.schedule in ("one_pass/recompute", "split")
         assert choice.tile.SLICES == shrink.SLICES == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed", "precision"), [(F32, False, "ieee"), (F32, True, "tf32"), (BF16, True, "ieee")]
+)
+def test_tf32_is_torchs_switch(dtype: torch.dtype, allowed: bool, precision: str):
+    from peftkern.backends.triton.launch.operands import numerics
+    from peftkern.ops.problem import LoRAOperands
+    from peftkern.weights import DenseWeight
+
+    operands = LoRAOperands(
+        DenseWeight(torch.empty(8, 8)), torch.empty(2, 8), torch.empty(8, 2), None, None, 1.0, None, 0.0, None, "base"
+    )
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        assert numerics(operands, dtype)["PRECISION"] == precision
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -28,6 +28,7 @@ from peftkern.backends.triton.arch import ARCHES, Arch
 from peftkern.backends.triton.tiles import (
     LIBRARY,
     SCHEDULES,
+    SHARED,
     SPLIT,
     Choice,
     Pass,
@@ -49,6 +50,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _MMA = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
+_REGISTERS = 65536  # of one unit
 _LARGE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}  # 64 rows and more
 _TYPES = {
     torch.float32: "*fp32",
@@ -226,6 +228,10 @@ def failure(row: Row, variant: Variant) -> str | None:
     if row.shared_memory > row.shared_memory_limit:
         return f"{row.shared_memory} bytes of shared memory, {row.shared_memory_limit} there are"
     tile, narrow = variant.tile, variant.dtype != torch.float32
+    if tile and tile.resident > 1:
+        threads = 32 * tile.num_warps * tile.resident
+        if row.shared_memory * tile.resident > row.shared_memory_limit or row.registers * threads > _REGISTERS:
+            return f"{tile.resident} programs do not fit on one unit"
     if narrow and row.mma == "none":
         return "no matrix instruction"
     if tile and narrow and tile.BLOCK_M >= 64 and row.mma != _LARGE[row.target]:
@@ -245,7 +251,8 @@ def variants(arch: Arch) -> Iterator[Variant]:
             ]
             tiles_of = {c.tile for c in legal if c.schedule == schedule}
             for tile in sorted(tiles_of, key=str):
-                if tile.SLICES not in (1, 4) or (schedule == LIBRARY and tile.BLOCK_M != 64):
+                same = schedule != SHARED and tile.resident > 0  # as another tile's: only the grid differs
+                if same or tile.SLICES not in (1, 4) or (schedule == LIBRARY and tile.BLOCK_M != 64):
                     continue
                 base = replace(usual, body=schedule, dtype=dtype, tile=tile, M=16 if tile.BLOCK_M == 16 else 8192)
                 yield from _hardest(base, arch)

@@ -166,11 +166,13 @@ def _variants(schedule: str, launch: Pass, arch: Arch) -> list[TileConfig]:
         if tile.BLOCK_M >= 64 and narrow:
             tile = replace(tile, tma=arch.tma, SUBTILES=max(1, tile.BLOCK_P // 64))
         if schedule == SHARED:
-            made.append(replace(tile, resident=1 if tile.BLOCK_P >= 128 else 2))
+            made.append(replace(tile, resident=1 if tile.BLOCK_M * tile.BLOCK_P > 64 * 64 else 2))
         elif schedule == RECOMPUTE and tile.BLOCK_M == 16:
             made += [replace(tile, SLICES=slices) for slices in _SLICES]
         else:
             made.append(tile)
+            if tile.tma and schedule != LIBRARY:  # the same binary on a persistent grid, for the tuner to compare
+                made.append(replace(tile, resident=1))
     return made
 
 
