@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -76,6 +77,15 @@ def test_a_worker_that_does_not_start_leaves_its_tasks(tmp_path, capsys):
     assert "no driver" in capsys.readouterr().err
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, which a process started in the background does without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_ends_the_workers_and_keeps_the_results(tmp_path):
     def interrupt(key, result):
         os.kill(os.getpid(), signal.SIGINT)
