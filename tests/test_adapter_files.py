@@ -321,6 +321,20 @@ def test_a_pipe_a_folder_or_a_device_is_no_file(make, name, tmp_path):
 # ---------------------------------------------------------------------------------------------- configs
 
 
+@pytest.mark.parametrize(
+    ("pattern", "layer"),
+    [
+        (r"layers\.\d+\.mlp\.up_proj", "model.layers.11.mlp.up_proj"),
+        (r"^model\.layers\.(0|1|[2-9])\..*(?:up|down)_proj", "model.layers.7.mlp.down_proj"),
+        ("up_proj", "up_proj"),
+    ],
+)
+def test_usual_patterns_of_a_file_are_run(pattern, layer):
+    config = LoRAConfig.from_json(LoRAConfig(4, 8, alpha_pattern={pattern: 3}, rank_pattern={pattern: 2}).to_json())
+    assert (config.rank(layer), config.alpha(layer)) == (2, 3)
+    assert (config.rank("model.layers.12.attn.xup_proj"), config.alpha("q_proj")) == (4, 8)
+
+
 def test_layers_to_transform_is_no_obstacle(tmp_path):
     theirs = adapted(target_modules=["q_proj"], layers_to_transform=[1]).eval()
     theirs.save_pretrained(tmp_path)

@@ -171,6 +171,7 @@ A0, B0 = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
             ValueError,
             r"has shape \(2, 2\); expected is \(32, 32\)",
         ),
+        (set_to(f"base_model.model.{'a' * 501}.lora_A.weight", torch.zeros(4, 4)), ValueError, "has 501 letters"),
         (lambda t: t.clear(), ValueError, "no tensors"),
     ],
 )
@@ -249,6 +250,8 @@ def test_an_injected_model_with_other_ranks_or_biases_is_refused(folder):
         (dict(alpha_pattern={"(a+)+b": 3}), ValueError, "too complex to be run from a file"),
         (dict(alpha_pattern={"(a|a)*b": 3}), ValueError, "too complex to be run from a file"),
         (dict(alpha_pattern={".*.*.*.*.*b": 3}), ValueError, "too complex to be run from a file"),
+        (dict(alpha_pattern={"a?" * 30 + "a" * 30: 3}), ValueError, "too complex to be run from a file"),
+        (dict(alpha_pattern={"(a|a)" * 30 + "b": 3}), ValueError, "too complex to be run from a file"),
     ],
     ids=str,
 )

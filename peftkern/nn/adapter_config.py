@@ -152,9 +152,11 @@ def _compile(name: str, pattern: str) -> re.Pattern[str]:
 
 
 def _refuse_slow(name: str, pattern: str) -> None:
-    """A repeated group, or many repetitions in a row, can run for years on a name of forty letters."""
+    """A repeated group, or many repetitions or alternatives, can run for years on a name of forty letters."""
     plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "c", pattern)
-    if len(pattern) > 1000 or re.search(r"\)\s*[*+?{]", plain) or len(re.findall(r"[*+{]", plain)) > 3:
+    repetitions = len(re.findall(r"[*+{]|(?<!\()\?", plain))
+    repeated_group = re.search(r"\)[*+?{]", plain)
+    if len(pattern) > 1000 or repeated_group or repetitions > 3 or plain.count("|") > 16:
         raise ValueError(f"{name}: the pattern {pattern[:80]!r} is too complex to be run from a file; name the layers")
 
 

@@ -19,7 +19,8 @@ from peftkern.nn.adapter_config import LoRAConfig
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_CONFIG_LIMIT = 2**20
+_CONFIG_LIMIT = 2**20  # bytes; a config names its layers
+_NAME_LIMIT = 500  # letters; patterns run on names
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The fields of LoRATensors, and the end of each one's key.
 _ENDS = {
@@ -95,7 +96,8 @@ def write_adapter(
 
     Args:
         folder: made where it is missing. Files of the same names are replaced, each as a whole or not at all: both are
-            written under other names and flushed to the disk before the first takes its place.
+            written under other names and flushed to the disk before the first takes its place. A kill between the two
+            renames leaves the new settings beside the old tensors.
         config, layers: as ``read_adapter`` returns them; the tensors may be on any device.
         extra: further keys of ``adapter_config.json`` that say nothing about the layers, e.g. task_type.
     Raises: ValueError or TypeError for what ``read_adapter`` would refuse, before anything is written; OSError.
@@ -185,6 +187,10 @@ def _validated(config: LoRAConfig, tensors: Mapping[str, Tensor]) -> dict[str, L
         match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(f"unknown key {key!r}; a key is {_PREFIX}<layer>. and one of {', '.join(_ENDS.values())}")
+        if len(match[1]) > _NAME_LIMIT:
+            raise ValueError(
+                f"the layer name {match[1][:80]!r}... has {len(match[1])} letters; the limit is {_NAME_LIMIT}"
+            )
         if tensor.dtype not in _FLOATS:
             raise TypeError(f"{key} has dtype {tensor.dtype}; it is float16, bfloat16, float32 or float64")
         found.setdefault(match[1], {})[fields[match[2]]] = tensor

@@ -86,8 +86,8 @@ def refuse_peft(model: nn.Module) -> None:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every LoRALinear of the model, by its first name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    """Every LoRALinear below the model, by its first name."""
+    return {name: module for name, module in model.named_modules() if name and isinstance(module, LoRALinear)}
 
 
 def put_adapters(model: nn.Module, config: LoRAConfig, targets: Mapping[str, nn.Module]) -> InjectReport:
