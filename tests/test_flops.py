@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ALL_LINEAR, ROOT, Case, adapted, leaves_of, make, step
 from torch.utils.flop_counter import FlopCounterMode
 
