@@ -114,7 +114,7 @@ def _prepare(
         raise ValueError(f"dropout_p={dropout_p} is not a probability")
     x, weight, bias = _autocast(x, weight, bias)
     _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias)
-    c, scaling_tensor = _split_scaling(scaling, x)
+    c, scaling_tensor = split_scaling(scaling, x)
     if dropout.threshold(dropout_p) == 0:
         dropout_p, rng_state = 0.0, None
     elif rng_state is None:
@@ -193,19 +193,32 @@ def _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
         )
 
 
-def _split_scaling(scaling: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:
-    """(factor, None) for a number; (1, tensor) for a 0-d tensor, moved to x's device."""
+def split_scaling(scaling: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:
+    """(factor, None) for a number; (1, tensor) for a 0-d tensor, moved to x's device.
+
+    A number that the compiler has seen change is a tensor in its graph too: as the operators' float it would be a
+    constant, and every new value a compilation.
+    """
     if not isinstance(scaling, Tensor):
         if not isinstance(scaling, (int, float)):
             raise TypeError(f"scaling is a number or a 0-d tensor, not {type(scaling).__name__}")
         if not -math.inf < scaling < math.inf:  # not isfinite: Dynamo cannot trace it on a symbolic float
             raise ValueError(f"scaling={scaling} is not finite")
+        if torch.compiler.is_compiling() and _is_symbolic(scaling):
+            return 1.0, x.new_ones((), dtype=torch.promote_types(x.dtype, torch.float32)) * scaling
         return float(scaling), None
     if scaling.ndim != 0 or not scaling.is_floating_point():
         raise ValueError(f"a tensor scaling is 0-d and floating, got {scaling.dtype} {tuple(scaling.shape)}")
     if scaling.requires_grad:
         raise ValueError("scaling is not trained: pass a tensor that does not require grad")
     return 1.0, scaling.to(x.device)
+
+
+def _is_symbolic(number: float) -> bool:
+    """Whether the compiler traces a number as unknown; asks without adding a guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # heavy; loaded wherever something compiles
+
+    return not (statically_known_true(number >= 0) or statically_known_true(number < 0))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from peftkern import _env, dropout
-from peftkern.functional import apply, lora_linear
+from peftkern.functional import apply, lora_linear, split_scaling
 from peftkern.ops import dispatch
 from peftkern.ops.problem import LoRAOperands, Problem
 from peftkern.weights import DenseWeight
@@ -64,14 +64,15 @@ class PeftkernLoraLinear(lora.Linear):
         if isinstance(parts, str) or _why_not_input(parts, x) is not None:
             return lora.Linear.forward(self, x)
         W, A, B, scaling = parts.weight, parts.lora_A, parts.lora_B, parts.scaling
-        if isinstance(scaling, Tensor) or dispatch.autocasting(x.device.type):
+        if dispatch.autocasting(x.device.type):
             return lora_linear(
                 x, W, A, B, scaling, bias=parts.bias, lora_bias=parts.lora_bias, dropout_p=parts.dropout_p
             )
         p = parts.dropout_p
+        c, scaling_tensor = split_scaling(scaling, x)
         rng_state = dropout.draw_rng_state(x.device) if p else None
         operands = LoRAOperands(
-            DenseWeight(W), A, B, parts.bias, parts.lora_bias, float(scaling), None, p, rng_state, "base"
+            DenseWeight(W), A, B, parts.bias, parts.lora_bias, c, scaling_tensor, p, rng_state, "base"
         )
         return apply(x, operands)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkern.ops import dispatch
+from peftkern._on_import import on_import
+from peftkern.ops import dispatch, flops
 from peftkern.ops.problem import LoRAOperands, Needs
 from peftkern.weights import FrozenWeight
 
@@ -63,3 +64,13 @@ torch.library.register_fake("peftkern::backward", _backward_fake, lib=_library)
 
 forward = torch.ops.peftkern.forward.default
 backward = torch.ops.peftkern.backward.default
+
+
+def _register_sharding() -> None:
+    from peftkern.ops import sharding
+
+    sharding.register()
+
+
+on_import("torch.utils.flop_counter", flops.register)  # it imports Triton
+on_import("torch.distributed.tensor", _register_sharding)

@@ -1,0 +1,45 @@
+"""FLOPs of the two operators for ``torch.utils.flop_counter``: the products of the README's table, 2 per multiply-add.
+
+What a schedule computes twice counts once, and so do products that no gradient asks for: not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_Shape = Sequence[int]
+
+
+def forward_flops(x_shape: _Shape, *arguments: Any, **unused: Any) -> int:
+    """x W^T, s = D(x) A^T and s B^T."""
+    M, K = x_shape
+    R, N = _rank_and_width(arguments)
+    return 2 * M * (N * K + R * K + N * R)
+
+
+def backward_flops(
+    dy_shape: _Shape, x_shape: _Shape | None, s_shape: _Shape | None, *arguments: Any, **unused: Any
+) -> int:
+    """t = dy B where dx or dA is needed; dx = dy W + t A; dA = t^T D(x); dB = dy^T s."""
+    M, N = dy_shape
+    (R, _), (_, K) = _rank_and_width(arguments), arguments[4]
+    need_x, need_A, need_B, *_ = arguments[-5:]
+    low_rank = N * R * (need_x or need_A) + R * K * (need_x + need_A) + N * R * need_B
+    return 2 * M * (N * K * need_x + low_rank)
+
+
+def _rank_and_width(arguments: Sequence[Any]) -> tuple[int, int]:
+    """(R, N), read off lora_B, which stands behind w_data, w_scale, w_format, group_size and lora_A."""
+    N, R = arguments[5]
+    return R, N
+
+
+def register() -> None:
+    """Tell PyTorch's FLOP counter, which has been imported."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.peftkern.forward)(forward_flops)
+    register_flop_formula(torch.ops.peftkern.backward)(backward_flops)

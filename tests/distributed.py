@@ -1,0 +1,79 @@
+"""Two processes over gloo, started once for a file of tests; a hang is a failure."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+
+import pytest
+
+WORLD = 2
+SECONDS = 120
+SKIPPED = "skipped: "
+
+
+def run_in_two(script: str) -> dict[str, str]:
+    """Run a file of ``check_*`` functions by ``main`` in two ranks; the error of each check, "" where it passed.
+
+    Every rank goes through the checks in order; the first one that fails on any rank ends both, since the other would
+    wait for it. What has not run is missing from the result.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PEFTKERN_TEST_STORE": folder}
+        environment |= {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(pathlib.Path(script).parent.parent), *sys.path])
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, script],
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(WORLD)
+        ]  # fmt: skip
+        outputs = []
+        for process in ranks:
+            try:
+                outputs.append(process.communicate(timeout=SECONDS)[0])
+            except subprocess.TimeoutExpired:
+                for other in ranks:
+                    other.kill()
+                outputs.append(process.communicate()[0] + f"\nno end after {SECONDS} s")
+        found: dict[str, str] = {}
+        for path in sorted(pathlib.Path(folder).glob("check_*")):
+            name = path.name.rsplit(".", 1)[0]
+            found[name] = found.get(name, "") + path.read_text()
+    if not found:
+        raise RuntimeError("\n".join(outputs))
+    return found
+
+
+def main(checks: dict[str, Callable[[], None]]) -> None:
+    """What a rank does: join the group, go through the checks, leave each one's error in the store."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    folder, rank = os.environ["PEFTKERN_TEST_STORE"], int(os.environ["RANK"])
+    store = dist.FileStore(os.path.join(folder, "store"), WORLD)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=SECONDS)
+    )
+    for name, check in checks.items():
+        torch.manual_seed(0)
+        error = ""
+        try:
+            check()
+        except pytest.skip.Exception as reason:  # on both ranks alike
+            error = f"{SKIPPED}{reason}"
+        except BaseException:
+            error = f"rank {rank}: {traceback.format_exc()}"
+        pathlib.Path(folder, f"{name}.{rank}").write_text(error)
+        if error and not error.startswith(SKIPPED):
+            os._exit(1)  # the other rank's collective fails, and it ends too
+    dist.destroy_process_group()
