@@ -88,7 +88,7 @@ class PublishedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """D(x), shaped like x."""
-        if not self.training:
+        if not self.training or not dropout.threshold(self.p):
             return x
         flat = x.reshape(-1, x.shape[-1])
         keep = dropout.keep_mask(*flat.shape, self.p, dropout.draw_rng_state(x.device))

@@ -65,4 +65,4 @@ def keep_mask(M: int, K: int, p: float, rng_state: Tensor) -> Tensor:
     counter = [zero + group, zero + row, zero + (offset & _WORD), zero + ((offset >> 32) & _WORD)]
     words = _philox(counter, [seed & _WORD, (seed >> 32) & _WORD])
     lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return lanes.reshape(M, -1)[:, :K] >= threshold(p)
+    return lanes.flatten(1)[:, :K] >= threshold(p)

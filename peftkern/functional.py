@@ -78,7 +78,8 @@ def apply(x: Tensor, operands: LoRAOperands, backend: str = "") -> Tensor:
         y = LoRALinearFunction.apply(*arguments)
     else:
         y = schema.forward(*arguments)[0]
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
+    # not a view: autograd refuses to modify one in place that was made inside a reentrant checkpoint
+    return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], N))
 
 
 def transformed() -> bool:

@@ -24,6 +24,11 @@ from peftkern.testing import dropout_mask
 from peftkern.testing.numerics import assert_as_good_as
 from peftkern.weights import DenseWeight, FrozenWeight
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, help="random configurations to try, other ones at every run")
+
+
 ROOT = pathlib.Path(peftkern.__file__).parent.parent
 NAMES = ("y", "x", "lora_A", "lora_B", "bias", "lora_bias")  # y and what can have a gradient
 TRAINABLE = NAMES[1:]

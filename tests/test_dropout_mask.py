@@ -89,6 +89,11 @@ def test_masks_of_other_states_are_unrelated():
         assert abs(agreement - 0.5) < 5 * 0.5 / 256
 
 
+@pytest.mark.parametrize(("M", "K"), [(0, 12), (3, 0), (0, 0)])
+def test_masks_of_nothing(M, K):
+    assert dropout_mask(M, K, 0.5, torch.zeros(2, dtype=torch.int64)).shape == (M, K)
+
+
 @pytest.mark.parametrize(
     ("p", "t", "factor"),
     [

@@ -278,6 +278,16 @@ def test_any_leading_dimensions(shape, target: Target):
         assert torch.equal(found[name].reshape(flat[name].shape), flat[name]), name
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_y_of_a_checkpoint_may_be_modified_in_place(use_reentrant):
+    """As F.linear's: autograd refuses this for a view that was made inside."""
+    x, W = torch.randn(2, 3, 8, requires_grad=True), torch.randn(4, 8)
+    A, B = torch.randn(2, 8, requires_grad=True), torch.randn(4, 2)
+    y = checkpoint(peftkern.lora_linear, x, W, A, B, use_reentrant=use_reentrant)
+    y.mul_(2).sum().backward()
+    torch.testing.assert_close(A.grad, 2 * B.sum(0).outer(x.detach().sum((0, 1))))
+
+
 @pytest.mark.parametrize(("K", "N"), [(0, 5), (5, 0), (0, 0)])
 def test_no_features(K, N, target: Target):
     """As F.linear: a sum over nothing is zero, and nothing is an empty tensor."""

@@ -1,0 +1,109 @@
+"""Hunting wrong gradients: random configurations of one LoRA layer against PEFT's own layer, patched and not.
+
+Every draw is a ``Configuration``; a failing one is shrunk and printed, and ``random_layers.hunt`` of it is the
+reproduction. The default run is the same at every time; ``pytest --cases 50000`` looks further, elsewhere each time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+hypothesis = pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from random_layers import BF16, F64, Configuration, build, configurations, hunt  # noqa: E402
+
+from benchmarks import memory  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+DEFAULT_CASES = 2000
+
+
+@pytest.fixture(autouse=True)
+def one_thread(caplog):
+    """Tiny problems, which threads only slow down; and patch() warns of each layer that it does not fuse."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with caplog.at_level("ERROR", logger="peftkern"):
+        yield
+    torch.set_num_threads(threads)
+
+
+def hunting(cases: int | None, share: float = 1.0, **options) -> settings:
+    """The default run is the same each time; one of another length looks elsewhere each time."""
+    return settings(
+        max_examples=int((cases or DEFAULT_CASES) * share), derandomize=cases is None, deadline=None, database=None,
+        suppress_health_check=list(HealthCheck), print_blob=False, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "share"), [("auto", 1.0), ("reference", 0.1)])
+def test_every_configuration_is_pefts(backend, share, pytestconfig, dispatch_env):
+    dispatch_env(PEFTKERN_BACKEND=backend)
+    profile, seen = hunting(pytestconfig.getoption("--cases"), share), Counter()
+
+    @profile
+    @given(configurations())
+    def judge(case: Configuration):
+        fast = hunt(case)
+        assert fast or not case.vanilla, "a vanilla layer is not on the fast path"
+        seen["cases"] += 1
+        seen["fast" if fast else "PEFT's own forward"] += 1
+        seen["vanilla" if case.vanilla else "other"] += 1
+
+    judge()
+    print(dict(seen))
+    assert seen["cases"] >= profile.max_examples
+    assert min(seen["vanilla"], seen["other"]) >= profile.max_examples // 4  # of each kind enough to mean something
+
+
+def test_memory_held_by_autograd_is_x_and_s(pytestconfig):
+    """Of every vanilla layer: nothing that is no parameter but x, s, two RNG integers and a 0-d scaling."""
+
+    @hunting(pytestconfig.getoption("--cases"), share=0.1)
+    @given(configurations(vanilla=True))
+    def weigh(case: Configuration):
+        layer = build(case)
+        x = torch.randn(*case.leading, case.K).to(case.x_dtype).requires_grad_(case.x_needs_grad)
+        saved = memory.saved_for_backward(lambda: layer(x), layer).total
+        assert saved == expected_bytes(case, x)
+
+    weigh()
+
+
+def expected_bytes(case: Configuration, x: torch.Tensor) -> int:
+    (adapter,) = case.used
+    A, B, lora_bias = adapter.trains
+    if not (A or B or (lora_bias and adapter.lora_bias) or case.bias == "trains" or case.x_needs_grad):
+        return 0
+    M, wide = x.numel() // case.K, 8 if case.x_dtype == F64 else 4
+    rng_state = 16 if case.training and round(65536 * adapter.p) else 0
+    scaling = {"tensor": 4, "fp64 tensor": 8}.get(adapter.scaling, 0)
+    return x.nbytes * A + M * adapter.r * wide * B + rng_state + scaling
+
+
+def test_the_hunt_finds_a_wrong_gradient(monkeypatch):
+    """A gradient of B that is 2 % off, in one corner only: a rank above 8 with dropout, in bf16."""
+    from peftkern.ops import dispatch
+
+    genuine = dispatch.backward
+
+    def wrong(operands, *arguments):
+        gradients = genuine(operands, *arguments)
+        corner = operands.lora_A.shape[0] > 8 and operands.dropout_p and operands.weight.data.dtype == BF16
+        return (
+            gradients._replace(lora_B=gradients.lora_B * 1.02) if corner and gradients.lora_B is not None else gradients
+        )
+
+    monkeypatch.setattr(dispatch, "backward", wrong)
+
+    @hunting(None, phases=[Phase.generate])
+    @given(configurations())
+    def judge(case: Configuration):
+        hunt(case)
+
+    with pytest.raises(AssertionError, match="lora_B"):
+        judge()
