@@ -342,7 +342,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """The shapes that went through the fast path."""
-    from peftkern.integrations import peft as integration
+    from peftkern.integrations.peft import layer as integration
 
     seen: list[tuple] = []
 

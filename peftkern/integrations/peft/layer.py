@@ -1,0 +1,65 @@
+"""The class that a patched layer has: PEFT's LoRA linear with another ``forward``."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor
+
+from peftkern import dropout
+from peftkern.functional import apply, lora_linear
+from peftkern.integrations.peft.parts import plain_parts, why_not_input
+from peftkern.ops import dispatch
+from peftkern.ops.problem import LoRAOperands
+from peftkern.weights import DenseWeight
+
+_disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("peftkern_disabled", default=False)
+_open_blocks = 0  # of disabled(), in any context: torch.compile can guard on a number, not on a context variable
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Within the block, in this context (thread, task), patched layers run PEFT's own forward."""
+    global _open_blocks
+    token = _disabled.set(True)
+    _open_blocks += 1
+    try:
+        yield
+    finally:
+        _open_blocks -= 1
+        _disabled.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def _disabled_here() -> bool:
+    return _disabled.get()
+
+
+class PeftkernLoraLinear(lora.Linear):
+    """PEFT's LoRA linear with peftkern's forward. Made by ``patch``, never constructed."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or (_open_blocks and _disabled_here()):
+            return lora.Linear.forward(self, x, *args, **kwargs)
+        parts = plain_parts(self)
+        if isinstance(parts, str) or why_not_input(parts, x) is not None:
+            return lora.Linear.forward(self, x)
+        W, A, B, scaling = parts.weight, parts.lora_A, parts.lora_B, parts.scaling
+        if isinstance(scaling, Tensor) or dispatch.autocasting(x.device.type):
+            return lora_linear(
+                x, W, A, B, scaling, bias=parts.bias, lora_bias=parts.lora_bias, dropout_p=parts.dropout_p
+            )
+        p = parts.dropout_p
+        rng_state = dropout.draw_rng_state(x.device) if p else None
+        operands = LoRAOperands(
+            DenseWeight(W), A, B, parts.bias, parts.lora_bias, float(scaling), None, p, rng_state, "base"
+        )
+        return apply(x, operands)
+
+    def _get_name(self) -> str:
+        return "Linear"  # print(model) looks as PEFT's does
