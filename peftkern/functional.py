@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from peftkern import dropout
-from peftkern.autograd import LoRALinearFunction
+from peftkern.autograd import LoRAAdaptersFunction, LoRALinearFunction
 from peftkern.ops import dispatch, schema
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight, FrozenWeight
@@ -81,6 +82,23 @@ def apply(x: Tensor, operands: LoRAOperands, backend: str = "") -> Tensor:
     return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
 
 
+def apply_adapters(x: Tensor, adapters: Sequence[LoRAOperands], backend: str = "") -> Tensor:
+    """The sum of several adapters on one weight: each has its own factors, scaling and mask; the first has the bias."""
+    first = adapters[0]
+    W = first.weight
+    N, K = W.shape
+    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), K)
+    base = (flat, W.data, W.scale, W.format, W.group_size, first.bias)
+    fields = [(a.lora_A, a.lora_B, a.lora_bias, *a[5:9]) for a in adapters]
+    trained = (tensor for field in fields for tensor in field[:3])
+    if transformed() or (torch.is_grad_enabled() and _any_requires_grad(flat, first.bias, *trained)):
+        y = LoRAAdaptersFunction.apply(*base, first.precision, backend, *(value for field in fields for value in field))
+    else:
+        lists = [list(column) for column in zip(*fields, strict=True)]
+        y = schema.forward_adapters(*base, *lists, first.precision, backend)[0]
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
+
+
 def transformed() -> bool:
     """Whether forward-mode AD is on: its tangents would pass the kernels unseen, where the Function raises."""
     return forward_ad._current_level >= 0
@@ -112,9 +130,9 @@ def _prepare(
         raise TypeError(f"dropout_p is a number, not {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p} is not a probability")
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias)
-    c, scaling_tensor = _split_scaling(scaling, x)
+    c, scaling_tensor = split_scaling(scaling, x)
     if dropout.threshold(dropout_p) == 0:
         dropout_p, rng_state = 0.0, None
     elif rng_state is None:
@@ -157,7 +175,7 @@ def _check_shapes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
             raise ValueError(f"{name} is [{N}] for a weight of shape {(N, K)}, got {tuple(vector.shape)}")
 
 
-def _autocast(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> tuple[Tensor, FrozenWeight, Tensor | None]:
+def autocast(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> tuple[Tensor, FrozenWeight, Tensor | None]:
     """F.linear's rule: floating operands but fp64 take autocast's dtype; the adapter is read as it is."""
     device = x.device.type
     if not dispatch.autocasting(device):
@@ -193,7 +211,7 @@ def _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
         )
 
 
-def _split_scaling(scaling: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:
+def split_scaling(scaling: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:
     """(factor, None) for a number; (1, tensor) for a 0-d tensor, moved to x's device."""
     if not isinstance(scaling, Tensor):
         if not isinstance(scaling, (int, float)):

@@ -357,4 +357,5 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     spy_on("lora_linear")
     spy_on("apply")
+    spy_on("apply_adapters")
     return seen

@@ -12,8 +12,8 @@ from peft.tuners import lora
 from torch import Tensor
 
 from peftkern import dropout
-from peftkern.functional import apply, lora_linear
-from peftkern.integrations.peft.parts import plain_parts, why_not_input
+from peftkern.functional import apply, apply_adapters, autocast, lora_linear, split_scaling
+from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_input
 from peftkern.ops import dispatch
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight
@@ -49,17 +49,26 @@ class PeftkernLoraLinear(lora.Linear):
         parts = plain_parts(self)
         if isinstance(parts, str) or why_not_input(parts, x) is not None:
             return lora.Linear.forward(self, x)
-        W, A, B, scaling = parts.weight, parts.lora_A, parts.lora_B, parts.scaling
+        weight, bias, adapters = parts
+        if len(adapters) > 1:
+            return _several(x, parts)
+        A, B, lora_bias, p, scaling = adapters[0]
         if isinstance(scaling, Tensor) or dispatch.autocasting(x.device.type):
-            return lora_linear(
-                x, W, A, B, scaling, bias=parts.bias, lora_bias=parts.lora_bias, dropout_p=parts.dropout_p
-            )
-        p = parts.dropout_p
+            return lora_linear(x, weight, A, B, scaling, bias=bias, lora_bias=lora_bias, dropout_p=p)
         rng_state = dropout.draw_rng_state(x.device) if p else None
-        operands = LoRAOperands(
-            DenseWeight(W), A, B, parts.bias, parts.lora_bias, float(scaling), None, p, rng_state, "base"
-        )
+        operands = LoRAOperands(DenseWeight(weight), A, B, bias, lora_bias, float(scaling), None, p, rng_state, "base")
         return apply(x, operands)
 
     def _get_name(self) -> str:
         return "Linear"  # print(model) looks as PEFT's does
+
+
+def _several(x: Tensor, parts: Parts) -> Tensor:
+    """The sum of several adapters. PEFT casts x to each one's dtype in turn, which the dtype rule makes a widening."""
+    x, weight, bias = autocast(x, DenseWeight(parts.weight), parts.bias)
+    operands = []
+    for A, B, lora_bias, p, scaling in parts.adapters:
+        rng_state = dropout.draw_rng_state(x.device) if p else None
+        c, tensor = split_scaling(scaling, x)
+        operands.append(LoRAOperands(weight, A, B, bias, lora_bias, c, tensor, p, rng_state, "base"))
+    return apply_adapters(x, operands)

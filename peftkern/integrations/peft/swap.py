@@ -92,7 +92,7 @@ def _swap(layer: Any) -> str | None:
     parts = plain_parts(layer)
     if isinstance(parts, str):
         return parts
-    return why_not_dtypes(parts.weight.dtype, parts.weight.dtype, parts.lora_A.dtype)
+    return why_not_dtypes(parts.weight.dtype, parts.weight.dtype, parts.adapters)
 
 
 def _rebind(layer: Any) -> None:
@@ -107,8 +107,9 @@ def _expected_backend(layer: lora.Linear, M: int = 1024) -> str:
     parts = plain_parts(layer)
     assert isinstance(parts, Parts)  # the caller has just seen to it
     N, K = parts.weight.shape
-    R, dtype = parts.lora_A.shape[0], parts.weight.dtype
-    problem = Problem(parts.weight.device.type, M, K, N, R, dtype, parts.lora_A.dtype, dropout=parts.dropout_p > 0)
+    first = parts.adapters[0]
+    R, dtype, adapter_dtype = first.lora_A.shape[0], parts.weight.dtype, first.lora_A.dtype
+    problem = Problem(parts.weight.device.type, M, K, N, R, dtype, adapter_dtype, dropout=first.dropout_p > 0)
     return dispatch.select(problem, "").name
 
 
