@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from peftkern import dropout
-from peftkern.autograd import LoRALinearFunction
+from peftkern.autograd import LoRAAdaptersFunction, LoRALinearFunction
 from peftkern.ops import dispatch, schema
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight, FrozenWeight
@@ -71,15 +72,34 @@ def lora_linear(
 def apply(x: Tensor, operands: LoRAOperands, backend: str = "") -> Tensor:
     """``lora_linear`` behind its checks: for callers that know their operands to fit. x is in the compute dtype."""
     W = operands.weight
-    N, K = W.shape
-    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), K)
+    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), W.shape[1])
     arguments = (flat, W.data, W.scale, W.format, W.group_size, *operands[1:], backend)
     if transformed() or (torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5])):
         y = LoRALinearFunction.apply(*arguments)
     else:
         y = schema.forward(*arguments)[0]
-    # not a view: autograd refuses to modify one in place that was made inside a reentrant checkpoint
-    return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], N))
+    return _unflattened(y, x)
+
+
+def apply_adapters(x: Tensor, adapters: Sequence[LoRAOperands], backend: str = "") -> Tensor:
+    """The sum of several adapters on one weight: each has its own factors, scaling and mask; the first has the bias."""
+    first = adapters[0]
+    W = first.weight
+    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), W.shape[1])
+    base = (flat, W.data, W.scale, W.format, W.group_size, first.bias)
+    fields = [(a.lora_A, a.lora_B, a.lora_bias, *a[5:9]) for a in adapters]
+    trained = (tensor for field in fields for tensor in field[:3])
+    if transformed() or (torch.is_grad_enabled() and _any_requires_grad(flat, first.bias, *trained)):
+        y = LoRAAdaptersFunction.apply(*base, first.precision, backend, *(value for field in fields for value in field))
+    else:
+        lists = [list(column) for column in zip(*fields, strict=True)]
+        y = schema.forward_adapters(*base, *lists, first.precision, backend)[0]
+    return _unflattened(y, x)
+
+
+def _unflattened(y: Tensor, x: Tensor) -> Tensor:
+    """y with x's leading dimensions. No view: autograd lets none be modified in place behind a reentrant checkpoint."""
+    return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def transformed() -> bool:
@@ -113,7 +133,7 @@ def _prepare(
         raise TypeError(f"dropout_p is a number, not {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p} is not a probability")
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias)
     c, scaling_tensor = split_scaling(scaling, x)
     if dropout.threshold(dropout_p) == 0:
@@ -158,7 +178,7 @@ def _check_shapes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
             raise ValueError(f"{name} is [{N}] for a weight of shape {(N, K)}, got {tuple(vector.shape)}")
 
 
-def _autocast(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> tuple[Tensor, FrozenWeight, Tensor | None]:
+def autocast(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> tuple[Tensor, FrozenWeight, Tensor | None]:
     """F.linear's rule: floating operands but fp64 take autocast's dtype; the adapter is read as it is."""
     device = x.device.type
     if not dispatch.autocasting(device):

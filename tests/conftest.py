@@ -369,7 +369,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """The shapes that went through the fast path."""
-    from peftkern.integrations import peft as integration
+    from peftkern.integrations.peft import layer as integration
 
     seen: list[tuple] = []
 
@@ -384,4 +384,5 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     spy_on("lora_linear")
     spy_on("apply")
+    spy_on("apply_adapters")
     return seen

@@ -177,7 +177,7 @@ def test_the_model_benchmark_end_to_end(dtype):
 
 def test_a_wrong_gradient_stops_the_model_benchmark(monkeypatch):
     pytest.importorskip("peft")
-    import peftkern.integrations.peft as integration
+    import peftkern.integrations.peft.layer as integration
     from benchmarks import model
 
     exact = integration.apply

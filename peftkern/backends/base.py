@@ -54,6 +54,19 @@ class Backend(ABC):
     ) -> Gradients:
         """The needed gradients. x is None unless needs.lora_A, s unless needs.lora_B. dy may have any strides."""
 
+    @abstractmethod
+    def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
+        """y += c D(x) A^T B^T + c lora_bias in place, for one more adapter of the same weight; s as ``forward``'s.
+
+        y is contiguous; ``operands.bias`` and the weight's values have no say.
+        """
+
+    @abstractmethod
+    def accumulate_backward(
+        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
+    ) -> Gradients:
+        """``backward`` on top of a contiguous dx, None unless needs.x: dx += c D(dy B A) in place, the others fresh."""
+
 
 def scaled(value: Tensor, operands: LoRAOperands) -> Tensor:
     """c * value, in place and without reading a tensor's value on the host."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -108,6 +109,45 @@ def backward(
         with torch.autocast(dy.device.type, enabled=False):
             return chosen.backward(operands, dy, x, s, needs)
     return chosen.backward(operands, dy, x, s, needs)
+
+
+def forward_adapters(adapters: Sequence[LoRAOperands], x: Tensor, backend: str) -> list[Tensor]:
+    """y [M, N] of several adapters on one weight, and each one's s [M, R]."""
+    y, s = forward(adapters[0], x, backend)
+    thin = [s]
+    for operands in adapters[1:]:
+        if x.shape[0] == 0:
+            thin.append(s.new_empty(0, operands.lora_A.shape[0]))
+            continue
+        chosen = select(operands.problem(x.shape[0], x.dtype), backend)
+        with _without_autocast(x.device.type):
+            thin.append(chosen.accumulate(operands, x, y))
+    return [y, *thin]
+
+
+def backward_adapters(
+    adapters: Sequence[LoRAOperands],
+    dy: Tensor,
+    x: Tensor | None,
+    thin: Sequence[Tensor | None],
+    needs: Sequence[Needs],
+    backend: str,
+) -> list[Gradients]:
+    """Every adapter's gradients; dx, the sum over them, is in the first's alone."""
+    found = [backward(adapters[0], dy, x if needs[0].lora_A else None, thin[0], needs[0], backend)]
+    for operands, s, need in zip(adapters[1:], thin[1:], needs[1:], strict=True):
+        if dy.shape[0] == 0:
+            found.append(_zero_gradients(operands, dy, need)._replace(x=None))
+            continue
+        chosen = select(operands.problem(dy.shape[0], dy.dtype), backend)
+        with _without_autocast(dy.device.type):
+            one = chosen.accumulate_backward(operands, dy, x if need.lora_A else None, s, found[0].x, need)
+        found.append(one._replace(x=None))
+    return found
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    return torch.autocast(device_type, enabled=False) if autocasting(device_type) else contextlib.nullcontext()
 
 
 def _zero_gradients(operands: LoRAOperands, dy: Tensor, needs: Needs) -> Gradients:

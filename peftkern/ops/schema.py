@@ -1,4 +1,4 @@
-"""The two operators, as torch.library sees them: schemas, implementations, fake kernels.
+"""The operators, as torch.library sees them: schemas, implementations, fake kernels.
 
 They are opaque to the compiler and return fresh, contiguous tensors. ``backward`` returns only the gradients that are
 asked for, in the order x, lora_A, lora_B, bias, lora_bias.
@@ -57,13 +57,79 @@ def _backward_fake(dy: Tensor, x, s, *arguments) -> list[Tensor]:
     return shapes + [p.new_empty(p.shape) for p, need in zip(parameters, needs, strict=True) if need and p is not None]
 
 
+# Several adapters on one weight, y = x W^T + bias + sum_i c_i (D_i(x) A_i^T B_i^T + lora_bias_i), in one call: the
+# lists hold one entry for each. ``forward_adapters`` returns y and every s_i, ``backward_adapters`` the gradients asked
+# for in the order x, bias, and for each adapter lora_A, lora_B, lora_bias.
+_ADAPTERS = (
+    "Tensor w_data, Tensor? w_scale, str w_format, int group_size, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, "
+    "Tensor?[] lora_bias, float[] scaling, Tensor?[] scaling_tensor, float[] dropout_p, Tensor?[] rng_state, "
+    "str precision, str backend"
+)
+_library.define(f"forward_adapters(Tensor x, {_ADAPTERS}) -> Tensor[]")
+_library.define(
+    f"backward_adapters(Tensor dy, Tensor? x, Tensor?[] s, {_ADAPTERS}, bool need_x, bool need_bias, "
+    "bool[] need_A, bool[] need_B, bool[] need_lora_bias) -> Tensor[]"
+)
+
+
+def _adapters(w_data, w_scale, w_format, group_size, bias, *lists_and_precision) -> list[LoRAOperands]:
+    *lists, precision = lists_and_precision
+    weight = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size)
+    return [
+        LoRAOperands(weight, A, B, None if i else bias, lora_bias, c, tensor, p, rng_state, precision)
+        for i, (A, B, lora_bias, c, tensor, p, rng_state) in enumerate(zip(*lists, strict=True))
+    ]
+
+
+def _forward_adapters(x: Tensor, *arguments) -> list[Tensor]:
+    *operands, backend = arguments
+    return dispatch.forward_adapters(_adapters(*operands), x, backend)
+
+
+def _forward_adapters_fake(x: Tensor, *arguments) -> list[Tensor]:
+    *operands, _ = arguments
+    adapters = _adapters(*operands)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    thin = [x.new_empty(x.shape[0], one.lora_A.shape[0], dtype=wide) for one in adapters]
+    return [x.new_empty(x.shape[0], adapters[0].weight.shape[0]), *thin]
+
+
+def _backward_adapters(dy: Tensor, x: Tensor | None, thin: list[Tensor | None], *arguments) -> list[Tensor]:
+    *operands, backend, need_x, need_bias, need_A, need_B, need_lora_bias = arguments
+    needs = [
+        Needs(need_x, A, B, need_bias and i == 0, lora_bias)
+        for i, (A, B, lora_bias) in enumerate(zip(need_A, need_B, need_lora_bias, strict=True))
+    ]
+    found = dispatch.backward_adapters(_adapters(*operands), dy, x, thin, needs, backend)
+    ordered = [found[0].x, found[0].bias]
+    for one in found:
+        ordered += [one.lora_A, one.lora_B, one.lora_bias]
+    return [gradient for gradient in ordered if gradient is not None]
+
+
+def _backward_adapters_fake(dy: Tensor, x, thin, *arguments) -> list[Tensor]:
+    *operands, backend, need_x, need_bias, need_A, need_B, need_lora_bias = arguments
+    adapters = _adapters(*operands)
+    shapes = [dy.new_empty(dy.shape[0], adapters[0].weight.shape[1])] if need_x else []
+    wanted = [(need_bias, adapters[0].bias)]
+    for one, *needs in zip(adapters, need_A, need_B, need_lora_bias, strict=True):
+        wanted += zip(needs, (one.lora_A, one.lora_B, one.lora_bias), strict=True)
+    return shapes + [like.new_empty(like.shape) for need, like in wanted if need and like is not None]
+
+
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
 _library.impl("backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("peftkern::forward", _forward_fake, lib=_library)
 torch.library.register_fake("peftkern::backward", _backward_fake, lib=_library)
+_library.impl("forward_adapters", _forward_adapters, "CompositeExplicitAutograd")
+_library.impl("backward_adapters", _backward_adapters, "CompositeExplicitAutograd")
+torch.library.register_fake("peftkern::forward_adapters", _forward_adapters_fake, lib=_library)
+torch.library.register_fake("peftkern::backward_adapters", _backward_adapters_fake, lib=_library)
 
 forward = torch.ops.peftkern.forward.default
 backward = torch.ops.peftkern.backward.default
+forward_adapters = torch.ops.peftkern.forward_adapters.default
+backward_adapters = torch.ops.peftkern.backward_adapters.default
 
 
 def _register_sharding() -> None:

@@ -63,36 +63,54 @@ class CppBackend(Backend):
         weight, bias = operands.weight.materialize(x.dtype), operands.bias
         if one_pass(x.dtype, x.shape[0]):
             weight, y = _unit_stride_somewhere(weight), x.new_empty(x.shape[0], weight.shape[0])
-            bias = None if bias is None else bias.contiguous()
-        else:
-            y = torch.nn.functional.linear(x, weight, bias)
+            return y, self._forward(operands, x, y, weight, None if bias is None else bias.contiguous())
+        y = torch.nn.functional.linear(x, weight, bias)
+        return y, self._forward(operands, x, y)
+
+    def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
+        return self._forward(operands, _unit_stride(x), y)
+
+    def _forward(
+        self, operands: LoRAOperands, x: Tensor, y: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """s, and y: written in one pass where the weight is given, else accumulated into."""
         s = x.new_empty(x.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
         A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
         lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
         extension()[0].forward(
-            _problem(operands, x, weight), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(),
+            _problem(operands, x, weight, weight is not None), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(),
             _address(lora_bias), _address(bias), s.data_ptr(), y.data_ptr(),
         )  # fmt: skip
-        return y, s
+        return s
 
     def backward(
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
     ) -> Gradients:
-        dx = dA = dB = None
+        weight = dx = None
+        whole = one_pass(dy.dtype, dy.shape[0])
+        if needs.x:
+            dy, weight = _unit_stride(dy), operands.weight.materialize(dy.dtype)
+            if whole:
+                weight = _unit_stride_somewhere(weight)
+            dx = dy.new_empty(dy.shape[0], weight.shape[1]) if whole else dy @ weight
+        return self._backward(operands, dy, x, s, dx, needs, whole, weight)
+
+    def accumulate_backward(
+        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
+    ) -> Gradients:
+        return self._backward(operands, dy, x, s, dx, needs, False, None)
+
+    def _backward(self, operands, dy, x, s, dx, needs: Needs, whole: bool, weight: Tensor | None) -> Gradients:
+        """The gradients; dx is written in one pass (``whole``), or accumulated into."""
+        dA = dB = None
         if needs.x or needs.lora_A or needs.lora_B:
             dy = _unit_stride(dy)
             A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
-            weight = operands.weight.materialize(dy.dtype) if needs.x else None
-            if weight is not None and one_pass(dy.dtype, dy.shape[0]):
-                weight = _unit_stride_somewhere(weight)
-                dx = dy.new_empty(dy.shape[0], weight.shape[1])
-            elif weight is not None:
-                dx = dy @ weight
             dA = torch.empty_like(A) if needs.lora_A else None
             dB = torch.empty_like(B) if needs.lora_B else None
             x = _unit_stride(x) if x is not None else None
             extension()[0].backward(
-                _problem(operands, dy, weight), dy.data_ptr(), dy.stride(0), _address(x),
+                _problem(operands, dy, weight, whole), dy.data_ptr(), dy.stride(0), _address(x),
                 0 if x is None else x.stride(0), _address(s), A.data_ptr(), B.data_ptr(), _address(dx), _address(dA),
                 _address(dB),
             )  # fmt: skip
@@ -108,7 +126,7 @@ def one_pass(dtype: torch.dtype, M: int) -> bool:
     return extension()[0].instruction_set() == "avx2" and (dtype != torch.float32 or M <= _DECODE_ROWS)
 
 
-def _problem(operands: LoRAOperands, rows: Tensor, weight: Tensor | None):
+def _problem(operands: LoRAOperands, rows: Tensor, weight: Tensor | None, whole: bool):
     N, K = operands.weight.shape
     scaling = operands.scaling
     if operands.scaling_tensor is not None:
@@ -116,7 +134,7 @@ def _problem(operands: LoRAOperands, rows: Tensor, weight: Tensor | None):
     return extension()[0].Problem(
         rows.shape[0], K, N, operands.lora_A.shape[0], _DTYPES[rows.dtype], _DTYPES[operands.lora_A.dtype],
         operands.precision == "base", scaling, dropout.threshold(operands.dropout_p), _address(operands.rng_state),
-        torch.get_num_threads(), one_pass(rows.dtype, rows.shape[0]), *_weight(weight),
+        torch.get_num_threads(), whole, *_weight(weight),
     )  # fmt: skip
 
 

@@ -66,26 +66,35 @@ class ReferenceBackend(Backend):
         return Plan("library", "vendor GEMM")
 
     def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
-        thin = _thin_dtype(operands, x.dtype)
         y = torch.nn.functional.linear(x, operands.weight.materialize(x.dtype), operands.bias)
+        return y, self.accumulate(operands, x, y)
+
+    def backward(
+        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
+    ) -> Gradients:
+        dx = dy @ operands.weight.materialize(dy.dtype) if needs.x else None
+        return self.accumulate_backward(operands, dy, x, s, dx, needs)
+
+    def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
+        thin = _thin_dtype(operands, x.dtype)
         dropped = _apply_keep(x, _keep(operands, x.shape[0]), operands.dropout_p)
         s = dropped.to(thin) @ _factor(operands, operands.lora_A, x.dtype).T
         _accumulate(y, operands, s, _factor(operands, operands.lora_B, x.dtype).T)
         if operands.lora_bias is not None:
             y += scaled(operands.lora_bias.clone(), operands)
-        return y, s.to(torch.promote_types(x.dtype, torch.float32))
+        return s.to(torch.promote_types(x.dtype, torch.float32))
 
-    def backward(
-        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
+    def accumulate_backward(
+        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
     ) -> Gradients:
         A, B = _factor(operands, operands.lora_A, dy.dtype), _factor(operands, operands.lora_B, dy.dtype)
         thin = _thin_dtype(operands, dy.dtype)
         keep = _keep(operands, dy.shape[0]) if needs.x or needs.lora_A else None
         thin_dy = dy.to(thin) if needs.x or needs.lora_A or needs.lora_B else dy
         t = thin_dy @ B if needs.x or needs.lora_A else thin_dy
-        dx = dA = dB = None
+        dA = dB = None
         if needs.x:
-            dx = dy @ operands.weight.materialize(dy.dtype)
+            assert dx is not None
             if keep is None:
                 _accumulate(dx, operands, t, A)
             else:

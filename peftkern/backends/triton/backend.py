@@ -91,13 +91,26 @@ class TritonBackend(Backend):
             _run(produced.steps)
         return produced.Z, produced.T
 
+    def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
+        from peftkern.backends.triton import schedule
+
+        with _on(x.device):
+            produced = schedule.produce(operands, x, backward=False, arch=arch_of(x.device), onto=y)
+            _run(produced.steps)
+        return produced.T
+
     def backward(
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
+    ) -> Gradients:
+        return self.accumulate_backward(operands, dy, x, s, None, needs)
+
+    def accumulate_backward(
+        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
     ) -> Gradients:
         from peftkern.backends.triton import schedule
 
         with _on(dy.device):
-            plan = schedule.backward(operands, dy, x, s, needs, arch_of(dy.device))
+            plan = schedule.backward(operands, dy, x, s, needs, arch_of(dy.device), onto=dx)
             _run(plan.before)
             if plan.beside and dy.is_cuda:
                 _run_beside(plan, dy.device)

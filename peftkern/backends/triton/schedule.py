@@ -57,20 +57,25 @@ class Backward:
         return [*self.before, *self.steps, *self.beside, *self.after]
 
 
-def produce(operands: LoRAOperands, X: Tensor, backward: bool, arch: Arch, forked: bool = False) -> Produced:
-    """The steps of one direction, by the schedule that is selected for it. ``forked``: others start after ``first``."""
+def produce(
+    operands: LoRAOperands, X: Tensor, backward: bool, arch: Arch, forked: bool = False, onto: Tensor | None = None
+) -> Produced:
+    """The steps of one direction, by the schedule that is selected for it. ``forked``: others start after ``first``.
+
+    ``onto``: a Z that holds its product with the frozen weight, and perhaps more; the low-rank pair is added to it.
+    """
     X = launch.near(X)
     key = select.pass_of(operands.problem(X.shape[0], X.dtype), backward)
-    choice = select.choose(key, arch)
+    choice = select.choose(key, arch) if onto is None else select.accumulating(key, arch)
     direction = Direction(operands, backward, X.dtype)
     P, _, R = direction.extents
-    Z, T = X.new_empty(X.shape[0], P), X.new_empty(X.shape[0], R, dtype=torch.float32)
+    Z, T = X.new_empty(X.shape[0], P) if onto is None else onto, X.new_empty(X.shape[0], R, dtype=torch.float32)
     dependent = choice.schedule == SPLIT and arch.dependent_launch and not forked
     first: list[Step] = []
     rest: list[Step] = []
     if not choice.one_pass:
         first.append(launch.shrink(direction, X, T, key, arch, followed=dependent))
-    if choice.schedule == LIBRARY:
+    if choice.schedule == LIBRARY and onto is None:
         W = operands.weight.materialize(X.dtype)
         rest.append(VendorProduct(X, W if backward else W.T, Z))
     rest.append(launch.fused(direction, X, T, Z, choice, arch, dependent))
@@ -78,9 +83,15 @@ def produce(operands: LoRAOperands, X: Tensor, backward: bool, arch: Arch, forke
 
 
 def backward(
-    operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs, arch: Arch
+    operands: LoRAOperands,
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    needs: Needs,
+    arch: Arch,
+    onto: Tensor | None = None,
 ) -> Backward:
-    """The steps of every gradient that is needed."""
+    """The steps of every gradient that is needed. ``onto``: the dx that this adapter's share is added to."""
     sums = needs.bias or needs.lora_bias
     dy = launch.near(dy)
     side_x = launch.near(x) if needs.lora_A and x is not None else None
@@ -91,7 +102,7 @@ def backward(
         return _without_dx(operands, dy, side_x, thin, needs, arch)
     large = sum(side.numel() * side.itemsize for side in wide) >= OVERLAP_BYTES
     overlapped = bool(wide) and large and _env.settings().overlap
-    produced = produce(operands, dy, True, arch, forked=overlapped)
+    produced = produce(operands, dy, True, arch, overlapped, onto)
     if not wide:
         return Backward(Gradients(produced.Z, None, None, None, None), steps=produced.steps)
     direction = Direction(operands, True, dy.dtype)

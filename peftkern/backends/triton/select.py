@@ -52,6 +52,11 @@ def choose(launch: Pass, arch: Arch) -> Choice:
     return choice
 
 
+def accumulating(launch: Pass, arch: Arch) -> Choice:
+    """The tile by which a low-rank product is added to a Z that is there already: the same for every row anyway."""
+    return _choose(dataclasses.replace(launch, invariant=False), arch, tiles.LIBRARY)
+
+
 @functools.lru_cache(maxsize=4096)
 def _choose(launch: Pass, arch: Arch, schedule: str) -> Choice:
     if schedule == "auto":

@@ -1,0 +1,16 @@
+"""Hugging Face PEFT: make every vanilla ``peft.tuners.lora.Linear`` of a model fast, in place and reversibly.
+
+The class of each such layer is swapped for a subclass that overrides ``forward`` alone. A call that the fast path does
+not cover runs PEFT's own ``forward``, bit for bit; ``why_not`` is the single predicate that decides, at every call, and
+its text is the reason that the report shows.
+
+    parts.py   what is read of a layer, and the predicate
+    layer.py   the class that a patched layer has
+    swap.py    patch, unpatch and the report
+"""
+
+from peftkern.integrations.peft.layer import PeftkernLoraLinear, disabled
+from peftkern.integrations.peft.parts import why_not
+from peftkern.integrations.peft.swap import PatchReport, patch, unpatch
+
+__all__ = ["PatchReport", "PeftkernLoraLinear", "disabled", "patch", "unpatch", "why_not"]

@@ -1,0 +1,75 @@
+"""The class that a patched layer has: PEFT's LoRA linear with another ``forward``."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor
+
+from peftkern import dropout
+from peftkern.functional import apply, apply_adapters, autocast, lora_linear, split_scaling
+from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_input
+from peftkern.ops import dispatch
+from peftkern.ops.problem import LoRAOperands
+from peftkern.weights import DenseWeight
+
+_disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("peftkern_disabled", default=False)
+_open_blocks = 0  # of disabled(), in any context: torch.compile can guard on a number, not on a context variable
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Within the block, in this context (thread, task), patched layers run PEFT's own forward."""
+    global _open_blocks
+    token = _disabled.set(True)
+    _open_blocks += 1
+    try:
+        yield
+    finally:
+        _open_blocks -= 1
+        _disabled.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def _disabled_here() -> bool:
+    return _disabled.get()
+
+
+class PeftkernLoraLinear(lora.Linear):
+    """PEFT's LoRA linear with peftkern's forward. Made by ``patch``, never constructed."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or (_open_blocks and _disabled_here()):
+            return lora.Linear.forward(self, x, *args, **kwargs)
+        parts = plain_parts(self)
+        if isinstance(parts, str) or why_not_input(parts, x) is not None:
+            return lora.Linear.forward(self, x)
+        weight, bias, adapters = parts
+        if len(adapters) > 1:
+            return _several(x, parts)
+        A, B, lora_bias, p, scaling = adapters[0]
+        if dispatch.autocasting(x.device.type):
+            return lora_linear(x, weight, A, B, scaling, bias=bias, lora_bias=lora_bias, dropout_p=p)
+        c, tensor = split_scaling(scaling, x)
+        rng_state = dropout.draw_rng_state(x.device) if p else None
+        operands = LoRAOperands(DenseWeight(weight), A, B, bias, lora_bias, c, tensor, p, rng_state, "base")
+        return apply(x, operands)
+
+    def _get_name(self) -> str:
+        return "Linear"  # print(model) looks as PEFT's does
+
+
+def _several(x: Tensor, parts: Parts) -> Tensor:
+    """The sum of several adapters. PEFT casts x to each one's dtype in turn, which the dtype rule makes a widening."""
+    x, weight, bias = autocast(x, DenseWeight(parts.weight), parts.bias)
+    operands = []
+    for A, B, lora_bias, p, scaling in parts.adapters:
+        rng_state = dropout.draw_rng_state(x.device) if p else None
+        c, tensor = split_scaling(scaling, x)
+        operands.append(LoRAOperands(weight, A, B, bias, lora_bias, c, tensor, p, rng_state, "base"))
+    return apply_adapters(x, operands)

@@ -1,0 +1,195 @@
+"""What the fast path reads of a PEFT layer, and the one predicate that says why it does not apply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners import lora
+from peft.tuners.lora.layer import Conv1D
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+from peftkern import dropout
+from peftkern.ops import dispatch
+
+try:
+    from peft.tuners.lora import variants as _variants
+except ImportError:  # PEFT before 0.16
+    _variants = None
+
+_NARROW = (torch.float16, torch.bfloat16)
+_AS_VANILLA = tuple(
+    getattr(_variants, name) for name in ("MiCALinearVariant",) if hasattr(_variants, name)
+)  # variants that initialise and freeze differently, but whose forward is the vanilla one
+
+
+class Adapter(NamedTuple):
+    """One active adapter: c (D(x) A^T B^T + lora_bias). ``dropout_p`` is 0 where dropout does nothing now."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_bias: Tensor | None
+    dropout_p: float
+    scaling: float | Tensor
+
+
+class Parts(NamedTuple):
+    """What the fast path reads of a layer: the frozen weight [N, K], its bias, and the adapters active on it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: list[Adapter]
+
+
+def why_not(layer: lora.Linear) -> str | None:
+    """Why this layer, in its present state, runs PEFT's own forward; None where it is fast."""
+    parts = plain_parts(layer)
+    return parts if isinstance(parts, str) else None
+
+
+def plain_parts(layer: lora.Linear) -> Parts | str:
+    """The parts of a layer whose forward is base(x) + sum of B(A(dropout(x))) scaling and nothing else, or the reason
+    why not.
+
+    Runs at every call, so it reads the modules' dictionaries: nn.Module's attribute lookup costs ten times as much.
+    """
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        return "its adapter is merged"
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
+        return "global module hooks are registered"
+    modules: Any = layer._modules
+    state = layer.__dict__
+    if not state.get("cast_input_dtype_enabled", True):
+        return "casting of its input is disabled"
+    base = modules["base_layer"]
+    reason = _why_not_plain("base_layer", base, (nn.Linear, Conv1D))
+    if reason is not None:
+        return reason
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    if weight.requires_grad:
+        return "its base weight requires grad"
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"its base weight is {weight.dtype} and its base bias {bias.dtype}"
+    if type(base) is Conv1D:
+        weight = weight.t()
+    active = layer.active_adapters
+    present = modules["lora_A"]._modules
+    adapters = []
+    for name in active:
+        if name in present:  # PEFT skips an active adapter that the layer does not have
+            adapter = _adapter(modules, state, name, weight)
+            if isinstance(adapter, str):
+                return adapter if len(active) == 1 else f"adapter {name!r}: {adapter}"
+            adapters.append(adapter)
+    if not adapters:
+        return f"the active adapter {', '.join(map(repr, active))} is not on this layer" if active else "0 are active"
+    return Parts(weight, bias, adapters)
+
+
+def _adapter(modules: Mapping[str, Any], state: Mapping[str, Any], name: str, weight: Tensor) -> Adapter | str:
+    """One adapter of a layer, given the layer's dictionaries, or why the fast path cannot run it."""
+    variant = state.get("lora_variant", {}).get(name)
+    if variant is not None and not isinstance(variant, _AS_VANILLA):
+        return f"it uses the LoRA variant {type(variant).__name__}"
+    if variant is None and state.get("use_dora", {}).get(name):  # PEFT before 0.16
+        return "it uses DoRA"
+    scaling = state["scaling"][name]
+    if isinstance(scaling, Tensor):
+        if scaling.ndim != 0 or not scaling.is_floating_point() or scaling.requires_grad:
+            return "its scaling is a tensor that is trained, not floating or not 0-d"
+    elif not -math.inf < scaling < math.inf:
+        return f"its scaling is {scaling}"
+    drop, p = modules["lora_dropout"]._modules[name], 0.0
+    if type(drop) is nn.Dropout:
+        if drop.training and dropout.threshold(drop.p):
+            p = drop.p
+    elif type(drop) is not nn.Identity:
+        return f"its dropout is a {type(drop).__name__}"
+    module_A, module_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    reason = (
+        _why_not_plain("lora_A", module_A)
+        or _why_not_plain("lora_B", module_B)
+        or _why_not_observed("lora_dropout", drop)
+    )
+    if reason is not None:
+        return reason
+    if module_A._parameters["bias"] is not None:
+        return "lora_A has a bias"
+    A, B, lora_bias = module_A._parameters["weight"], module_B._parameters["weight"], module_B._parameters["bias"]
+    (N, K), (R, A_K) = weight.shape, A.shape
+    if A_K != K or B.shape != (N, R):
+        return f"shapes {tuple(weight.shape)}, {tuple(A.shape)}, {tuple(B.shape)} do not fit"
+    if not weight.device == A.device == B.device:
+        return f"its weights are on {weight.device}, {A.device} and {B.device}"
+    if A.dtype != B.dtype or (lora_bias is not None and lora_bias.dtype != A.dtype):
+        return f"lora_A is {A.dtype} and lora_B {B.dtype}, or its bias is of another dtype"
+    return Adapter(A, B, lora_bias, p, scaling)
+
+
+def _why_not_plain(label: str, child: Any, kinds: tuple[type, ...] = (nn.Linear,)) -> str | None:
+    """A child whose forward does more than a product with its own weight must be called, not read."""
+    if type(child) not in kinds:
+        return f"{label} is a {type(child).__name__}, not a plain {' or '.join(kind.__name__ for kind in kinds)}"
+    weight = child._parameters.get("weight")
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"{label} has a weight of type {type(weight).__name__}"
+    return _why_not_observed(label, child)
+
+
+def _why_not_observed(label: str, child: Any) -> str | None:
+    """A child that somebody watches or has replaced must be called."""
+    state = child.__dict__
+    if "forward" in state or "_hf_hook" in state:
+        return f"{label} has a replaced forward"
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return f"{label} has hooks"
+    return None
+
+
+def why_not_input(parts: Parts, x: Tensor) -> str | None:
+    """The part of the predicate that looks at x: type, shape, device and the dtype rule."""
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"x is a {type(x).__name__}"
+    if x.layout is not torch.strided or x.is_nested or x.is_meta:
+        return "x is sparse, nested or has no data"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+        return "a torch.func transform, forward-mode AD or tracing is active"
+    weight = parts.weight
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        return f"x has shape {tuple(x.shape)}"
+    if x.device != weight.device:
+        return f"x is on {x.device}"
+    device = x.device.type
+    if not dispatch.autocasting(device):
+        return why_not_dtypes(x.dtype, weight.dtype, parts.adapters)
+    dtype = torch.get_autocast_dtype(device)
+    return why_not_dtypes(
+        x.dtype if x.dtype == torch.float64 else dtype,
+        weight.dtype if weight.dtype == torch.float64 else dtype,
+        parts.adapters,
+    )
+
+
+def why_not_dtypes(x: torch.dtype, compute: torch.dtype, adapters: list[Adapter]) -> str | None:
+    """The dtype rule: x in the base's dtype, each adapter in it too, or in fp32 beside a 16-bit base."""
+    for adapter in adapters:
+        dtype = adapter.lora_A.dtype
+        if x != compute or not (dtype == compute or (dtype == torch.float32 and compute in _NARROW)):
+            return f"x is {x}, the base {compute}, the adapter {dtype}"
+    return None

@@ -1,0 +1,121 @@
+"""``patch`` and ``unpatch``: the class of each layer, swapped in place, and the report of it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from peft.tuners import lora
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from peftkern import _env
+from peftkern.integrations.peft.layer import PeftkernLoraLinear
+from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_dtypes
+from peftkern.ops import dispatch
+from peftkern.ops.problem import Problem
+
+logger = logging.getLogger("peftkern")
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What ``patch`` did. Prints as a table.
+
+    ``fast``: names of the layers on the fast path; ``backends``: the backend of each of them;
+    ``skipped``: name -> reason, for every other LoRA layer of the model (it runs PEFT's own forward).
+    """
+
+    fast: list[str] = field(default_factory=list)
+    backends: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and dicts, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"peftkern: {len(self.fast)} of {len(self.fast) + len(self.skipped)} LoRA layers are fused"]
+        for backend, count in sorted(Counter(self.backends.values()).items()):
+            lines.append(f"  {count:5d}  backend {backend}")
+        for reason, count in Counter(self.skipped.values()).most_common():
+            names = [name for name, text in self.skipped.items() if text == reason]
+            shown = ", ".join(names[:3]) + (f", ... ({count - 3} more)" if count > 3 else "")
+            lines.append(f"  {count:5d}  PEFT's own forward: {reason}  [{shown}]")
+        return "\n".join(lines)
+
+
+def patch(model: nn.Module) -> PatchReport:
+    """Run every vanilla PEFT LoRA linear of ``model`` through peftkern, in place.
+
+    Parameters, state_dict keys, hooks on the layers, saving and loading stay PEFT's. Layers are judged again at every
+    call: what changes later (merge, several adapters, an unfrozen base) runs PEFT's own forward while it lasts.
+
+    Args: model: any module that contains ``peft.tuners.lora.Linear`` (PeftModel, ``add_adapter`` models, wrapped ones).
+    Returns: a PatchReport. Calling it again changes nothing and reports anew.
+    """
+    _env.settings()  # a bad variable is an error before anything is changed
+    report = PatchReport()
+    done: list[nn.Module] = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        fresh = type(layer) is lora.Linear
+        reason = _swap(layer)
+        if fresh and type(layer) is PeftkernLoraLinear:
+            done.append(layer)
+        if reason is None:
+            try:
+                report.backends[name] = _expected_backend(layer)
+            except RuntimeError as error:  # an explicitly requested backend that cannot: leave the model as it was
+                for swapped in done:
+                    unpatch(swapped)
+                raise RuntimeError(f"layer {name}: {error}") from error
+            report.fast.append(name)
+        else:
+            report.skipped[name] = reason
+    if not report.fast:
+        logger.warning("peftkern: no layer is fused: %s", report if report.skipped else "the model has no LoRA layer")
+    return report
+
+
+def _swap(layer: Any) -> str | None:
+    """Swap the class where the fast path can ever apply; the reason why the layer is not fast now, or None."""
+    if type(layer) not in (lora.Linear, PeftkernLoraLinear):
+        kind = type(layer)
+        return f"{kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance"
+    layer.__class__ = PeftkernLoraLinear
+    parts = plain_parts(layer)
+    if isinstance(parts, str):
+        return parts
+    return why_not_dtypes(parts.weight.dtype, parts.weight.dtype, parts.adapters)
+
+
+def _rebind(layer: Any) -> None:
+    """accelerate keeps a bound forward on the instance when it hooks a patched layer: make it PEFT's again."""
+    for name in ("forward", "_old_forward"):
+        if getattr(layer.__dict__.get(name), "__func__", None) is PeftkernLoraLinear.forward:
+            layer.__dict__[name] = lora.Linear.forward.__get__(layer)
+
+
+def _expected_backend(layer: lora.Linear, M: int = 1024) -> str:
+    """The backend that a call of M rows would take in training."""
+    parts = plain_parts(layer)
+    assert isinstance(parts, Parts)  # the caller has just seen to it
+    N, K = parts.weight.shape
+    first = parts.adapters[0]
+    R, dtype, adapter_dtype = first.lora_A.shape[0], parts.weight.dtype, first.lora_A.dtype
+    problem = Problem(parts.weight.device.type, M, K, N, R, dtype, adapter_dtype, dropout=first.dropout_p > 0)
+    return dispatch.select(problem, "").name
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo ``patch``: every layer has its very class back."""
+    for layer in model.modules():
+        if type(layer) is PeftkernLoraLinear:
+            layer.__class__ = lora.Linear
+            _rebind(layer)
