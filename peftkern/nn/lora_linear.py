@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.functional import lora_linear
+from peftkern.nn.frozen import FrozenBuffers
+from peftkern.weights import FrozenWeight
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(FrozenBuffers):
     """A linear layer whose weight is frozen and whose low-rank update is trained, fused.
 
     Formula:
@@ -27,6 +29,10 @@ class LoRALinear(nn.Module):
         use_rslora: rank-stabilised scaling.
         device, dtype: of the base layer. The adapter is float32 where dtype is a 16-bit float, else of dtype.
 
+    A weight in another format than "dense" (``from_linear``) is held as buffers, and ``weight`` is None; ``state_dict``
+    has it under the names of ``FrozenWeight.state_dict``. FSDP2 shards parameters, so every rank holds such a weight
+    whole: its blocks do not end where rows do, and a shard of rows could not be decoded.
+
     Shapes: x [..., K] -> y [..., N]; weight [N, K], bias [N], lora_A [r, K], lora_B [N, r], lora_bias [N].
     A starts Kaiming-uniform and B zero, as in PEFT, so the layer starts as its base.
 
@@ -35,7 +41,7 @@ class LoRALinear(nn.Module):
     Source: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rsLoRA).
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter | None
     bias: nn.Parameter | None
     lora_bias: nn.Parameter | None
     merged_weight: Tensor | None
@@ -66,9 +72,11 @@ class LoRALinear(nn.Module):
         if not 0.0 <= lora_dropout <= 1.0:
             raise ValueError(f"lora_dropout={lora_dropout} is not a probability")
         self.out_features, self.in_features = weight.shape
+        frozen = isinstance(weight, FrozenWeight)
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.weight = weight.requires_grad_(False)
+        self.register_parameter("weight", None if frozen else weight.requires_grad_(False))
+        self.hold(weight if frozen else None)
         self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))
         wide = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **wide))
@@ -96,14 +104,17 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         lora_bias: bool = False,
         use_rslora: bool = False,
+        weight_format: str = "dense",
+        **options: Any,
     ) -> LoRALinear:
-        """Put an adapter on an existing layer, sharing its storage.
+        """Put an adapter on an existing layer, sharing its storage unless its weight is quantised.
 
         Args:
             linear: an nn.Linear, whose parameters are taken as they are (ties survive; they are frozen), or GPT-2's
                 ``Conv1D``, whose [K, N] weight is shared through a transposed view.
             r, lora_alpha, lora_dropout, lora_bias, use_rslora: as in the constructor.
-        Raises: TypeError for any other module; ValueError as the constructor.
+            weight_format, options: what the frozen weight is converted to, as in ``FrozenWeight.quantize``.
+        Raises: TypeError for any other module; ValueError as the constructor and ``FrozenWeight.quantize``.
         """
         if isinstance(linear, nn.Linear) and type(linear.weight) is nn.Parameter and linear.weight.is_floating_point():
             weight = linear.weight
@@ -114,6 +125,8 @@ class LoRALinear(nn.Module):
         else:
             kind = type(linear).__name__
             raise TypeError(f"from_linear takes an nn.Linear or a Conv1D with a plain floating weight, got {kind}")
+        if weight_format != "dense" or options:
+            weight = FrozenWeight.quantize(weight, weight_format, **options)  # type: ignore[assignment]
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt(weight, linear.bias, r, lora_alpha, lora_dropout, lora_bias, use_rslora)
@@ -125,7 +138,7 @@ class LoRALinear(nn.Module):
             return nn.functional.linear(x, self.merged_weight, self.merged_bias)
         return lora_linear(
             x,
-            self.weight,
+            self.frozen_weight(),
             self.lora_A,
             self.lora_B,
             self.scaling,
@@ -139,18 +152,30 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Run on W + c B A (computed in fp32, rounded once) from now on; the base and state_dict stay as they are.
 
-        A second merge is a RuntimeError. Changes of the adapter are not seen until unmerge and merge.
+        A second merge is a RuntimeError, one into a quantised base a NotImplementedError. Changes of the
+        adapter are not seen until unmerge and merge.
         """
         if self.merged_weight is not None:
             raise RuntimeError("already merged: call unmerge() first")
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(self.weight.device.type, enabled=False):
+        if self.held is not None:
+            raise NotImplementedError(
+                f"a {self.held.format} weight is not merged into: to quantise the sum would round the update away. "
+                "to_linear() returns the sum in full"
+            )
+        self.merged_weight, self.merged_bias = self._sum()
+
+    def _sum(self) -> tuple[Tensor, Tensor | None]:
+        """W + c B A and bias + c lora_bias, in the base's dtype."""
+        base = self.frozen_weight()
+        wide = torch.promote_types(base.dtype, torch.float32)
+        with torch.autocast(self.lora_A.device.type, enabled=False):
             delta = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
-        self.merged_weight = (self.weight.to(wide) + delta).to(self.weight.dtype)
-        self.merged_bias = None if self.bias is None else self.bias.detach()
+            whole = base.to(wide) if isinstance(base, Tensor) else base.materialize(wide)
+        bias = None if self.bias is None else self.bias.detach()
         if self.lora_bias is not None:
-            base = 0.0 if self.bias is None else self.bias.to(wide)
-            self.merged_bias = (base + self.scaling * self.lora_bias.to(wide)).to(self.weight.dtype)
+            own = 0.0 if self.bias is None else self.bias.to(wide)
+            bias = (own + self.scaling * self.lora_bias.to(wide)).to(base.dtype)
+        return (whole + delta).to(base.dtype), bias
 
     def unmerge(self) -> None:
         """Drop the merged weight; the base is bit-identical to what it was. Raises: RuntimeError where not merged."""
@@ -161,17 +186,13 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A plain nn.Linear with its own copy of the merged weight; this layer stays as it is."""
-        merged = self.merged_weight is not None
-        if not merged:
-            self.merge()
         weight, bias = self.merged_weight, self.merged_bias
-        assert weight is not None
+        if weight is None:
+            weight, bias = self._sum()
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, "meta", weight.dtype)
         linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
         if bias is not None:
             linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        if not merged:
-            self.unmerge()
         return linear.train(self.training)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
@@ -185,4 +206,5 @@ class LoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, bias={self.bias is not None}, "
             f"lora_bias={self.lora_bias is not None}, use_rslora={self.use_rslora}"
+            + ("" if self.held is None else f", weight_format={self.held.format}")
         )
