@@ -16,7 +16,7 @@ from peftkern.ops import schema
 
 # Positions in LoRALinearFunction.forward's argument list of what can have a gradient.
 _DIFFERENTIABLE = {"x": 0, "lora_A": 5, "lora_B": 6, "bias": 7, "lora_bias": 8}
-_ARGUMENTS = 15
+_ARGUMENTS = 15  # and the weight's tables
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -26,12 +26,12 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, lora_bias, *settings
     ) -> Tensor:
-        scaling, scaling_tensor, dropout_p, rng_state, precision, backend = settings
+        scaling, scaling_tensor, dropout_p, rng_state, precision, backend, *w_tables = settings
         if scaling_tensor is not None:
             scaling_tensor = scaling_tensor.detach().clone()  # backward uses the value that forward saw
         y, s = schema.forward(
             x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, lora_bias,
-            scaling, scaling_tensor, dropout_p, rng_state, precision, backend,
+            scaling, scaling_tensor, dropout_p, rng_state, precision, backend, w_tables=w_tables or None,
         )  # fmt: skip
         need_x, need_A, need_B = (ctx.needs_input_grad[_DIFFERENTIABLE[name]] for name in ("x", "lora_A", "lora_B"))
         # Only what backward reads is saved, so that an in-place update of anything else is not held against the caller;
@@ -41,11 +41,13 @@ class LoRALinearFunction(torch.autograd.Function):
         operands |= {"bias": bias, "lora_bias": lora_bias}
         ctx.save_for_backward(
             x if need_A else None, s if need_B else None, scaling_tensor, rng_state,
+            *(w_tables if need_x else ()),
             *(tensor if read.get(name) else None for name, tensor in operands.items()),
         )  # fmt: skip
         ctx.unread = [
             None if read.get(name) or tensor is None else tensor.detach() for name, tensor in operands.items()
         ]
+        ctx.tables, ctx.saved_tables = len(w_tables), len(w_tables) if need_x else 0
         ctx.settings = w_format, group_size, scaling, dropout_p, precision, backend
         return y
 
@@ -53,6 +55,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, s, scaling_tensor, rng_state, *read = ctx.saved_tensors
+        w_tables, read = read[: ctx.saved_tables], read[ctx.saved_tables :]
         w_data, w_scale, lora_A, lora_B, bias, lora_bias = (
             saved if unread is None else unread for saved, unread in zip(read, ctx.unread, strict=True)
         )
@@ -62,8 +65,9 @@ class LoRALinearFunction(torch.autograd.Function):
             dy, x, s, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, lora_bias,
             scaling, scaling_tensor, dropout_p, rng_state, precision, backend,
             *(ctx.needs_input_grad[position] for position in _DIFFERENTIABLE.values()),
+            w_tables=w_tables or None,
         )  # fmt: skip
-        result: list[Tensor | None] = [None] * _ARGUMENTS
+        result: list[Tensor | None] = [None] * (_ARGUMENTS + ctx.tables)
         for position, gradient in zip(needed, gradients, strict=True):
             result[position] = gradient
         return tuple(result)

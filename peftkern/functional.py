@@ -75,9 +75,9 @@ def apply(x: Tensor, operands: LoRAOperands, backend: str = "") -> Tensor:
     flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), W.shape[1])
     arguments = (flat, W.data, W.scale, W.format, W.group_size, *operands[1:], backend)
     if transformed() or (torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5])):
-        y = LoRALinearFunction.apply(*arguments)
+        y = LoRALinearFunction.apply(*arguments, *W.tables)
     else:
-        y = schema.forward(*arguments)[0]
+        y = schema.forward(*arguments, w_tables=W.tables or None)[0]
     return _unflattened(y, x)
 
 
@@ -123,7 +123,8 @@ def _prepare(
             raise TypeError(f"weight is a tensor or a FrozenWeight, not {type(weight).__name__}")
         weight = DenseWeight(weight)
     named = {"x": x, "weight": weight.data, "lora_A": lora_A, "lora_B": lora_B, "bias": bias, "lora_bias": lora_bias}
-    _check_devices(named if weight.scale is None else named | {"weight.scale": weight.scale})
+    beside = {f"weight.{part}": held for part, held in zip(weight.parts, weight.tensors[1:], strict=False)}
+    _check_devices(named | beside)
     _check_shapes(x, weight, lora_A, lora_B, bias, lora_bias)
     if weight.data.requires_grad:
         raise ValueError("weight requires grad, but only the adapter is trained: call weight.requires_grad_(False)")

@@ -60,6 +60,7 @@ OPERAND_SETS = {
     "plain": Case(6, 24, 16, 4),
     "everything": Case(6, 24, 16, 4, BF16, F32, 0.25, bias=True, lora_bias=True, precision="fp32"),
     "int8": Case(6, 24, 16, 4, BF16, F32, 0.25, weight_format="int8"),
+    "nf4": Case(6, 25, 15, 4, BF16, F32, 0.25, weight_format="nf4"),
     "rank 0": Case(6, 24, 16, 0),
     "no rows": Case(0, 24, 16, 4, bias=True, lora_bias=True),
     "odd": Case(3, 5, 7, 1, F16, F16, lora_bias=True),
@@ -78,18 +79,22 @@ def operator_arguments(case: Case, t, backend: str, tensor_scaling: bool) -> tup
     )  # fmt: skip
 
 
+def weight_tables(t) -> dict:
+    return {"w_tables": t.weight.tables or None} if isinstance(t.weight, FrozenWeight) else {}
+
+
 @pytest.mark.parametrize("tensor_scaling", [False, True])
 @pytest.mark.parametrize("which", OPERAND_SETS)
 def test_row_16_opcheck(which, tensor_scaling, target: Target):
     case = OPERAND_SETS[which]
     backend = "auto" if case.R == 0 else target.backend
     t = make(case, target.device)
-    arguments = operator_arguments(case, t, backend, tensor_scaling)
-    torch.library.opcheck(schema.forward, (t.x, *arguments))
-    _, s = schema.forward(t.x, *arguments)
+    arguments, tables = operator_arguments(case, t, backend, tensor_scaling), weight_tables(t)
+    torch.library.opcheck(schema.forward, (t.x, *arguments), tables)
+    _, s = schema.forward(t.x, *arguments, **tables)
     for needs in ((True,) * 5, (True, False, False, False, False), (False, True, True, False, False)):
         x, s_or_none = t.x if needs[1] else None, s if needs[2] else None
-        torch.library.opcheck(schema.backward, (t.dy, x, s_or_none, *arguments, *needs))
+        torch.library.opcheck(schema.backward, (t.dy, x, s_or_none, *arguments, *needs), tables)
 
 
 @pytest.mark.parametrize("which", OPERAND_SETS)
@@ -101,13 +106,15 @@ def test_row_16_fake_kernels_have_the_real_shapes_strides_and_dtypes(which, stri
         t.x, t.dy = t.x.t().contiguous().t(), t.dy.t().contiguous().t()
         t.lora_A, t.lora_B = t.lora_A.t().contiguous().t(), t.lora_B.t().contiguous().t()
     arguments = operator_arguments(case, t, "auto" if case.R == 0 else target.backend, False)
-    real = schema.forward(t.x, *arguments)
-    real = [*real, *schema.backward(t.dy, t.x, real[1], *arguments, *(True,) * 5)]
+    tables = weight_tables(t)
+    real = schema.forward(t.x, *arguments, **tables)
+    real = [*real, *schema.backward(t.dy, t.x, real[1], *arguments, *(True,) * 5, **tables)]
     with torch._subclasses.FakeTensorMode() as mode:
         convert = lambda value: mode.from_tensor(value) if isinstance(value, Tensor) else value  # noqa: E731
         fakes = [convert(value) for value in arguments]
-        fake = schema.forward(convert(t.x), *fakes)
-        fake = [*fake, *schema.backward(convert(t.dy), convert(t.x), fake[1], *fakes, *(True,) * 5)]
+        tables = {name: value and [convert(table) for table in value] for name, value in tables.items()}
+        fake = schema.forward(convert(t.x), *fakes, **tables)
+        fake = [*fake, *schema.backward(convert(t.dy), convert(t.x), fake[1], *fakes, *(True,) * 5, **tables)]
     describe = lambda v: (tuple(v.shape), v.stride() if v.numel() else None, v.dtype, v.device.type)  # noqa: E731
     assert [describe(v) for v in fake] == [describe(v) for v in real]
 
@@ -199,8 +206,28 @@ def test_row_16_dynamic_shapes_compile_once(target: Target, fresh_compiler):
     assert len(set(compilations)) == 1
 
 
-def test_row_16_compiled_module_with_a_tensor_scaling_and_int8(target: Target, fresh_compiler):
-    case = Case(9, 24, 16, 4, BF16, F32, weight_format="int8")
+@pytest.mark.parametrize("weight_format", ["int8", "nf4"])
+def test_row_16_a_compiled_layer_with_a_packed_weight_trains(weight_format, fresh_compiler):
+    linear = torch.nn.Linear(25, 15, dtype=BF16)
+    layer = peftkern.nn.LoRALinear.from_linear(linear, 4, 8, weight_format=weight_format)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(6, 25, dtype=BF16)
+
+    def step(module) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        y = module(leaf)
+        y.sum().backward()
+        return [y, leaf.grad, layer.lora_A.grad, layer.lora_B.grad]
+
+    expected = step(layer)
+    found = step(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "nf4"])
+def test_row_16_compiled_module_with_a_tensor_scaling_and_a_packed_weight(weight_format, target, fresh_compiler):
+    case = Case(9, 24, 16, 4, BF16, F32, weight_format=weight_format)
     t = make(case, target.device)
     scaling = torch.tensor(0.5, device=target.device)
     compiled = torch.compile(

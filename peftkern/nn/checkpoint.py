@@ -155,7 +155,7 @@ def _check_injected(layers: Mapping[str, LoRALinear], file: AdapterFile) -> None
         )
     _check_same(set(layers), set(file.layers), "the model has no LoRALinear there")
     for name, layer in layers.items():
-        _check_fit(name, file, layer.weight, layer.bias, layer.r, layer.lora_A.dtype)
+        _check_fit(name, file, layer.base_weight(), layer.bias, layer.r, layer.lora_A.dtype)
         found = file.layers[name]
         if (layer.lora_bias is None) != (found.lora_bias is None):
             state = "is missing" if layer.lora_bias is not None else "is there"

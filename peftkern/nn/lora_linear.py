@@ -11,6 +11,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftkern.functional import lora_linear
 from peftkern.nn import initialization
+from peftkern.nn.frozen import FrozenBuffers
+from peftkern.weights import FrozenWeight
 
 
 def why_not_linear(module: nn.Module) -> str | None:
@@ -33,7 +35,7 @@ def why_not_linear(module: nn.Module) -> str | None:
     return None
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(FrozenBuffers):
     """A linear layer whose weight is frozen and whose low-rank update is trained, fused.
 
     Formula:
@@ -52,6 +54,10 @@ class LoRALinear(nn.Module):
             lost is kept in the buffers removed_A [r, K] and removed_B [N, r]: it was weight + removed_B removed_A.
         device, dtype: of the base layer. The adapter is float32 where dtype is a 16-bit float, else of dtype.
 
+    A weight in another format than "dense" (``from_linear``) is held as buffers, and ``weight`` is None; ``state_dict``
+    has it under the names of ``FrozenWeight.state_dict``. FSDP2 shards parameters, so every rank holds such a weight
+    whole: its blocks do not end where rows do, and a shard of rows could not be decoded.
+
     Shapes: x [..., K] -> y [..., N]; weight [N, K], bias [N], lora_A [r, K], lora_B [N, r], lora_bias [N].
     With every initialisation the layer starts as its base (PiSSA, OLoRA: to the rounding of the new weight).
 
@@ -61,7 +67,7 @@ class LoRALinear(nn.Module):
     Source: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rsLoRA); ``peftkern.nn.initialization``.
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter | None
     bias: nn.Parameter | None
     lora_bias: nn.Parameter | None
     merged_weight: Tensor | None
@@ -101,6 +107,7 @@ class LoRALinear(nn.Module):
         self.init_lora_weights, self.conv1d = init_lora_weights, None
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.weight = weight.requires_grad_(False)
+        self.held = None
         self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))
         wide = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **wide))
@@ -118,6 +125,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def _take_out_of_weight(self) -> None:
         """PiSSA, OLoRA: a weight of the layer's own, without what the adapter starts as."""
+        assert self.weight is not None  # quantised later, if at all
         A, B, residual = initialization.split_weight(self.weight, self.r, self.scaling, self.init_lora_weights)
         self.weight = nn.Parameter(residual, requires_grad=False)
         self.removed_A, self.removed_B = A, self.scaling * B
@@ -135,7 +143,12 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Base and adapter as a new layer's, where ``to_empty`` has left memory of no value."""
+        """Base and adapter as a new layer's, where ``to_empty`` has left memory of no value.
+
+        Raises: NotImplementedError for a quantised base, which is loaded instead.
+        """
+        if self.held is not None:
+            raise NotImplementedError(f"a {self.held.format} base has no initial values: load its state_dict")
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
         if self.removed_A is not None:
             self._take_out_of_weight()
@@ -144,11 +157,13 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def base_weight(self) -> Tensor:
         """The weight [N, K] that the layer was given: ``weight``, and with PiSSA and OLoRA what they took out of it."""
+        base = self.frozen_weight()
+        weight = base if isinstance(base, Tensor) else base.materialize(base.dtype)
         if self.removed_A is None or self.removed_B is None:
-            return self.weight
+            return weight
         wide = self.removed_A.dtype
-        with torch.autocast(self.weight.device.type, enabled=False):
-            return (self.weight.to(wide) + self.removed_B @ self.removed_A).to(self.weight.dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            return (weight.to(wide) + self.removed_B @ self.removed_A).to(weight.dtype)
 
     @classmethod
     def from_linear(
@@ -161,15 +176,19 @@ class LoRALinear(nn.Module):
         lora_bias: bool = False,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        weight_format: str = "dense",
+        **options: Any,
     ) -> LoRALinear:
-        """Put an adapter on an existing layer, sharing its storage.
+        """Put an adapter on an existing layer, sharing its storage unless its weight is quantised.
 
         Args:
             linear: an nn.Linear, whose parameters are taken as they are (ties survive; they are frozen), or GPT-2's
                 ``Conv1D``, whose [K, N] weight is shared through a transposed view. PiSSA and OLoRA leave it untouched
                 and give the layer a weight of its own.
             r, lora_alpha, lora_dropout, lora_bias, use_rslora, init_lora_weights: as in the constructor.
-        Raises: TypeError for any other module, with the reason; ValueError as the constructor.
+            weight_format, options: what the frozen weight is converted to, as in ``FrozenWeight.quantize``.
+        Raises: TypeError for any other module, with the reason; ValueError as the constructor and
+            ``FrozenWeight.quantize``.
         """
         reason = why_not_linear(linear)
         if reason is not None:
@@ -180,6 +199,8 @@ class LoRALinear(nn.Module):
         nn.Module.__init__(layer)
         layer._adopt(weight, linear.bias, r, lora_alpha, lora_dropout, lora_bias, use_rslora, init_lora_weights)
         layer.conv1d = conv1d
+        if weight_format != "dense" or options:
+            layer.hold(FrozenWeight.quantize(layer.weight, weight_format, **options))  # type: ignore[arg-type]
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,7 +209,7 @@ class LoRALinear(nn.Module):
             return nn.functional.linear(x, self.merged_weight, self.merged_bias)
         return lora_linear(
             x,
-            self.weight,
+            self.frozen_weight(),
             self.lora_A,
             self.lora_B,
             self.scaling,
@@ -202,18 +223,30 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Run on W + c B A (computed in fp32, rounded once) from now on; the base and state_dict stay as they are.
 
-        A second merge is a RuntimeError. Changes of the adapter are not seen until unmerge and merge.
+        A second merge is a RuntimeError, one into a quantised base a NotImplementedError. Changes of the
+        adapter are not seen until unmerge and merge.
         """
         if self.merged_weight is not None:
             raise RuntimeError("already merged: call unmerge() first")
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(self.weight.device.type, enabled=False):
+        if self.held is not None:
+            raise NotImplementedError(
+                f"a {self.held.format} weight is not merged into: to quantise the sum would round the update away. "
+                "to_linear() returns the sum in full"
+            )
+        self.merged_weight, self.merged_bias = self._sum()
+
+    def _sum(self) -> tuple[Tensor, Tensor | None]:
+        """W + c B A and bias + c lora_bias, in the base's dtype."""
+        base = self.frozen_weight()
+        wide = torch.promote_types(base.dtype, torch.float32)
+        with torch.autocast(self.lora_A.device.type, enabled=False):
             delta = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
-        self.merged_weight = (self.weight.to(wide) + delta).to(self.weight.dtype)
-        self.merged_bias = None if self.bias is None else self.bias.detach()
+            whole = base.to(wide) if isinstance(base, Tensor) else base.materialize(wide)
+        bias = None if self.bias is None else self.bias.detach()
         if self.lora_bias is not None:
-            base = 0.0 if self.bias is None else self.bias.to(wide)
-            self.merged_bias = (base + self.scaling * self.lora_bias.to(wide)).to(self.weight.dtype)
+            own = 0.0 if self.bias is None else self.bias.to(wide)
+            bias = (own + self.scaling * self.lora_bias.to(wide)).to(base.dtype)
+        return (whole + delta).to(base.dtype), bias
 
     def unmerge(self) -> None:
         """Drop the merged weight; the base is bit-identical to what it was. Raises: RuntimeError where not merged."""
@@ -224,17 +257,13 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A plain nn.Linear with its own copy of the merged weight; this layer stays as it is."""
-        merged = self.merged_weight is not None
-        if not merged:
-            self.merge()
         weight, bias = self.merged_weight, self.merged_bias
-        assert weight is not None
+        if weight is None:
+            weight, bias = self._sum()
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, "meta", weight.dtype)
         linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
         if bias is not None:
             linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        if not merged:
-            self.unmerge()
         return linear.train(self.training)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
@@ -249,4 +278,5 @@ class LoRALinear(nn.Module):
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, bias={self.bias is not None}, "
             f"lora_bias={self.lora_bias is not None}, use_rslora={self.use_rslora}, "
             f"init_lora_weights={self.init_lora_weights!r}"
+            + ("" if self.held is None else f", weight_format={self.held.format}")
         )

@@ -1,7 +1,8 @@
 """The operators, as torch.library sees them: schemas, implementations, fake kernels.
 
 They are opaque to the compiler and return fresh, contiguous tensors. ``backward`` returns only the gradients that are
-asked for, in the order x, lora_A, lora_B, bias, lora_bias.
+asked for, in the order x, lora_A, lora_B, bias, lora_bias. The frozen weight's shape is that of lora_B and lora_A;
+``w_tables`` are what its format needs beside data and scales.
 """
 
 from __future__ import annotations
@@ -20,37 +21,41 @@ _OPERANDS = (
     "str precision, str backend"
 )
 _NEEDS = "bool need_x, bool need_A, bool need_B, bool need_bias, bool need_lora_bias"
+_TABLES = "*, Tensor[]? w_tables=None"
 
 _library = torch.library.Library("peftkern", "DEF")
-_library.define(f"forward(Tensor x, {_OPERANDS}) -> (Tensor y, Tensor s)")
-_library.define(f"backward(Tensor dy, Tensor? x, Tensor? s, {_OPERANDS}, {_NEEDS}) -> Tensor[]")
+_library.define(f"forward(Tensor x, {_OPERANDS}, {_TABLES}) -> (Tensor y, Tensor s)")
+_library.define(f"backward(Tensor dy, Tensor? x, Tensor? s, {_OPERANDS}, {_NEEDS}, {_TABLES}) -> Tensor[]")
 
 
-def _operands(w_data, w_scale, w_format, group_size, *rest) -> LoRAOperands:
-    return LoRAOperands(FrozenWeight.from_operands(w_format, w_data, w_scale, group_size), *rest)
+def _operands(tables, w_data, w_scale, w_format, group_size, lora_A, lora_B, *rest) -> LoRAOperands:
+    shape = lora_B.shape[0], lora_A.shape[1]
+    weight = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size, tables or (), shape)
+    return LoRAOperands(weight, lora_A, lora_B, *rest)
 
 
-def _forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, *arguments, w_tables=None) -> tuple[Tensor, Tensor]:
     *operands, backend = arguments
-    return dispatch.forward(_operands(*operands), x, backend)
+    return dispatch.forward(_operands(w_tables, *operands), x, backend)
 
 
-def _forward_fake(x: Tensor, w_data, w_scale, w_format, group_size, lora_A, *rest) -> tuple[Tensor, Tensor]:
-    N = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size).shape[0]
+def _forward_fake(x: Tensor, *arguments, w_tables=None) -> tuple[Tensor, Tensor]:
+    operands = _operands(w_tables, *arguments[:-1])
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], lora_A.shape[0], dtype=wide)
+    R, N = operands.lora_A.shape[0], operands.weight.shape[0]
+    return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], R, dtype=wide)
 
 
-def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments) -> list[Tensor]:
+def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments, w_tables=None) -> list[Tensor]:
     *operands, backend, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
     needs = Needs(need_x, need_A, need_B, need_bias, need_lora_bias)
-    gradients = dispatch.backward(_operands(*operands), dy, x, s, needs, backend)
+    gradients = dispatch.backward(_operands(w_tables, *operands), dy, x, s, needs, backend)
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def _backward_fake(dy: Tensor, x, s, *arguments) -> list[Tensor]:
+def _backward_fake(dy: Tensor, x, s, *arguments, w_tables=None) -> list[Tensor]:
     *operands, backend, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
-    fields = _operands(*operands)
+    fields = _operands(w_tables, *operands)
     shapes = [dy.new_empty(dy.shape[0], fields.weight.shape[1])] if need_x else []
     parameters = (fields.lora_A, fields.lora_B, fields.bias, fields.lora_bias)
     needs = (need_A, need_B, need_bias, need_lora_bias)

@@ -2,6 +2,19 @@
 
 from peftkern.weights.base import FrozenWeight, formats
 from peftkern.weights.dense import DenseWeight
+from peftkern.weights.four_bit import FourBitWeight, FP4Weight, NF4Weight
+from peftkern.weights.fp8 import FP8Weight
+from peftkern.weights.int4 import Int4Weight
 from peftkern.weights.int8 import Int8Weight
 
-__all__ = ["DenseWeight", "FrozenWeight", "Int8Weight", "formats"]
+__all__ = [
+    "DenseWeight",
+    "FP4Weight",
+    "FP8Weight",
+    "FourBitWeight",
+    "FrozenWeight",
+    "Int4Weight",
+    "Int8Weight",
+    "NF4Weight",
+    "formats",
+]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from peftkern.weights import saved
 
 _FORMATS: dict[str, type[FrozenWeight]] = {}
 
@@ -14,32 +17,47 @@ _FORMATS: dict[str, type[FrozenWeight]] = {}
 class FrozenWeight(ABC):
     """A weight ``[N, K]`` that is never trained, in one storage format.
 
-    The format is one subclass; the kernels see its operands only (``data``, ``scale``, ``format``, ``group_size``) and
-    decode them in their tile loader. ``materialize`` is the format's definition: a loader is right iff it agrees.
+    The format is one subclass; the kernels see its operands only (``data``, ``scale``, ``format``, ``group_size``,
+    ``tables``) and decode them in their tile loader. ``materialize`` is the format's definition: a loader is right iff
+    it agrees. Every element is decoded in fp32 and rounded once to the dtype that is asked for.
 
     Args:
         data: the payload, on any device; its dtype and layout belong to the format.
         scale: the format's scales, or None.
-        group_size: how many elements along K share a scale; 0 where the format has no groups.
+        group_size: how many neighbouring elements share a scale; 0 where the format has no groups.
+        tables: what else is needed to decode: zero points, codes, scales of the scales.
+        shape: (N, K); needed where ``data`` does not say it.
+        dtype: of the weight that was quantised. It is saved, and the kernels do not look at it: they compute in x's.
     """
 
     format: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]] = ()  # what scale and tables are called in a state_dict, after the weight's name
+    marker: ClassVar[str]  # of the state_dict entry that says what format this is
 
     def __init_subclass__(cls) -> None:
-        _FORMATS[cls.format] = cls
+        if "format" in cls.__dict__:
+            cls.marker = cls.__dict__.get("marker", f"peftkern__{cls.format}")
+            _FORMATS[cls.format] = cls
 
-    def __init__(self, data: Tensor, scale: Tensor | None = None, group_size: int = 0) -> None:
-        self.data, self.scale, self.group_size = data, scale, group_size
-        self.validate()
+    def __init__(
+        self,
+        data: Tensor,
+        scale: Tensor | None = None,
+        group_size: int = 0,
+        tables: tuple[Tensor, ...] = (),
+        shape: tuple[int, int] | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        name: str = "weight",
+    ) -> None:
+        self.data, self.scale, self.group_size, self.tables = data, scale, group_size, tuple(tables)
+        self.shape: tuple[int, int] = tuple(data.shape if shape is None else shape)  # type: ignore[assignment]
+        self.dtype = dtype or (data.dtype if data.dtype in saved.DTYPES.values() else torch.float32)
+        self.validate(name)
 
-    @property
     @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-
-    @abstractmethod
-    def validate(self) -> None:
-        """Raise ValueError or TypeError, naming the field, unless the operands are a weight of this format."""
+    def validate(self, name: str) -> None:
+        """Raise ValueError, naming the tensor as a state_dict does, unless this is a weight of the format."""
 
     @abstractmethod
     def materialize(self, dtype: torch.dtype) -> Tensor:
@@ -48,7 +66,7 @@ class FrozenWeight(ABC):
     @classmethod
     @abstractmethod
     def pack(cls, tensor: Tensor) -> FrozenWeight:
-        """Convert a dense ``[N, K]`` tensor into this format."""
+        """Convert a dense, finite ``[N, K]`` tensor into this format."""
 
     @property
     def device(self) -> torch.device:
@@ -60,30 +78,110 @@ class FrozenWeight(ABC):
         """The dtype x must have, or None where the format computes in x's own dtype."""
         return None
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that is held, in the order data, scale, tables."""
+        return (self.data, *(() if self.scale is None else (self.scale,)), *self.tables)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors)
+
     @staticmethod
-    def quantize(tensor: Tensor, format: str) -> FrozenWeight:
+    def quantize(tensor: Tensor, format: str, **options: Any) -> FrozenWeight:
         """Convert a dense weight ``[N, K]`` into ``format``.
 
+        Args:
+            tensor: floating, on any device.
+            format: "int8" (options: group_size=0, one scale an output channel, or a power of two of at least 16 along
+                K), "int4" (group_size=128), "nf4" and "fp4" (blocksize=64, double_quant=True), "fp8" (scaling="row",
+                "tensor" or "block"), or "dense".
+            options: the format's own.
         Returns: a FrozenWeight on the same device.
-        Raises: ValueError for an unknown format or a tensor that is not 2-D.
+        Raises: ValueError for an unknown format, a tensor that is not 2-D, NaN or Inf in it, or an option's value;
+            TypeError for an integer tensor or an unknown option.
         """
+        cls = _format_class(format)
         if tensor.ndim != 2:
             raise ValueError(f"a frozen weight is 2-D [N, K], got shape {tuple(tensor.shape)}")
-        return _format_class(format).pack(tensor.detach())
+        if not tensor.is_floating_point():
+            raise TypeError(f"a floating weight is quantised, not {tensor.dtype}")
+        if format != "dense" and not tensor.is_meta and not tensor.isfinite().all():
+            raise ValueError(f"the weight has NaN or Inf, which {format} cannot hold")
+        weight = cls.pack(tensor.detach(), **options)
+        weight.dtype = tensor.dtype
+        return weight
 
     @staticmethod
-    def from_operands(format: str, data: Tensor, scale: Tensor | None, group_size: int) -> FrozenWeight:
+    def from_operands(
+        format: str,
+        data: Tensor,
+        scale: Tensor | None,
+        group_size: int,
+        tables: tuple[Tensor, ...] = (),
+        shape: tuple[int, int] | None = None,
+    ) -> FrozenWeight:
         """Rebuild a weight from what the operators carry; it was validated when it was first made."""
         weight = object.__new__(_format_class(format))
-        weight.data, weight.scale, weight.group_size = data, scale, group_size
+        weight.data, weight.scale, weight.group_size, weight.tables = data, scale, group_size, tuple(tables)
+        weight.shape = tuple(data.shape if shape is None else shape)  # type: ignore[assignment]
+        weight.dtype = torch.float32
+        return weight
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> FrozenWeight:
+        """The weight with every tensor replaced by ``function`` of it, which keeps dtypes and shapes."""
+        scale = None if self.scale is None else function(self.scale)
+        tables = tuple(map(function, self.tables))
+        weight = self.from_operands(self.format, function(self.data), scale, self.group_size, tables, self.shape)
+        weight.dtype = self.dtype
         return weight
 
     def to(self, device: torch.device | str) -> FrozenWeight:
         """A copy on another device, or self where it is there already."""
         if self.data.device == torch.device(device):
             return self
-        scale = None if self.scale is None else self.scale.to(device)
-        return type(self)(self.data.to(device), scale, self.group_size)
+        return self.mapped(lambda tensor: tensor.to(device))
+
+    def state_dict(self, name: str = "weight") -> dict[str, Tensor]:
+        """The weight as named tensors, without pickle: what ``from_state_dict`` reads, bit for bit.
+
+        nf4 and fp4 have the names that bitsandbytes gives them, and it can read them.
+        """
+        found = {name: self.data}
+        found |= {f"{name}.{part}": tensor for part, tensor in zip(self.parts, self.tensors[1:], strict=True)}
+        facts = {"shape": list(self.shape), "group_size": self.group_size, "dtype": saved.dtype_name(self.dtype)}
+        found[f"{name}.quant_state.{self.marker}"] = saved.pack_facts(facts)
+        return found
+
+    @staticmethod
+    def from_state_dict(state_dict: Mapping[str, Tensor], name: str = "weight") -> FrozenWeight:
+        """Read a weight that ``state_dict``, or bitsandbytes' ``Linear4bit``, has saved; nothing is unpickled.
+
+        Args: state_dict: what may hold other tensors too; name: of the weight in it.
+        Raises: ValueError naming the key that is missing, unexpected, or holds what it should not.
+        """
+        entries = {key[len(name) + 1 :]: value for key, value in state_dict.items() if key.startswith(f"{name}.")}
+        if name in state_dict:
+            entries[""] = state_dict[name]
+        marked = [key for key in entries if key.startswith("quant_state.")]
+        markers = {cls.marker: cls for cls in _FORMATS.values()}
+        known = ", ".join(sorted(markers))
+        if len(marked) != 1 or marked[0].removeprefix("quant_state.") not in markers:
+            found = ", ".join(f"{name}.{key}" for key in marked) or "none"
+            raise ValueError(f"{name}.quant_state.* names one of {known}, found {found}")
+        cls = markers[marked[0].removeprefix("quant_state.")]
+        facts = saved.unpack_facts(entries.pop(marked[0]), f"{name}.{marked[0]}")
+        return cls.from_saved(saved.Saved(name, entries, facts, f"{name}.{marked[0]}"))
+
+    @classmethod
+    def from_saved(cls, content: saved.Saved) -> FrozenWeight:
+        """The weight from the entries of a state_dict."""
+        shape, dtype = content.shape(), content.dtype()
+        data, rest = content.take(""), [content.take(part) for part in cls.parts]
+        content.finish()
+        scale, tables = (rest[0] if rest else None), tuple(rest[1:])
+        return cls(data, scale, content.integer("group_size"), tables, shape, dtype, name=content.name)
 
     def __repr__(self) -> str:
         N, K = self.shape

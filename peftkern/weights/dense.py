@@ -13,13 +13,9 @@ class DenseWeight(FrozenWeight):
 
     format = "dense"
 
-    def validate(self) -> None:
-        if self.data.ndim != 2:
-            raise ValueError(f"weight is 2-D [N, K], got shape {tuple(self.data.shape)}")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.data.shape[0], self.data.shape[1]
+    def validate(self, name: str) -> None:
+        if self.data.ndim != 2 or self.shape != self.data.shape:
+            raise ValueError(f"{name} is 2-D [N, K], got shape {tuple(self.data.shape)}")
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -1,0 +1,55 @@
+"""``int4``: asymmetric, a scale and a zero point per group along K.
+
+W[n, k] = (q[n, k] - zero_point[n, g]) * scale[n, g],   g = k // group_size,   q in 0 ... 15
+
+Zero is always representable. Two elements share a byte, the even one in the high half; a row begins with a new byte.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkern.weights.base import FrozenWeight
+from peftkern.weights.groups import grouped, pack_nibbles, spread
+from peftkern.weights.saved import require, require_finite, require_group
+
+
+class Int4Weight(FrozenWeight):
+    """``data`` uint8 [N, ceil(K / 2)], ``scale`` fp32 [N, G], ``tables`` (zero_point uint8 [N, G])."""
+
+    format = "int4"
+    parts = ("scale", "zero_point")
+
+    def validate(self, name: str) -> None:
+        N, K = self.shape
+        device = self.data.device
+        require(name, self.data, torch.uint8, (N, -(-K // 2)), device)
+        require_group(name, "group_size", self.group_size)
+        shape = (N, -(-K // self.group_size))
+        require_finite(f"{name}.scale", require(f"{name}.scale", self.scale, torch.float32, shape, device))
+        (zero_point,) = self.tables or (None,)
+        require(f"{name}.zero_point", zero_point, torch.uint8, shape, device)
+        if not device.type == "meta" and (self.tables[0] > 15).any():
+            raise ValueError(f"{name}.zero_point is beyond 15")
+
+    def materialize(self, dtype: torch.dtype) -> Tensor:
+        assert self.scale is not None  # validate() has seen to it
+        N, K = self.shape
+        codes = torch.stack((self.data >> 4, self.data & 15), dim=-1).view(N, -1)[:, :K].float()
+        codes -= spread(self.tables[0].float(), self.group_size, K)
+        return codes.mul_(spread(self.scale, self.group_size, K)).to(dtype)
+
+    @classmethod
+    def pack(cls, tensor: Tensor, group_size: int = 128) -> Int4Weight:
+        require_group("int4", "group_size", group_size)
+        N, K = tensor.shape
+        groups = grouped(tensor.float(), group_size)
+        low, high = groups.amin(dim=-1).clamp(max=0), groups.amax(dim=-1).clamp(min=0)
+        scale = (high - low) / 15
+        divisor = torch.where(scale > 0, scale, 1.0)
+        zero_point = (-low / divisor).round().clamp_(0, 15)
+        codes = (groups / divisor.unsqueeze(-1)).round() + zero_point.unsqueeze(-1)
+        codes = codes.clamp_(0, 15).to(torch.uint8).view(N, -1)[:, :K]
+        data = pack_nibbles(torch.nn.functional.pad(codes, (0, K % 2)))
+        return cls(data, scale, group_size, (zero_point.to(torch.uint8),), (N, K))
