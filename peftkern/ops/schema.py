@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkern.ops import dispatch
+from peftkern.ops import dispatch, inputs
 from peftkern.ops.problem import LoRAOperands, Needs
 from peftkern.weights import FrozenWeight
 
@@ -30,26 +30,32 @@ def _operands(w_data, w_scale, w_format, group_size, *rest) -> LoRAOperands:
 
 
 def _forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    *operands, backend = arguments
-    return dispatch.forward(_operands(*operands), x, backend)
+    *fields, backend = arguments
+    operands = _operands(*fields)
+    inputs.check_forward(operands, x)
+    return dispatch.forward(operands, x, backend)
 
 
-def _forward_fake(x: Tensor, w_data, w_scale, w_format, group_size, lora_A, *rest) -> tuple[Tensor, Tensor]:
-    N = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size).shape[0]
+def _forward_fake(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    operands = _operands(*arguments[:-1])
+    inputs.check_forward(operands, x)
+    N, R = operands.lora_B.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], lora_A.shape[0], dtype=wide)
+    return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], R, dtype=wide)
 
 
 def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments) -> list[Tensor]:
-    *operands, backend, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
-    needs = Needs(need_x, need_A, need_B, need_bias, need_lora_bias)
-    gradients = dispatch.backward(_operands(*operands), dy, x, s, needs, backend)
+    *fields, backend, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
+    operands, needs = _operands(*fields), Needs(need_x, need_A, need_B, need_bias, need_lora_bias)
+    inputs.check_backward(operands, dy, x, s, needs)
+    gradients = dispatch.backward(operands, dy, x, s, needs, backend)
     return [gradient for gradient in gradients if gradient is not None]
 
 
 def _backward_fake(dy: Tensor, x, s, *arguments) -> list[Tensor]:
-    *operands, backend, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
+    *operands, _, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
     fields = _operands(*operands)
+    inputs.check_backward(fields, dy, x, s, Needs(need_x, need_A, need_B, need_bias, need_lora_bias))
     shapes = [dy.new_empty(dy.shape[0], fields.weight.shape[1])] if need_x else []
     parameters = (fields.lora_A, fields.lora_B, fields.bias, fields.lora_bias)
     needs = (need_A, need_B, need_bias, need_lora_bias)
