@@ -82,24 +82,30 @@ def check_backward(operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tens
     operands.weight.validate()
     if not _fit(operands, dy, 0):
         _explain(operands, dy, "dy")
-    weight, lora_A = operands.weight, operands.lora_A
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    for name, tensor, needed, width, dtype in (
-        ("x", x, needs.lora_A, weight.shape[1], dy.dtype),
-        ("s", s, needs.lora_B, lora_A.shape[0], wide),
-    ):
-        if tensor is None:
-            if needed:
-                raise ValueError(f"{name} is missing, but lora_{'A' if name == 'x' else 'B'}'s gradient is asked for")
-        elif tensor.shape != (dy.shape[0], width) or tensor.dtype != dtype or tensor.device != dy.device:
-            raise (TypeError if tensor.dtype != dtype else ValueError)(
-                f"{name} is {dtype} {(dy.shape[0], width)} on {dy.device} for dy {tuple(dy.shape)}, "
-                f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-            )
-    biases = ("bias", needs.bias, operands.bias), ("lora_bias", needs.lora_bias, operands.lora_bias)
-    for name, needed, tensor in biases:
-        if needed and tensor is None:
-            raise ValueError(f"{name} is missing, but its gradient is asked for")
+    M, (_, K), R = dy.shape[0], operands.weight.shape, operands.lora_A.shape[0]
+    dtype, device = dy.dtype, dy.device
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if x is None:
+        x_fits = not needs.lora_A
+    else:
+        x_fits = x.dtype == dtype and x.shape == (M, K) and x.device == device
+    if s is None:
+        s_fits = not needs.lora_B
+    else:
+        s_fits = s.dtype == wide and s.shape == (M, R) and s.device == device
+    if not x_fits:
+        _explain_rows("x", x, (M, K), dtype, dy)
+    if not s_fits:
+        _explain_rows("s", s, (M, R), wide, dy)
+
+
+def _explain_rows(name: str, found: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, dy: Tensor) -> None:
+    """Raise what is wrong with x or s in backward."""
+    wanted = f"{name} is {dtype} {shape} on {dy.device} for dy {tuple(dy.shape)}"
+    if found is None:
+        raise ValueError(f"{wanted}, and it is missing though a gradient needs it")
+    error = ValueError if found.dtype == dtype else TypeError
+    raise error(f"{wanted}, got {found.dtype} {tuple(found.shape)} on {found.device}")
 
 
 def _fit(operands: LoRAOperands, rows: Tensor, side: int) -> bool:
