@@ -7,6 +7,7 @@ set and chosen at run time, so the wheel runs on any processor of the platform.
 
 import os
 import platform
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,9 +16,14 @@ from setuptools import setup
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-# GCC 12 takes its own vector headers for uninitialised; clang does not know that warning.
-WARNINGS = ["-Wall", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
-ISA_FLAGS = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_avx512bf16": [*AVX512, "-mavx512bf16"]}
+# GCC takes its own AVX-512 headers for uninitialised; clang does not know one of those warnings.
+QUIET = ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+ISA_FLAGS = {
+    "isa_avx2": AVX2,
+    "isa_avx512": [*AVX512, *QUIET],
+    "isa_avx512bf16": [*AVX512, "-mavx512bf16", *QUIET],
+}
+VERSION_FILE = "peftkern/_version.py"
 
 
 def extension() -> dict:
@@ -47,7 +53,10 @@ def extension() -> dict:
                     raise
                 print(f"peftkern: no C++ extension ({error}); the install is pure Python", file=sys.stderr)
 
-    sources = ["csrc/module.cpp", "csrc/cpu/parallel.cpp", "csrc/cpu/isa_baseline.cpp"]
+    # What peftkern/backends/cpp/extension.py wants to see in the file before it loads it.
+    digest = runpy.run_path("peftkern/backends/cpp/stamp.py")["digest"](Path("csrc"))
+    version = runpy.run_path(VERSION_FILE)["__version__"]
+    sources = ["csrc/module.cpp", "csrc/stamp.cpp", "csrc/cpu/parallel.cpp", "csrc/cpu/isa_baseline.cpp"]
     if X86:
         sources += [f"csrc/cpu/{stem}.cpp" for stem in ISA_FLAGS]
     ParallelCompile("PEFTKERN_BUILD_JOBS", default=os.cpu_count() or 1).install()
@@ -55,8 +64,9 @@ def extension() -> dict:
         "peftkern._C",
         sources,
         cxx_std=17,
-        depends=[str(path) for path in Path("csrc").rglob("*.h")],
-        extra_compile_args=["-O3", "-fno-math-errno", "-fvisibility=hidden", *WARNINGS],
+        depends=[VERSION_FILE, *map(str, Path("csrc").rglob("*.*"))],
+        define_macros=[("PEFTKERN_VERSION", f'"{version}"'), ("PEFTKERN_SOURCES", f'"{digest}"')],
+        extra_compile_args=["-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"],
         extra_link_args=["-pthread"] + (["-ldl"] if sys.platform == "linux" else []),
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}

@@ -16,6 +16,7 @@ namespace py = pybind11;
 
 namespace peftkern {
 
+extern const char build_stamp[];
 extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
@@ -116,6 +117,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     chosen->keep_bits(dropout(threshold, rng_state), M, K, pointer<uint64_t>(bits));
   }, "The keep mask of [M, K] as one bit an element, ceil(K / 64) words a row.");
 
+  m.attr("build_stamp") = py::str(build_stamp);  // which also keeps it in the file
   m.def("instruction_sets", [] {
     py::list names;
     for (const Kernels *kernels : runnable()) names.append(kernels->name);

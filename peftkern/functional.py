@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from peftkern import dropout
 from peftkern.autograd import LoRAAdaptersFunction, LoRALinearFunction
-from peftkern.ops import dispatch, schema
+from peftkern.ops import dispatch, inputs, schema
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight, FrozenWeight
 
@@ -124,8 +124,8 @@ def _prepare(
         weight = DenseWeight(weight)
     named = {"x": x, "weight": weight.data, "lora_A": lora_A, "lora_B": lora_B, "bias": bias, "lora_bias": lora_bias}
     beside = {f"weight.{part}": held for part, held in zip(weight.parts, weight.tensors[1:], strict=False)}
-    _check_devices(named | beside)
-    _check_shapes(x, weight, lora_A, lora_B, bias, lora_bias)
+    inputs.check_devices(named | beside)
+    inputs.check_shapes(x, weight, lora_A, lora_B, bias, lora_bias)
     if weight.data.requires_grad:
         raise ValueError("weight requires grad, but only the adapter is trained: call weight.requires_grad_(False)")
     if precision not in (None, "base", "fp32"):
@@ -135,7 +135,7 @@ def _prepare(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p} is not a probability")
     x, weight, bias = autocast(x, weight, bias)
-    _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias)
+    inputs.check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias)
     c, scaling_tensor = split_scaling(scaling, x)
     if dropout.threshold(dropout_p) == 0:
         dropout_p, rng_state = 0.0, None
@@ -143,40 +143,12 @@ def _prepare(
         rng_state = dropout.draw_rng_state(x.device)
     elif not isinstance(rng_state, Tensor):
         raise TypeError(f"rng_state is a tensor int64 [2], not {type(rng_state).__name__}")
-    elif rng_state.dtype != torch.int64 or rng_state.shape != (2,) or rng_state.device != x.device:
-        found = f"{rng_state.dtype} {tuple(rng_state.shape)} on {rng_state.device}"
-        raise ValueError(f"rng_state is int64 [2] on {x.device}, got {found}")
     else:
+        inputs.check_rng_state(rng_state, x.device)
         rng_state = rng_state.contiguous()  # kernels read two adjacent integers
     return x, LoRAOperands(
         weight, lora_A, lora_B, bias, lora_bias, c, scaling_tensor, dropout_p, rng_state, precision or "base"
     )
-
-
-def _check_devices(tensors: dict[str, Tensor | None]) -> None:
-    device = tensors["x"].device if isinstance(tensors["x"], Tensor) else None
-    for name, tensor in tensors.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is not a tensor but {type(tensor).__name__}")
-        if tensor is not None and tensor.device != device:
-            listing = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
-            raise ValueError(f"all tensors must be on one device, got {listing}")
-
-
-def _check_shapes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
-    N, K = weight.shape
-    if x.ndim == 0 or x.shape[-1] != K:
-        raise ValueError(f"x is [..., {K}] for a weight of shape {(N, K)}, got {tuple(x.shape)}")
-    if lora_A.ndim != 2 or lora_A.shape[1] != K:
-        raise ValueError(f"lora_A is [R, {K}] for a weight of shape {(N, K)}, got {tuple(lora_A.shape)}")
-    if lora_B.shape != (N, lora_A.shape[0]):
-        raise ValueError(
-            f"lora_B is [{N}, {lora_A.shape[0]}] for lora_A {tuple(lora_A.shape)} and a weight of shape {(N, K)}, "
-            f"got {tuple(lora_B.shape)}"
-        )
-    for name, vector in (("bias", bias), ("lora_bias", lora_bias)):
-        if vector is not None and vector.shape != (N,):
-            raise ValueError(f"{name} is [{N}] for a weight of shape {(N, K)}, got {tuple(vector.shape)}")
 
 
 def autocast(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> tuple[Tensor, FrozenWeight, Tensor | None]:
@@ -192,27 +164,6 @@ def autocast(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> tuple[Tens
     if weight.compute_dtype is not None:
         weight = DenseWeight(cast(weight.data))
     return cast(x), weight, None if bias is None else cast(bias)
-
-
-def _check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias) -> None:
-    wanted = weight.compute_dtype or x.dtype
-    narrow = (torch.float16, torch.bfloat16)
-    fits = (
-        x.is_floating_point()
-        and x.dtype == wanted
-        and lora_A.dtype == lora_B.dtype
-        and (lora_A.dtype == x.dtype or (lora_A.dtype == torch.float32 and x.dtype in narrow))
-        and (bias is None or bias.dtype == x.dtype)
-        and (lora_bias is None or lora_bias.dtype == lora_A.dtype)
-    )
-    if not fits:
-        tensors = {"x": x, "weight": weight.data, "lora_A": lora_A, "lora_B": lora_B}
-        tensors |= {"bias": bias, "lora_bias": lora_bias}
-        listing = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor is not None)
-        raise TypeError(
-            "x, bias and a dense weight must share one floating dtype, lora_A, lora_B and lora_bias that dtype or "
-            f"float32 (or use autocast): got {listing}"
-        )
 
 
 def split_scaling(scaling: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 
 import pytest
 from conftest import ROOT
 
-KERNELS = ["csrc/cpu/parallel.cpp", "csrc/cpu/isa_baseline.cpp"]
+from peftkern.backends.cpp import stamp
+
 CROSS = "aarch64-linux-gnu-g++"
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the kernels are not built on Windows")
 
 
-def build(compiler: str, target: pathlib.Path, *flags: str) -> pathlib.Path:
-    """The driver with the baseline kernels."""
+COMPILERS = ["g++", "g++-11", "clang++", "clang++-14"]
+
+
+def build(compiler: str, target: pathlib.Path, *flags: str, kernels: tuple[str, ...] = ()) -> pathlib.Path:
+    """The driver with the baseline kernels, or with others compiled by ``flags`` too; a warning is an error."""
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler} here")
-    command = [compiler, "-std=c++17", "-Wall", "-Werror", *flags, "tests/cpp/small_cases.cpp", *KERNELS]
+    sources = ["csrc/cpu/parallel.cpp", *(kernels or ("csrc/cpu/isa_baseline.cpp",))]
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", *flags, "tests/cpp/small_cases.cpp", *sources]
     done = subprocess.run(
         [*command, "-o", str(target), "-ldl", "-pthread"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -33,12 +39,44 @@ def run(*command: str | pathlib.Path) -> str:
     return done.stdout
 
 
-def test_aarch64_compiles_and_is_right(tmp_path):
+def drawn(output: str) -> str:
+    """What names the masks that a driver drew, which are the same everywhere."""
+    assert "every case is right" in output
+    return output.partition("masks ")[2].strip()
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory) -> str:
+    """Those of the baseline kernels of the machine's own compiler."""
+    return drawn(run(build("g++", tmp_path_factory.mktemp("baseline") / "driver", "-O1")))
+
+
+def test_aarch64_compiles_and_is_right(tmp_path, masks):
     driver = build(CROSS, tmp_path / "driver", "-O2", "-static", "-Wno-psabi")
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if emulator is None:
         pytest.skip("it compiles; there is no emulator to run it")
-    assert "every case is right" in run(emulator, driver)
+    assert drawn(run(emulator, driver)) == masks
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compilers_do_not_warn_and_their_kernels_are_right(compiler, tmp_path, masks):
+    assert drawn(run(build(compiler, tmp_path / "driver", "-O3"))) == masks
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction set of another processor")
+@pytest.mark.parametrize("compiler", ["g++", "clang++-14"])
+def test_avx2_draws_the_same_masks(compiler, tmp_path, masks):
+    flags = ["-O2", "-DSET=avx2", "-mavx2", "-mfma", "-mf16c"]
+    driver = build(compiler, tmp_path / "driver", *flags, kernels=("csrc/cpu/isa_avx2.cpp",))
+    if "avx2" not in (stamp.processor_features() or ()):
+        pytest.skip("it compiles; this processor does not run it")
+    assert drawn(run(driver)) == masks
+
+
+def test_threads_do_not_race(tmp_path):
+    """The path on std::thread, which is what runs where torch brings no OpenMP."""
+    assert "every case is right" in run(build("g++", tmp_path / "driver", "-O1", "-g1", "-fsanitize=thread"))
 
 
 def test_under_address_and_undefined_behaviour_sanitizers(tmp_path):

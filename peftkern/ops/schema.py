@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peftkern._on_import import on_import
-from peftkern.ops import dispatch, flops
+from peftkern.ops import dispatch, flops, inputs
 from peftkern.ops.problem import LoRAOperands, Needs
 from peftkern.weights import FrozenWeight
 
@@ -29,33 +29,38 @@ _library.define(f"backward(Tensor dy, Tensor? x, Tensor? s, {_OPERANDS}, {_NEEDS
 
 
 def _operands(tables, w_data, w_scale, w_format, group_size, lora_A, lora_B, *rest) -> LoRAOperands:
-    shape = lora_B.shape[0], lora_A.shape[1]
+    shape = (*lora_B.shape[:1], *lora_A.shape[1:])
     weight = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size, tables or (), shape)
     return LoRAOperands(weight, lora_A, lora_B, *rest)
 
 
 def _forward(x: Tensor, *arguments, w_tables=None) -> tuple[Tensor, Tensor]:
-    *operands, backend = arguments
-    return dispatch.forward(_operands(w_tables, *operands), x, backend)
+    *fields, backend = arguments
+    operands = _operands(w_tables, *fields)
+    inputs.check_forward(operands, x)
+    return dispatch.forward(operands, x, backend)
 
 
 def _forward_fake(x: Tensor, *arguments, w_tables=None) -> tuple[Tensor, Tensor]:
     operands = _operands(w_tables, *arguments[:-1])
+    inputs.check_forward(operands, x)
     wide = torch.promote_types(x.dtype, torch.float32)
-    R, N = operands.lora_A.shape[0], operands.weight.shape[0]
+    N, R = operands.lora_B.shape
     return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], R, dtype=wide)
 
 
 def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments, w_tables=None) -> list[Tensor]:
-    *operands, backend, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
-    needs = Needs(need_x, need_A, need_B, need_bias, need_lora_bias)
-    gradients = dispatch.backward(_operands(w_tables, *operands), dy, x, s, needs, backend)
+    *fields, backend, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
+    operands, needs = _operands(w_tables, *fields), Needs(need_x, need_A, need_B, need_bias, need_lora_bias)
+    inputs.check_backward(operands, dy, x, s, needs)
+    gradients = dispatch.backward(operands, dy, x, s, needs, backend)
     return [gradient for gradient in gradients if gradient is not None]
 
 
 def _backward_fake(dy: Tensor, x, s, *arguments, w_tables=None) -> list[Tensor]:
-    *operands, backend, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
+    *operands, _, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
     fields = _operands(w_tables, *operands)
+    inputs.check_backward(fields, dy, x, s, Needs(need_x, need_A, need_B, need_bias, need_lora_bias))
     shapes = [dy.new_empty(dy.shape[0], fields.weight.shape[1])] if need_x else []
     parameters = (fields.lora_A, fields.lora_B, fields.bias, fields.lora_bias)
     needs = (need_A, need_B, need_bias, need_lora_bias)

@@ -32,6 +32,7 @@ class FrozenWeight(ABC):
 
     format: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ()  # what scale and tables are called in a state_dict, after the weight's name
+    packed: ClassVar[bool] = False  # whether ``data`` is something else than [N, K], so that the shape must be told
     marker: ClassVar[str]  # of the state_dict entry that says what format this is
 
     def __init_subclass__(cls) -> None:
@@ -55,9 +56,19 @@ class FrozenWeight(ABC):
         self.dtype = dtype or (data.dtype if data.dtype in saved.DTYPES.values() else torch.float32)
         self.validate(name)
 
-    @abstractmethod
     def validate(self, name: str) -> None:
         """Raise ValueError, naming the tensor as a state_dict does, unless this is a weight of the format."""
+        self.check_layout(name)
+        if not self.data.is_meta:
+            self.check_values(name)
+
+    @abstractmethod
+    def check_layout(self, name: str) -> None:
+        """The half of ``validate`` that reads no value: dtypes, sizes, devices. The operators ask at every call."""
+
+    @abstractmethod
+    def check_values(self, name: str) -> None:
+        """The other half: scales that are finite and not negative, codes in range."""
 
     @abstractmethod
     def materialize(self, dtype: torch.dtype) -> Tensor:
@@ -123,9 +134,10 @@ class FrozenWeight(ABC):
         shape: tuple[int, int] | None = None,
     ) -> FrozenWeight:
         """Rebuild a weight from what the operators carry; it was validated when it was first made."""
-        weight = object.__new__(_format_class(format))
+        cls = _format_class(format)
+        weight = object.__new__(cls)
         weight.data, weight.scale, weight.group_size, weight.tables = data, scale, group_size, tuple(tables)
-        weight.shape = tuple(data.shape if shape is None else shape)  # type: ignore[assignment]
+        weight.shape = tuple(shape if cls.packed and shape is not None else data.shape)  # type: ignore[assignment]
         weight.dtype = torch.float32
         return weight
 

@@ -13,9 +13,12 @@ class DenseWeight(FrozenWeight):
 
     format = "dense"
 
-    def validate(self, name: str) -> None:
+    def check_layout(self, name: str) -> None:
         if self.data.ndim != 2 or self.shape != self.data.shape:
             raise ValueError(f"{name} is 2-D [N, K], got shape {tuple(self.data.shape)}")
+
+    def check_values(self, name: str) -> None:
+        """Any value is one."""
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -36,6 +36,7 @@ class FourBitWeight(FrozenWeight):
     blocksize, ``tables`` (code fp32 [16]) and, nested, (nested_absmax fp32, nested_code fp32 [256], offset fp32 [1]).
     """
 
+    packed = True
     parts = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
     code: tuple[float, ...]
 
@@ -44,7 +45,7 @@ class FourBitWeight(FrozenWeight):
         """Whether the blocks' scales are quantised themselves."""
         return len(self.tables) > 1
 
-    def validate(self, name: str) -> None:
+    def check_layout(self, name: str) -> None:
         N, K = self.shape
         device = self.data.device
         require_group(name, "blocksize", self.group_size, 32, 4096)
@@ -57,9 +58,12 @@ class FourBitWeight(FrozenWeight):
             wanted[0] = (torch.uint8, blocks)
             wanted += [(torch.float32, length) for length in (-(-blocks // NESTED_BLOCK), 256, 1)]
         for part, tensor, (dtype, length) in zip(self.parts, (self.scale, *self.tables), wanted, strict=False):
-            found = require(f"{name}.{part}", tensor, dtype, (length,), device)
-            if dtype == torch.float32:
-                require_finite(f"{name}.{part}", found, negative="absmax" not in part)
+            require(f"{name}.{part}", tensor, dtype, (length,), device)
+
+    def check_values(self, name: str) -> None:
+        for part, tensor in zip(self.parts, (self.scale, *self.tables), strict=False):
+            if tensor is not None and tensor.dtype == torch.float32:
+                require_finite(f"{name}.{part}", tensor, negative="absmax" not in part)
 
     def absmax(self) -> Tensor:
         """The blocks' scales, fp32."""

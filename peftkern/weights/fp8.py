@@ -21,7 +21,7 @@ class FP8Weight(FrozenWeight):
     format = "fp8"
     parts = ("scale",)
 
-    def validate(self, name: str) -> None:
+    def check_layout(self, name: str) -> None:
         N, K = self.shape
         require(name, self.data, torch.float8_e4m3fn, (N, K), self.data.device)
         if self.group_size not in (0, BLOCK):
@@ -29,7 +29,10 @@ class FP8Weight(FrozenWeight):
         shape: tuple[int, ...] = (-(-N // BLOCK), -(-K // BLOCK)) if self.group_size else (N,)
         if not self.group_size and self.scale is not None and self.scale.shape == (1,):
             shape = (1,)
-        require_finite(f"{name}.scale", require(f"{name}.scale", self.scale, torch.float32, shape, self.data.device))
+        require(f"{name}.scale", self.scale, torch.float32, shape, self.data.device)
+
+    def check_values(self, name: str) -> None:
+        require_finite(f"{name}.scale", self.scale)
 
     def materialize(self, dtype: torch.dtype) -> Tensor:
         assert self.scale is not None  # validate() has seen to it

@@ -19,18 +19,22 @@ class Int4Weight(FrozenWeight):
     """``data`` uint8 [N, ceil(K / 2)], ``scale`` fp32 [N, G], ``tables`` (zero_point uint8 [N, G])."""
 
     format = "int4"
+    packed = True
     parts = ("scale", "zero_point")
 
-    def validate(self, name: str) -> None:
+    def check_layout(self, name: str) -> None:
         N, K = self.shape
         device = self.data.device
         require(name, self.data, torch.uint8, (N, -(-K // 2)), device)
         require_group(name, "group_size", self.group_size)
         shape = (N, -(-K // self.group_size))
-        require_finite(f"{name}.scale", require(f"{name}.scale", self.scale, torch.float32, shape, device))
+        require(f"{name}.scale", self.scale, torch.float32, shape, device)
         (zero_point,) = self.tables or (None,)
         require(f"{name}.zero_point", zero_point, torch.uint8, shape, device)
-        if not device.type == "meta" and (self.tables[0] > 15).any():
+
+    def check_values(self, name: str) -> None:
+        require_finite(f"{name}.scale", self.scale)
+        if (self.tables[0] > 15).any():
             raise ValueError(f"{name}.zero_point is beyond 15")
 
     def materialize(self, dtype: torch.dtype) -> Tensor:

@@ -19,13 +19,16 @@ class Int8Weight(FrozenWeight):
     format = "int8"
     parts = ("scale",)
 
-    def validate(self, name: str) -> None:
+    def check_layout(self, name: str) -> None:
         N, K = self.shape
         require(name, self.data, torch.int8, (N, K), self.data.device)
         if self.group_size:
             require_group(name, "group_size", self.group_size)
         shape = (N, -(-K // self.group_size)) if self.group_size else (N,)
-        require_finite(f"{name}.scale", require(f"{name}.scale", self.scale, torch.float32, shape, self.data.device))
+        require(f"{name}.scale", self.scale, torch.float32, shape, self.data.device)
+
+    def check_values(self, name: str) -> None:
+        require_finite(f"{name}.scale", self.scale)
 
     def materialize(self, dtype: torch.dtype) -> Tensor:
         assert self.scale is not None  # validate() has seen to it

@@ -111,10 +111,9 @@ def require(
     return tensor
 
 
-def require_finite(name: str, tensor: Tensor, negative: bool = False) -> None:
+def require_finite(name: str, tensor: Tensor | None, negative: bool = False) -> None:
     """Raise ValueError for NaN or Inf, and for anything negative unless it is allowed."""
-    if tensor.is_meta:
-        return
+    assert tensor is not None  # require() has seen to it
     if not tensor.isfinite().all():
         raise ValueError(f"{name} has NaN or Inf")
     if not negative and (tensor < 0).any():

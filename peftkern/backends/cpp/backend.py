@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from peftkern import dropout
 from peftkern.backends.base import Backend, Plan, bias_gradients
+from peftkern.backends.cpp.extension import extension
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 _DECODE_ROWS = 16
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # problem.h, DType
-
-
-@functools.cache
-def extension() -> tuple[Any, str | None, bool]:
-    """(module, None, False), or (None, reason, whether it is there and does not load)."""
-    try:
-        return importlib.import_module("peftkern._C"), None, False
-    except ModuleNotFoundError:
-        return None, "the C++ extension is not built (pip install with a compiler builds it)", False
-    except ImportError as error:
-        return None, f"the C++ extension does not load: {error}", True
 
 
 class CppBackend(Backend):
@@ -109,6 +95,7 @@ class CppBackend(Backend):
             dA = torch.empty_like(A) if needs.lora_A else None
             dB = torch.empty_like(B) if needs.lora_B else None
             x = _unit_stride(x) if x is not None else None
+            s = s.contiguous() if s is not None else None
             extension()[0].backward(
                 _problem(operands, dy, weight, whole), dy.data_ptr(), dy.stride(0), _address(x),
                 0 if x is None else x.stride(0), _address(s), A.data_ptr(), B.data_ptr(), _address(dx), _address(dA),
