@@ -49,13 +49,28 @@ class DoRALinearFunction(torch.autograd.Function):
     """y of ``products``; once differentiable in x, A, B, bias and magnitude."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments) -> Tensor:
-        x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, magnitude, scaling, scaling_tensor = arguments[
-            :11
-        ]
+    def forward(
+        ctx: Any,
+        x,
+        w_data,
+        w_scale,
+        w_format,
+        group_size,
+        lora_A,
+        lora_B,
+        bias,
+        magnitude,
+        scaling,
+        scaling_tensor,
+        *rest,
+    ) -> Tensor:
+        precision, backend = rest
         if scaling_tensor is not None:
             scaling_tensor = scaling_tensor.detach().clone()  # backward uses the value that forward saw
-        y, h, s, gain, norm = products(*arguments[:10], scaling_tensor, *arguments[11:])
+        y, h, s, gain, norm = products(
+            x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, magnitude,
+            scaling, scaling_tensor, precision, backend,
+        )  # fmt: skip
         need_x, need_A, need_B, _, need_magnitude = (ctx.needs_input_grad[i] for i in _DIFFERENTIABLE.values())
         ctx.save_for_backward(
             x if need_A else None, s if need_B else None, h if need_magnitude else None, norm, gain, scaling_tensor,
@@ -65,7 +80,7 @@ class DoRALinearFunction(torch.autograd.Function):
         # Of what is not read, backward wants shapes and dtypes; it may be updated in place.
         ctx.unread = [None if tensor is None else tensor.detach() for tensor in (w_data, w_scale, lora_A, lora_B)]
         ctx.dtypes = None if bias is None else bias.dtype, magnitude.dtype
-        ctx.settings = w_format, group_size, scaling, *arguments[11:]
+        ctx.settings = w_format, group_size, scaling, precision, backend
         return y
 
     @staticmethod
