@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from peftkern import dropout
+from peftkern import dora, dropout
 from peftkern.autograd import LoRAAdaptersFunction, LoRALinearFunction
 from peftkern.ops import dispatch, inputs, schema
 from peftkern.ops.problem import LoRAOperands
@@ -100,6 +100,22 @@ def apply_adapters(x: Tensor, adapters: Sequence[LoRAOperands], backend: str = "
 def _unflattened(y: Tensor, x: Tensor) -> Tensor:
     """y with x's leading dimensions. No view: autograd lets none be modified in place behind a reentrant checkpoint."""
     return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def apply_dora(x: Tensor, operands: LoRAOperands, magnitude: Tensor, backend: str = "") -> Tensor:
+    """``apply`` with its rows scaled to ``magnitude``: DoRA, without dropout and lora_bias."""
+    W, a = operands.weight, operands
+    N, K = W.shape
+    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), K)
+    arguments = (
+        flat, W.data, W.scale, W.format, W.group_size, a.lora_A, a.lora_B, a.bias, magnitude,
+        a.scaling, a.scaling_tensor, a.precision, backend,
+    )  # fmt: skip
+    if transformed() or (torch.is_grad_enabled() and _any_requires_grad(flat, a.lora_A, a.lora_B, a.bias, magnitude)):
+        y = dora.DoRALinearFunction.apply(*arguments)
+    else:
+        y = dora.products(*arguments)[0]
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
 
 
 def transformed() -> bool:

@@ -385,4 +385,5 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     spy_on("lora_linear")
     spy_on("apply")
     spy_on("apply_adapters")
+    spy_on("apply_dora")
     return seen

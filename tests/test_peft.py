@@ -265,14 +265,6 @@ def test_the_fast_path_comes_back_when_the_reason_goes(calls):
     assert len(calls) == 28
 
 
-def test_dora_is_left_alone_with_its_reason(calls):
-    plain, patched = adapted(use_dora=True), adapted(use_dora=True)
-    report = peftkern.patch(patched)
-    assert len(report.skipped) == 14 and all("Dora" in text or "DoRA" in text for text in report.skipped.values())
-    assert_equal(step(patched), step(plain))
-    assert not calls
-
-
 def test_mixed_batches_by_adapter_names(calls):
     models = adapted().eval(), adapted().eval()
     peftkern.patch(models[1])

@@ -27,6 +27,7 @@ from peftkern.integrations.peft import PeftkernLoraLinear, why_not
 from peftkern.testing.numerics import assert_as_good_as
 
 BF16 = torch.bfloat16
+MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 def with_adapters(dtype=torch.float32, first=None, *others) -> nn.Module:
@@ -52,7 +53,7 @@ def activate(model: nn.Module, names: list[str]) -> None:
 COMBINATIONS = {
     "two": ({}, {}),
     "three": ({}, {}, dict(use_rslora=True)),
-    "one has a bias": ({}, dict(lora_bias=True)),
+    "one has a bias": ({}, dict(lora_bias=True, target_modules=MLP)),  # of k_proj it would be lost in the softmax
     "one is on some layers alone": ({}, dict(target_modules=ATTENTION)),
     "the first is on some layers alone": (dict(target_modules=ATTENTION), {}),
 }

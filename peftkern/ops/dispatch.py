@@ -120,7 +120,7 @@ def forward_adapters(adapters: Sequence[LoRAOperands], x: Tensor, backend: str) 
             thin.append(s.new_empty(0, operands.lora_A.shape[0]))
             continue
         chosen = select(operands.problem(x.shape[0], x.dtype), backend)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             thin.append(chosen.accumulate(operands, x, y))
     return [y, *thin]
 
@@ -140,13 +140,14 @@ def backward_adapters(
             found.append(_zero_gradients(operands, dy, need)._replace(x=None))
             continue
         chosen = select(operands.problem(dy.shape[0], dy.dtype), backend)
-        with _without_autocast(dy.device.type):
+        with without_autocast(dy.device.type):
             one = chosen.accumulate_backward(operands, dy, x if need.lora_A else None, s, found[0].x, need)
         found.append(one._replace(x=None))
     return found
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """A region in which operators take their operands as they are."""
     return torch.autocast(device_type, enabled=False) if autocasting(device_type) else contextlib.nullcontext()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peftkern._on_import import on_import
-from peftkern.ops import dispatch, flops, inputs
+from peftkern.ops import dispatch, flops, inputs, norm
 from peftkern.ops.problem import LoRAOperands, Needs
 from peftkern.weights import FrozenWeight
 
@@ -127,6 +127,23 @@ def _backward_adapters_fake(dy: Tensor, x, thin, *arguments) -> list[Tensor]:
     return shapes + [like.new_empty(like.shape) for need, like in wanted if need and like is not None]
 
 
+# The row norms of W + c B A, for DoRA.
+_library.define(
+    "row_norm(Tensor w_data, Tensor? w_scale, str w_format, int group_size, Tensor lora_A, Tensor lora_B, "
+    "float scaling, Tensor? scaling_tensor) -> Tensor"
+)
+
+
+def _row_norm(w_data, w_scale, w_format, group_size, *rest) -> Tensor:
+    return norm.row_norm(FrozenWeight.from_operands(w_format, w_data, w_scale, group_size), *rest)
+
+
+def _row_norm_fake(w_data, w_scale, w_format, group_size, lora_A, *_) -> Tensor:
+    weight = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size)
+    wide = torch.promote_types(weight.compute_dtype or lora_A.dtype, torch.float32)
+    return lora_A.new_empty(weight.shape[0], dtype=wide)
+
+
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
 _library.impl("backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("peftkern::forward", _forward_fake, lib=_library)
@@ -135,11 +152,14 @@ _library.impl("forward_adapters", _forward_adapters, "CompositeExplicitAutograd"
 _library.impl("backward_adapters", _backward_adapters, "CompositeExplicitAutograd")
 torch.library.register_fake("peftkern::forward_adapters", _forward_adapters_fake, lib=_library)
 torch.library.register_fake("peftkern::backward_adapters", _backward_adapters_fake, lib=_library)
+_library.impl("row_norm", _row_norm, "CompositeExplicitAutograd")
+torch.library.register_fake("peftkern::row_norm", _row_norm_fake, lib=_library)
 
 forward = torch.ops.peftkern.forward.default
 backward = torch.ops.peftkern.backward.default
 forward_adapters = torch.ops.peftkern.forward_adapters.default
 backward_adapters = torch.ops.peftkern.backward_adapters.default
+row_norm = torch.ops.peftkern.row_norm.default
 
 
 def _register_sharding() -> None:

@@ -12,7 +12,7 @@ from peft.tuners import lora
 from torch import Tensor
 
 from peftkern import dropout
-from peftkern.functional import apply, apply_adapters, autocast, lora_linear, split_scaling
+from peftkern.functional import apply, apply_adapters, apply_dora, autocast, lora_linear, split_scaling
 from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_input
 from peftkern.ops import dispatch
 from peftkern.ops.problem import LoRAOperands
@@ -52,7 +52,9 @@ class PeftkernLoraLinear(lora.Linear):
         weight, bias, adapters = parts
         if len(adapters) > 1:
             return _several(x, parts)
-        A, B, lora_bias, p, scaling = adapters[0]
+        A, B, lora_bias, p, scaling, magnitude = adapters[0]
+        if magnitude is not None:
+            return _dora(x, parts, magnitude)
         if dispatch.autocasting(x.device.type):
             return lora_linear(x, weight, A, B, scaling, bias=bias, lora_bias=lora_bias, dropout_p=p)
         c, tensor = split_scaling(scaling, x)
@@ -68,8 +70,15 @@ def _several(x: Tensor, parts: Parts) -> Tensor:
     """The sum of several adapters. PEFT casts x to each one's dtype in turn, which the dtype rule makes a widening."""
     x, weight, bias = autocast(x, DenseWeight(parts.weight), parts.bias)
     operands = []
-    for A, B, lora_bias, p, scaling in parts.adapters:
+    for A, B, lora_bias, p, scaling, _ in parts.adapters:
         rng_state = dropout.draw_rng_state(x.device) if p else None
         c, tensor = split_scaling(scaling, x)
         operands.append(LoRAOperands(weight, A, B, bias, lora_bias, c, tensor, p, rng_state, "base"))
     return apply_adapters(x, operands)
+
+
+def _dora(x: Tensor, parts: Parts, magnitude: Tensor) -> Tensor:
+    A, B, _, _, scaling, _ = parts.adapters[0]
+    x, weight, bias = autocast(x, DenseWeight(parts.weight), parts.bias)
+    c, tensor = split_scaling(scaling, x)
+    return apply_dora(x, LoRAOperands(weight, A, B, bias, None, c, tensor, 0.0, None, "base"), magnitude)

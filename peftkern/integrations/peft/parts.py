@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Conv1D
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -25,16 +26,21 @@ _NARROW = (torch.float16, torch.bfloat16)
 _AS_VANILLA = tuple(
     getattr(_variants, name) for name in ("MiCALinearVariant",) if hasattr(_variants, name)
 )  # variants that initialise and freeze differently, but whose forward is the vanilla one
+_DORA = getattr(_variants, "DoraLinearVariant", None)
 
 
 class Adapter(NamedTuple):
-    """One active adapter: c (D(x) A^T B^T + lora_bias). ``dropout_p`` is 0 where dropout does nothing now."""
+    """One active adapter: c (D(x) A^T B^T + lora_bias). ``dropout_p`` is 0 where dropout does nothing now.
+
+    ``magnitude`` is DoRA's, None for a vanilla adapter.
+    """
 
     lora_A: Tensor
     lora_B: Tensor
     lora_bias: Tensor | None
     dropout_p: float
     scaling: float | Tensor
+    magnitude: Tensor | None
 
 
 class Parts(NamedTuple):
@@ -94,13 +100,16 @@ def plain_parts(layer: lora.Linear) -> Parts | str:
             adapters.append(adapter)
     if not adapters:
         return f"the active adapter {', '.join(map(repr, active))} is not on this layer" if active else "0 are active"
+    if len(adapters) > 1 and any(adapter.magnitude is not None for adapter in adapters):
+        return f"{len(adapters)} adapters are active, and one of them uses DoRA"
     return Parts(weight, bias, adapters)
 
 
 def _adapter(modules: Mapping[str, Any], state: Mapping[str, Any], name: str, weight: Tensor) -> Adapter | str:
     """One adapter of a layer, given the layer's dictionaries, or why the fast path cannot run it."""
     variant = state.get("lora_variant", {}).get(name)
-    if variant is not None and not isinstance(variant, _AS_VANILLA):
+    dora = variant is not None and type(variant) is _DORA
+    if variant is not None and not dora and not isinstance(variant, _AS_VANILLA):
         return f"it uses the LoRA variant {type(variant).__name__}"
     if variant is None and state.get("use_dora", {}).get(name):  # PEFT before 0.16
         return "it uses DoRA"
@@ -132,9 +141,27 @@ def _adapter(modules: Mapping[str, Any], state: Mapping[str, Any], name: str, we
         return f"shapes {tuple(weight.shape)}, {tuple(A.shape)}, {tuple(B.shape)} do not fit"
     if not weight.device == A.device == B.device:
         return f"its weights are on {weight.device}, {A.device} and {B.device}"
+    if dora and lora_bias is not None:
+        return "it uses DoRA with lora_bias"
     if A.dtype != B.dtype or (lora_bias is not None and lora_bias.dtype != A.dtype):
         return f"lora_A is {A.dtype} and lora_B {B.dtype}, or its bias is of another dtype"
-    return Adapter(A, B, lora_bias, p, scaling)
+    if not dora:
+        return Adapter(A, B, lora_bias, p, scaling, None)
+    if p and state["training"]:  # then PEFT runs the base layer a second time, on the dropped x
+        return "it uses DoRA with dropout"
+    magnitude = _magnitude(modules["lora_magnitude_vector"]._modules[name], A, B)
+    return magnitude if isinstance(magnitude, str) else Adapter(A, B, lora_bias, 0.0, scaling, magnitude)
+
+
+def _magnitude(child: Any, A: Tensor, B: Tensor) -> Tensor | str:
+    if type(child) is not DoraLinearLayer:
+        return f"its magnitude is a {type(child).__name__}"
+    magnitude = child._parameters["weight"]
+    if type(magnitude) is not nn.Parameter or magnitude.shape != B.shape[:1] or magnitude.device != A.device:
+        return f"its magnitude is a {type(magnitude).__name__} {tuple(magnitude.shape)} on {magnitude.device}"
+    if magnitude.dtype != A.dtype:
+        return f"lora_A is {A.dtype} and the magnitude {magnitude.dtype}"
+    return _why_not_observed("lora_magnitude_vector", child) or magnitude
 
 
 def _why_not_plain(label: str, child: Any, kinds: tuple[type, ...] = (nn.Linear,)) -> str | None:
