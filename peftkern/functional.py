@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from peftkern import dropout
 from peftkern.autograd import LoRALinearFunction
+from peftkern.backends.reference import formula
 from peftkern.ops import dispatch, schema
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight, FrozenWeight
@@ -58,7 +59,8 @@ def lora_linear(
         RuntimeError: an explicitly requested backend that cannot run this call, with the reason.
 
     Numerics: fp32 accumulation; c and dropout's scale multiply the accumulator. A NaN at a dropped position becomes 0.
-        Gradients have their parameter's dtype. Double backward is an error.
+        Gradients have their parameter's dtype. Double backward is an error. Under torch.func, forward-mode AD,
+        torch.export and JIT tracing it is the formula in PyTorch's own operators, in fp32 or wider.
     Deterministic: yes, bitwise, forward and backward, for a fixed rng_state, backend and thread count.
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
@@ -74,16 +76,29 @@ def apply(x: Tensor, operands: LoRAOperands, backend: str = "") -> Tensor:
     N, K = W.shape
     flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), K)
     arguments = (flat, W.data, W.scale, W.format, W.group_size, *operands[1:], backend)
-    if transformed() or (torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5])):
+    if looked_through():
+        wide = (
+            torch.float64 if x.dtype == torch.float64 else torch.float32
+        )  # promote_types would be a node of the graph
+        y = formula.forward(operands, flat.to(wide))[0].to(x.dtype)
+    elif torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5]):
         y = LoRALinearFunction.apply(*arguments)
     else:
         y = schema.forward(*arguments)[0]
     return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
 
 
-def transformed() -> bool:
-    """Whether forward-mode AD is on: its tangents would pass the kernels unseen, where the Function raises."""
-    return forward_ad._current_level >= 0
+def looked_through() -> bool:
+    """Whether a torch.func transform, forward-mode AD, torch.export or a JIT trace wants PyTorch's own operators.
+
+    To the first two the kernels would be constants, or an error; of the others the result must run and train elsewhere.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+    )
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

@@ -20,11 +20,10 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from peftkern import _env, dropout
-from peftkern.functional import apply, lora_linear, split_scaling
+from peftkern.functional import apply, looked_through, lora_linear, split_scaling
 from peftkern.ops import dispatch
 from peftkern.ops.problem import LoRAOperands, Problem
 from peftkern.weights import DenseWeight
@@ -211,8 +210,8 @@ def _why_not_input(parts: _Parts, x: Tensor) -> str | None:
         return f"x is a {type(x).__name__}"
     if x.layout is not torch.strided or x.is_nested or x.is_meta:
         return "x is sparse, nested or has no data"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
-        return "a torch.func transform, forward-mode AD or tracing is active"
+    if looked_through():
+        return "a torch.func transform, forward-mode AD, torch.export or tracing is active"
     if x.ndim == 0 or x.shape[-1] != parts.weight.shape[1]:
         return f"x has shape {tuple(x.shape)}"
     if x.device != parts.weight.device:
