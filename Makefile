@@ -1,5 +1,6 @@
 # make demo   fine-tune a real language model with plain PEFT, then with peftkern
 # make test   lint, import contracts, types and every test that this machine can run
+# make versions   the tests of PEFT and the Trainer with the oldest supported pair of PEFT and transformers
 # make sanitize   the extension's tests under AddressSanitizer and UBSan
 PYTHON ?= python3
 STEPS ?=
@@ -13,7 +14,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types unit interpreter sanitize clean
+.PHONY: demo test lint types unit interpreter versions sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -37,6 +38,18 @@ interpreter: .venv/ready
 	@if $(BIN)/python -c "import triton" 2>/dev/null; then \
 	  echo "TRITON_INTERPRET=1 pytest -m interpreter"; TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter; \
 	else echo "no Triton on this platform: the interpreter lane is left out"; fi
+
+# The newest pair is what `unit` runs with. The extension is the one that .venv/ready has built in place.
+OLDEST := .venv/oldest
+versions: $(OLDEST)/ready
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest tests/test_peft.py tests/test_peft_inputs.py \
+	  tests/test_trainer.py tests/test_training_stack.py
+
+$(OLDEST)/ready: .venv/ready
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $(TORCH)
+	$(OLDEST)/bin/python -m pip install --quiet peft==0.15.2 transformers==4.56.2 "accelerate>=1.15" "trl>=1.16,<2" numpy pytest
+	touch $@
 
 # The extension's own tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own.
 SANITIZE := -fsanitize=address,undefined

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from peftkern import dora, dropout
 from peftkern.autograd import LoRAAdaptersFunction, LoRALinearFunction
+from peftkern.backends.reference import formula
 from peftkern.ops import dispatch, inputs, schema
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight, FrozenWeight
@@ -59,7 +60,8 @@ def lora_linear(
         RuntimeError: an explicitly requested backend that cannot run this call, with the reason.
 
     Numerics: fp32 accumulation; c and dropout's scale multiply the accumulator. A NaN at a dropped position becomes 0.
-        Gradients have their parameter's dtype. Double backward is an error.
+        Gradients have their parameter's dtype. Double backward is an error. Under torch.func, forward-mode AD,
+        torch.export and JIT tracing it is the formula in PyTorch's own operators, in fp32 or wider.
     Deterministic: yes, bitwise, forward and backward, for a fixed rng_state, backend and thread count.
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
@@ -74,7 +76,10 @@ def apply(x: Tensor, operands: LoRAOperands, backend: str = "") -> Tensor:
     W = operands.weight
     flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), W.shape[1])
     arguments = (flat, W.data, W.scale, W.format, W.group_size, *operands[1:], backend)
-    if transformed() or (torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5])):
+    if looked_through():
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # promote_types would be a node of a graph
+        y = formula.forward(operands, flat.to(wide))[0].to(x.dtype)
+    elif torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5]):
         y = LoRALinearFunction.apply(*arguments, *W.tables)
     else:
         y = schema.forward(*arguments, w_tables=W.tables or None)[0]
@@ -89,11 +94,28 @@ def apply_adapters(x: Tensor, adapters: Sequence[LoRAOperands], backend: str = "
     base = (flat, W.data, W.scale, W.format, W.group_size, first.bias)
     fields = [(a.lora_A, a.lora_B, a.lora_bias, *a[5:9]) for a in adapters]
     trained = (tensor for field in fields for tensor in field[:3])
-    if transformed() or (torch.is_grad_enabled() and _any_requires_grad(flat, first.bias, *trained)):
+    if looked_through() or (torch.is_grad_enabled() and _any_requires_grad(flat, first.bias, *trained)):
         y = LoRAAdaptersFunction.apply(*base, first.precision, backend, *(value for field in fields for value in field))
     else:
         lists = [list(column) for column in zip(*fields, strict=True)]
         y = schema.forward_adapters(*base, *lists, first.precision, backend)[0]
+    return _unflattened(y, x)
+
+
+def apply_dora(x: Tensor, operands: LoRAOperands, magnitude: Tensor, backend: str = "") -> Tensor:
+    """``apply`` with its rows scaled to ``magnitude``: DoRA, without dropout and lora_bias."""
+    W, a = operands.weight, operands
+    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), W.shape[1])
+    arguments = (
+        flat, W.data, W.scale, W.format, W.group_size, a.lora_A, a.lora_B, a.bias, magnitude,
+        a.scaling, a.scaling_tensor, a.precision, backend,
+    )  # fmt: skip
+    if looked_through() or (
+        torch.is_grad_enabled() and _any_requires_grad(flat, a.lora_A, a.lora_B, a.bias, magnitude)
+    ):
+        y = dora.DoRALinearFunction.apply(*arguments)
+    else:
+        y = dora.products(*arguments)[0]
     return _unflattened(y, x)
 
 
@@ -102,25 +124,17 @@ def _unflattened(y: Tensor, x: Tensor) -> Tensor:
     return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
 
-def apply_dora(x: Tensor, operands: LoRAOperands, magnitude: Tensor, backend: str = "") -> Tensor:
-    """``apply`` with its rows scaled to ``magnitude``: DoRA, without dropout and lora_bias."""
-    W, a = operands.weight, operands
-    N, K = W.shape
-    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), K)
-    arguments = (
-        flat, W.data, W.scale, W.format, W.group_size, a.lora_A, a.lora_B, a.bias, magnitude,
-        a.scaling, a.scaling_tensor, a.precision, backend,
-    )  # fmt: skip
-    if transformed() or (torch.is_grad_enabled() and _any_requires_grad(flat, a.lora_A, a.lora_B, a.bias, magnitude)):
-        y = dora.DoRALinearFunction.apply(*arguments)
-    else:
-        y = dora.products(*arguments)[0]
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
+def looked_through() -> bool:
+    """Whether a torch.func transform, forward-mode AD, torch.export or a JIT trace wants PyTorch's own operators.
 
-
-def transformed() -> bool:
-    """Whether forward-mode AD is on: its tangents would pass the kernels unseen, where the Function raises."""
-    return forward_ad._current_level >= 0
+    To the first two the kernels would be constants, or an error; of the others the result must run and train elsewhere.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+    )
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

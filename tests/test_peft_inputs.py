@@ -55,15 +55,6 @@ def test_function_transforms_run_pefts_forward(calls):
     assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True)) and not calls
 
 
-def test_forward_mode_through_the_function_is_an_error():
-    """It has no tangent to give, and a result without one would be wrong in silence."""
-    from torch.autograd import forward_ad
-
-    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
-        x = forward_ad.make_dual(torch.randn(3, 8), torch.ones(3, 8))
-        peftkern.lora_linear(x, torch.randn(4, 8), torch.randn(2, 8), torch.randn(4, 2))
-
-
 @pytest.mark.parametrize("change", ["hook", "forward"])
 def test_a_dropout_that_is_watched_or_replaced_is_called(change, calls):
     model = adapted(lora_dropout=0.5).train()

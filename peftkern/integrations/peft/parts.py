@@ -11,10 +11,10 @@ from peft.tuners import lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Conv1D
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from peftkern import dropout
+from peftkern.functional import looked_through
 from peftkern.ops import dispatch
 
 try:
@@ -195,8 +195,8 @@ def why_not_input(parts: Parts, x: Tensor) -> str | None:
         return f"x is a {type(x).__name__}"
     if x.layout is not torch.strided or x.is_nested or x.is_meta:
         return "x is sparse, nested or has no data"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
-        return "a torch.func transform, forward-mode AD or tracing is active"
+    if looked_through():
+        return "a torch.func transform, forward-mode AD, torch.export or tracing is active"
     weight = parts.weight
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         return f"x has shape {tuple(x.shape)}"
