@@ -140,3 +140,23 @@ def test_fsdp2_leaves_the_packed_weight_whole(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(bits(made), before, strict=True))
     finally:
         destroy_process_group()
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "nf4"])
+def test_row_16_a_compiled_layer_with_a_packed_weight_trains(weight_format):
+    torch.compiler.reset()
+    linear = torch.nn.Linear(25, 15, dtype=torch.bfloat16)
+    layer = LoRALinear.from_linear(linear, 4, 8, weight_format=weight_format)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(6, 25, dtype=torch.bfloat16)
+
+    def step(module) -> list[torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        y = module(leaf)
+        y.sum().backward()
+        return [y, leaf.grad, layer.lora_A.grad, layer.lora_B.grad]
+
+    expected = step(layer)
+    found = step(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

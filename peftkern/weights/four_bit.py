@@ -108,10 +108,11 @@ class FourBitWeight(FrozenWeight):
     @classmethod
     def encode(cls, values: Tensor) -> Tensor:
         """The codes, uint8, nearest to values in [-1, 1]; of two that are as near the lower value's."""
-        code = torch.tensor(cls.code, device=values.device)
+        code = torch.tensor(cls.code)
         ascending, order = code.sort(stable=True)
         order = torch.where(ascending == 0, order[ascending == 0].min(), order)  # of two zeros the positive
-        return order.to(torch.uint8)[torch.bucketize(values, (ascending[1:] + ascending[:-1]) / 2)]
+        thresholds = ((ascending[1:] + ascending[:-1]) / 2).to(values.device)
+        return order.to(values.device, torch.uint8)[torch.bucketize(values, thresholds)]
 
     def state_dict(self, name: str = "weight") -> dict[str, Tensor]:
         found = {name: self.data.unsqueeze(1)}

@@ -81,7 +81,8 @@ class TritonBackend(Backend):
         arch = _arch_here(problem.device_type)
         launch = select.pass_of(problem, backward=False)
         choice = select.choose(launch, arch)
-        return Plan(choice.schedule, str(choice.tile), tiles.refusals(launch, arch))
+        decoded = ", after the weight is decoded once" if tiles.decodes(problem.weight_format, choice) else ""
+        return Plan(choice.schedule, f"{choice.tile}{decoded}", tiles.refusals(launch, arch))
 
     def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
         from peftkern.backends.triton import schedule

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from peftkern.backends.triton import tiles
 from peftkern.backends.triton.arch import Arch
 from peftkern.backends.triton.tiles import LIBRARY, RECOMPUTE, SHARED, Choice, Pass, TileConfig
 
 _LAUNCH = 2e-6  # seconds between dependent launches
 _MASK = 14  # instructions an element
+_DECODE = {"dense": 0, "int8": 3, "fp8": 7, "int4": 7, "nf4": 10, "fp4": 10}  # instructions an element of W
+_BITS = {"dense": 0, "int8": 8, "fp8": 8, "int4": 4.3, "nf4": 4.1, "fp4": 4.1}  # a weight
 
 
 def estimate(launch: Pass, choice: Choice, arch: Arch) -> float:
     """Seconds of one direction: whole waves of tiles, each bound by its multiplications and its mask arithmetic, or the
     memory traffic of all; then what the schedule adds to the frozen product.
     """
+    if tiles.decodes(launch.problem.weight_format, choice):
+        plain = dataclasses.replace(choice, decoded=False)
+        return _decode_seconds(launch, arch) + estimate(tiles.dense(launch), plain, arch)
     problem, tile, P, Q = launch.problem, choice.tile, launch.P, launch.Q
     size = problem.dtype.itemsize
     tiles_m, tiles_p = -(-problem.M // tile.BLOCK_M), -(-P // tile.BLOCK_P)
     per_tile = _tile_seconds(launch, tile, arch)
-    thin = per_tile * tiles.padded(problem.R) / tile.BLOCK_P
+    bare = per_tile
+    decoding = _DECODE[problem.weight_format] / (4 * arch.warp * arch.clock)
+    per_tile += tile.BLOCK_P * Q * decoding
+    thin = bare * tiles.padded(problem.R) / tile.BLOCK_P
     mask = _MASK / (4 * arch.warp * arch.clock)  # seconds an element on one unit
     thin_masked = thin + (tile.BLOCK_M * Q * mask / tile.SLICES if launch.masks_in else 0.0)
     out_mask = tile.BLOCK_M * tile.BLOCK_P * mask if launch.masks_out else 0.0
@@ -38,6 +48,13 @@ def estimate(launch: Pass, choice: Choice, arch: Arch) -> float:
     if tile.SLICES > 1:
         once += _LAUNCH / 2 + 2 * tile.SLICES * problem.M * P * 4 / arch.bandwidth
     return seconds + once
+
+
+def _decode_seconds(launch: Pass, arch: Arch) -> float:
+    """The packed weight read and the dense one written, by one launch."""
+    problem = launch.problem
+    moved = _BITS[problem.weight_format] / 8 + problem.dtype.itemsize
+    return problem.N * problem.K * moved / arch.bandwidth + _LAUNCH
 
 
 def _peak(launch: Pass, arch: Arch) -> float:
@@ -65,7 +82,7 @@ def _traffic(launch: Pass) -> float:
     """Bytes of the frozen product."""
     problem, P, Q = launch.problem, launch.P, launch.Q
     size = problem.dtype.itemsize
-    weight = size if problem.weight_format == "dense" else 1
+    weight = _BITS[problem.weight_format] / 8 or size
     return problem.M * (Q + P) * size + P * Q * weight
 
 

@@ -41,7 +41,7 @@ from peftkern.backends.triton.tiles import (
     supports,
 )
 from peftkern.ops.problem import LoRAOperands, Problem
-from peftkern.weights import DenseWeight, FrozenWeight, Int8Weight
+from peftkern.weights import DenseWeight, FrozenWeight
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -57,6 +57,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -79,6 +80,7 @@ class Variant:
     N: int = 4096
     R: int = 16
     tile: TileConfig | None = None  # of a schedule; the selected one where None
+    options: tuple[tuple[str, Any], ...] = ()  # of the weight's format
 
     def __str__(self) -> str:
         name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -121,8 +123,8 @@ def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     weight: FrozenWeight = DenseWeight(empty(v.N, v.K))
-    if v.weight_format == "int8":
-        weight = Int8Weight(empty(v.N, v.K, dtype=torch.int8), empty(v.N, dtype=torch.float32))
+    if v.weight_format != "dense":
+        weight = FrozenWeight.quantize(empty(v.N, v.K), v.weight_format, **dict(v.options))
     A, B = empty(v.R, v.K, dtype=v.adapter_dtype), empty(v.N, v.R, dtype=v.adapter_dtype)
     bias, lora_bias = (empty(v.N), empty(v.N, dtype=v.adapter_dtype)) if v.bias else (None, None)
     rng_state = empty(2, dtype=torch.int64) if v.dropout else None

@@ -1,6 +1,7 @@
 """Which launches make a call, in which order: what the backend runs and the traffic model counts.
 
     forward, dx        one_pass: fused          split: shrink, fused         library: shrink, vendor GEMM, fused
+                       each after decode, where a packed weight is decoded once; library always does
     the parameters     grad, reduce (grad twice where x needs no gradient: t and dB come from one read of dy)
 
 Where they are large, the parameters' gradients, which wait for memory, run beside dx, which waits for the tensor cores:
@@ -67,16 +68,19 @@ def produce(
     X = launch.near(X)
     key = select.pass_of(operands.problem(X.shape[0], X.dtype), backward)
     choice = select.choose(key, arch) if onto is None else select.accumulating(key, arch)
+    first: list[Step] = []
+    rest: list[Step] = []
+    if onto is None and tiles.decodes(key.problem.weight_format, choice):
+        decoding, operands = launch.decode(operands, X.dtype)
+        first.append(decoding)
     direction = Direction(operands, backward, X.dtype)
     P, _, R = direction.extents
     Z, T = X.new_empty(X.shape[0], P) if onto is None else onto, X.new_empty(X.shape[0], R, dtype=torch.float32)
     dependent = choice.schedule == SPLIT and arch.dependent_launch and not forked
-    first: list[Step] = []
-    rest: list[Step] = []
     if not choice.one_pass:
         first.append(launch.shrink(direction, X, T, key, arch, followed=dependent))
     if choice.schedule == LIBRARY and onto is None:
-        W = operands.weight.materialize(X.dtype)
+        W = operands.weight.data
         rest.append(VendorProduct(X, W if backward else W.T, Z))
     rest.append(launch.fused(direction, X, T, Z, choice, arch, dependent))
     return Produced(first, rest, Z, T)

@@ -129,7 +129,7 @@ def _block(lines: dict[str, str]) -> str:
 def _to_fields(choice: Choice) -> dict[str, Any]:
     tile = choice.tile
     differing = {f.name: getattr(tile, f.name) for f in fields(tile) if getattr(tile, f.name) != f.default}
-    return {"schedule": choice.schedule, **differing}
+    return {"schedule": choice.schedule, **({"decoded": True} if choice.decoded else {}), **differing}
 
 
 def _to_runs(buckets: dict[int, Entry], names: dict[Choice, str]) -> str:
@@ -170,7 +170,7 @@ def parse(text: str, arch: str, device: str | None = None, origin: str = "") -> 
 
 def _from_fields(name: str, value: Any) -> Choice:
     numbers = dict(value) if isinstance(value, dict) else {}
-    schedule = numbers.pop("schedule", None)
+    schedule, decoded = numbers.pop("schedule", None), numbers.pop("decoded", False)
     if schedule not in _env.SCHEDULES:
         raise ValueError(f"choice {name} has no known schedule: {value!r}")
     known = {f.name: f for f in fields(TileConfig)}
@@ -183,7 +183,7 @@ def _from_fields(name: str, value: Any) -> Choice:
     missing = [f.name for f in known.values() if f.default is dataclasses.MISSING and f.name not in numbers]
     if missing or numbers["num_warps"] > 32 or numbers["num_stages"] > 16:
         raise ValueError(f"choice {name} has no tile: {value!r}")
-    return Choice(schedule, TileConfig(**numbers))
+    return Choice(schedule, TileConfig(**numbers), decoded is True)
 
 
 def _from_runs(key: str, value: Any, named: dict[str, Choice]) -> Iterator[tuple[int, Entry]]:

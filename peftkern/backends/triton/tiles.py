@@ -80,6 +80,7 @@ class Choice:
 
     schedule: str
     tile: TileConfig
+    decoded: bool = False  # a packed weight is decoded once, before, instead of in every tile
 
     @property
     def one_pass(self) -> bool:
@@ -129,12 +130,15 @@ _SHIPPED_FP32: dict[_Shape, tuple[int, int, int]] = {
     (32, 32, 16, 8, 3): (_ANY, _NO, _ANY),
     (64, 64, 16, 8, 3): (5, _NO, _NO),
 }
+# Where the decoder holds more registers than int8's: 8 warps, few elements each.
+_DECODED_BY_TABLE = ("int4", "nf4", "fp4", "fp8")
+_SHIPPED_PACKED: dict[_Shape, tuple[int, int, int]] = {(64, 64, 64, 8, 3): (_NO, _NO, 7)}
 _SLICES = (1, 2, 4, 8, 16)
 
 
 def choices(launch: Pass, arch: Arch) -> list[Choice]:
     """Every legal choice among the shipped tiles, schedule by schedule."""
-    made = [Choice(schedule, tile) for schedule in SCHEDULES for tile in _variants(schedule, launch, arch)]
+    made = [choice for schedule in SCHEDULES for choice in _candidates(schedule, launch, arch)]
     return [choice for choice in made if supports(launch, choice, arch) is None]
 
 
@@ -142,7 +146,7 @@ def refusals(launch: Pass, arch: Arch) -> dict[str, str]:
     """Each schedule that has no legal tile here, with the reason of its last one."""
     reasons = {}
     for schedule in SCHEDULES:
-        found = [supports(launch, Choice(schedule, tile), arch) for tile in _variants(schedule, launch, arch)]
+        found = [supports(launch, choice, arch) for choice in _candidates(schedule, launch, arch)]
         if None not in found:
             reasons[schedule] = str(found[-1])
     return reasons
@@ -153,8 +157,19 @@ def shipped(launch: Pass, arch: Arch) -> list[TileConfig]:
     return [TileConfig(*shape) for shape in _shipped(launch, arch)]
 
 
+def _candidates(schedule: str, launch: Pass, arch: Arch) -> list[Choice]:
+    """A schedule on its tiles: a packed weight is decoded in each, or once."""
+    once = [Choice(schedule, tile) for tile in _variants(schedule, dense(launch), arch)]
+    if launch.problem.weight_format == "dense" or schedule == LIBRARY:
+        return once
+    in_the_tile = [Choice(schedule, tile) for tile in _variants(schedule, launch, arch)]
+    return in_the_tile + [replace(choice, decoded=True) for choice in once]
+
+
 def _shipped(launch: Pass, arch: Arch) -> dict[_Shape, tuple[int, int, int]]:
     wide = launch.problem.dtype == torch.float32 and arch.name != "interpreter"
+    if launch.problem.weight_format in _DECODED_BY_TABLE and arch.name != "interpreter":
+        return {} if wide or arch.name not in ("sm_80", "sm_90") else _SHIPPED_PACKED
     return _SHIPPED_FP32 if wide else _SHIPPED[arch.name]
 
 
@@ -163,7 +178,7 @@ def _variants(schedule: str, launch: Pass, arch: Arch) -> list[TileConfig]:
     narrow = launch.problem.dtype != torch.float32
     made = []
     for tile in shipped(launch, arch):
-        if tile.BLOCK_M >= 64 and narrow:
+        if tile.BLOCK_M >= 64 and narrow and launch.problem.weight_format not in _DECODED_BY_TABLE:
             tile = replace(tile, tma=arch.tma, SUBTILES=max(1, tile.BLOCK_P // 64))
         if schedule == SHARED:
             made.append(replace(tile, resident=1 if tile.BLOCK_M * tile.BLOCK_P > 64 * 64 else 2))
@@ -174,6 +189,16 @@ def _variants(schedule: str, launch: Pass, arch: Arch) -> list[TileConfig]:
             if tile.tma and schedule != LIBRARY:  # the same binary on a persistent grid, for the tuner to compare
                 made.append(replace(tile, resident=1))
     return made
+
+
+def dense(launch: Pass) -> Pass:
+    """The same direction with a dense weight."""
+    return replace(launch, problem=replace(launch.problem, weight_format="dense"))
+
+
+def decodes(weight_format: str, choice: Choice) -> bool:
+    """Whether a choice decodes the weight before it multiplies."""
+    return weight_format != "dense" and (choice.decoded or choice.schedule == LIBRARY)
 
 
 def padded(R: int) -> int:
@@ -196,6 +221,10 @@ def fused_rank_block(problem: Problem, choice: Choice) -> int:
 def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
     """Why ``choice`` cannot run this direction on ``arch``, or None: the one legality predicate."""
     tile = choice.tile
+    if choice.decoded and (launch.problem.weight_format == "dense" or choice.schedule == LIBRARY):
+        return f"{choice.schedule} of a {launch.problem.weight_format} weight has no decoding to choose"
+    if decodes(launch.problem.weight_format, choice):
+        return supports(dense(launch), replace(choice, decoded=False), arch)
     blocks = (tile.BLOCK_M, tile.BLOCK_P // tile.SUBTILES, tile.BLOCK_Q)
     if min(blocks) < 16 or any(size & (size - 1) for size in (*blocks, tile.BLOCK_P, tile.num_warps)):
         return f"blocks {blocks} are not powers of two of at least 16, or BLOCK_P and num_warps no powers of two"

@@ -1,7 +1,8 @@
 """Plugs that read a tile of the frozen weight: LOAD_W(W, operands, ...) -> op(W)[q0 : +BLOCK_Q, p0 : +BLOCK_P].
 
 op(W)[q, p] is W[p, q] forward and W[q, p] backward, in DTYPE. Elements outside [Q, P] are zero. A loader agrees with
-its format's ``materialize``.
+its format's ``materialize``. k0 and BLOCK_K are multiples of 16, the smallest run of K that shares a scale in every
+format but the two flattened ones with rows of another length (``four_bit_any``).
 """
 
 import triton
@@ -35,3 +36,142 @@ def int8(
         n = p0 + tl.arange(0, BLOCK_P).to(tl.int64)
         scale = tl.load(operands[2] + n * operands[3], mask=n < P, other=0.0)[None, :]
     return narrow(data * scale, DTYPE)
+
+
+@triton.jit
+def _as_asked(value, BACKWARD: tl.constexpr):
+    """W[n0 : +BLOCK_N, k0 : +BLOCK_K] as op(W)'s tile."""
+    if BACKWARD:
+        return value
+    else:
+        return tl.trans(value)
+
+
+@triton.jit
+def _scale_runs(scale, along_n, along_k, shift_n, shift_k, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, BLOCK_K / 16]: scale[n >> shift_n, k >> shift_k] for every run of 16 along K; 0 outside."""
+    n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
+    k = k0 + tl.arange(0, BLOCK_K // 16) * 16
+    offsets = (n >> shift_n)[:, None] * along_n + (k >> shift_k)[None, :] * along_k
+    return tl.load(scale + offsets, mask=(n < N)[:, None] & (k < K)[None, :], other=0)
+
+
+@triton.jit
+def _scaled(value, runs, DTYPE: tl.constexpr):
+    """value [n, K / 16, 16] times the scales of its runs, as a tile [n, K]."""
+    ROWS: tl.constexpr = value.shape[0]
+    return tl.reshape(narrow(value * runs[:, :, None], DTYPE), (ROWS, value.shape[1] * 16))
+
+
+@triton.jit
+def _nibbles(W, along_n, origin, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, BLOCK_K / 16, 16] values below 16 from rows of bytes, the even ones high; 0 outside."""
+    n, pair = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K // 2)
+    inside = (n0 + n < N)[:, None] & (k0 + 2 * pair < K)[None, :]
+    bytes = tl.load(W + origin + n[:, None] * along_n + pair[None, :], mask=inside, other=0).to(tl.int32)
+    return tl.reshape(tl.join(bytes >> 4, bytes & 15), (BLOCK_N, BLOCK_K // 16, 16))
+
+
+@triton.jit
+def int8_groups(
+    W, operands, q0, p0, Q, P, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BACKWARD: tl.constexpr, DTYPE: tl.constexpr
+):
+    """operands: data's strides along n and k, scale, its strides, log2 of the group."""
+    BLOCK_N: tl.constexpr = BLOCK_Q if BACKWARD else BLOCK_P
+    BLOCK_K: tl.constexpr = BLOCK_P if BACKWARD else BLOCK_Q
+    n0, k0, N, K = (q0, p0, Q, P) if BACKWARD else (p0, q0, P, Q)
+    data = load_block(W, (operands[0], operands[1]), n0, k0, N, K, BLOCK_N, BLOCK_K).to(tl.float32)
+    runs = _scale_runs(operands[2], operands[3], operands[4], 0, operands[5], n0, k0, N, K, BLOCK_N, BLOCK_K)
+    return _as_asked(_scaled(tl.reshape(data, (BLOCK_N, BLOCK_K // 16, 16)), runs, DTYPE), BACKWARD)
+
+
+@triton.jit
+def fp8(
+    W, operands, q0, p0, Q, P, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BACKWARD: tl.constexpr, DTYPE: tl.constexpr
+):
+    """operands: the bytes' strides along n and k, scale, its strides, log2 of how many n and k share one.
+
+    Exponent and mantissa move to fp32's places, which is off by 2^120 and right for subnormals too: no chip's own fp8.
+    """
+    BLOCK_N: tl.constexpr = BLOCK_Q if BACKWARD else BLOCK_P
+    BLOCK_K: tl.constexpr = BLOCK_P if BACKWARD else BLOCK_Q
+    n0, k0, N, K = (q0, p0, Q, P) if BACKWARD else (p0, q0, P, Q)
+    bits = load_block(W, (operands[0], operands[1]), n0, k0, N, K, BLOCK_N, BLOCK_K).to(tl.int32)
+    size = ((bits & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    size = tl.where((bits & 127) == 127, float("nan"), size)
+    value = tl.reshape(tl.where(bits > 127, -size, size), (BLOCK_N, BLOCK_K // 16, 16))
+    runs = _scale_runs(operands[2], operands[3], operands[4], operands[5], operands[6], n0, k0, N, K, BLOCK_N, BLOCK_K)
+    return _as_asked(_scaled(value, runs, DTYPE), BACKWARD)
+
+
+@triton.jit
+def int4(
+    W, operands, q0, p0, Q, P, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BACKWARD: tl.constexpr, DTYPE: tl.constexpr
+):
+    """operands: bytes a row, scale, zero_point, groups a row, log2 of the group."""
+    BLOCK_N: tl.constexpr = BLOCK_Q if BACKWARD else BLOCK_P
+    BLOCK_K: tl.constexpr = BLOCK_P if BACKWARD else BLOCK_Q
+    n0, k0, N, K = (q0, p0, Q, P) if BACKWARD else (p0, q0, P, Q)
+    origin = tl.cast(n0, tl.int64) * operands[0] + k0 // 2
+    codes = _nibbles(W, operands[0], origin, n0, k0, N, K, BLOCK_N, BLOCK_K)
+    runs = _scale_runs(operands[1], operands[3], 1, 0, operands[4], n0, k0, N, K, BLOCK_N, BLOCK_K)
+    zeros = _scale_runs(operands[2], operands[3], 1, 0, operands[4], n0, k0, N, K, BLOCK_N, BLOCK_K)
+    value = _scaled((codes - zeros.to(tl.int32)[:, :, None]).to(tl.float32), runs, DTYPE)
+    inside = k0 + tl.arange(0, BLOCK_K) < K  # a row may end within a run
+    return _as_asked(tl.where(inside[None, :], value, tl.zeros_like(value)), BACKWARD)
+
+
+@triton.jit
+def _absmax(operands, origin, local, inside):
+    """The scales of the blocks that hold the elements origin + local; 0 outside. operands: see ``four_bit``."""
+    shift = operands[1]
+    block = (origin >> shift) + (((origin & ((1 << shift) - 1)) + local) >> shift)
+    found = tl.load(operands[2] + block, mask=inside, other=0)
+    if operands[4] is not None:
+        found = tl.load(operands[5] + found.to(tl.int32)) * tl.load(operands[4] + (block >> 8), mask=inside, other=0.0)
+        found = tl.where(inside, found + tl.load(operands[6]), 0.0)
+    return found
+
+
+@triton.jit
+def _looked_up(table, codes):
+    """table[codes] for 16 fp32: from shared memory, not from loads that the compiler would keep a tile of in flight."""
+    values = tl.gather(tl.load(table + tl.arange(0, 16)), tl.reshape(codes, (codes.numel,)), 0)
+    return tl.reshape(values, codes.shape)
+
+
+@triton.jit
+def four_bit(
+    W, operands, q0, p0, Q, P, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BACKWARD: tl.constexpr, DTYPE: tl.constexpr
+):
+    """K a multiple of 16: whole bytes, and runs of 16 that lie in one block.
+
+    operands: K, log2 of the blocksize, absmax, code, and nested_absmax, nested_code, offset, or None three times.
+    """
+    BLOCK_N: tl.constexpr = BLOCK_Q if BACKWARD else BLOCK_P
+    BLOCK_K: tl.constexpr = BLOCK_P if BACKWARD else BLOCK_Q
+    n0, k0, N, K = (q0, p0, Q, P) if BACKWARD else (p0, q0, P, Q)
+    origin = tl.cast(n0, tl.int64) * operands[0] + k0
+    codes = _nibbles(W, operands[0] // 2, origin // 2, n0, k0, N, K, BLOCK_N, BLOCK_K)
+    n, run = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K // 16) * 16
+    inside = (n0 + n < N)[:, None] & (k0 + run < K)[None, :]
+    runs = _absmax(operands, origin, n[:, None] * operands[0] + run[None, :], inside)
+    return _as_asked(_scaled(_looked_up(operands[3], codes), runs, DTYPE), BACKWARD)
+
+
+@triton.jit
+def four_bit_any(
+    W, operands, q0, p0, Q, P, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BACKWARD: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Any K: element by element; rows may begin within a byte and blocks anywhere. operands: as ``four_bit``."""
+    BLOCK_N: tl.constexpr = BLOCK_Q if BACKWARD else BLOCK_P
+    BLOCK_K: tl.constexpr = BLOCK_P if BACKWARD else BLOCK_Q
+    n0, k0, N, K = (q0, p0, Q, P) if BACKWARD else (p0, q0, P, Q)
+    origin = tl.cast(n0, tl.int64) * operands[0] + k0
+    n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    inside = (n0 + n < N)[:, None] & (k0 + k < K)[None, :]
+    local = n[:, None] * operands[0] + k[None, :]
+    place = (origin & 1) + local
+    byte = tl.load(W + (origin >> 1) + (place >> 1), mask=inside, other=0).to(tl.int32)
+    code = tl.load(operands[3] + tl.where((place & 1) == 0, byte >> 4, byte & 15))
+    return _as_asked(narrow(code * _absmax(operands, origin, local, inside), DTYPE), BACKWARD)

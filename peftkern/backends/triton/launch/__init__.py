@@ -4,8 +4,21 @@ A builder returns a ``Launch`` with the arguments exactly as Triton gets them; `
 compiles the same object for chips that are not here, and ``peftkern.testing.traffic`` counts what it moves.
 """
 
+from peftkern.backends.triton.launch.decode import decode
 from peftkern.backends.triton.launch.gradients import Gradient, grad, reduce
 from peftkern.backends.triton.launch.operands import Direction, Launch, VendorProduct, loads, near
 from peftkern.backends.triton.launch.produce import fused, shrink
 
-__all__ = ["Direction", "Gradient", "Launch", "VendorProduct", "fused", "grad", "loads", "near", "reduce", "shrink"]
+__all__ = [
+    "Direction",
+    "Gradient",
+    "Launch",
+    "VendorProduct",
+    "decode",
+    "fused",
+    "grad",
+    "loads",
+    "near",
+    "reduce",
+    "shrink",
+]

@@ -17,9 +17,10 @@ from peftkern.backends.triton.kernels import adapter, epilogue, weight_load
 from peftkern.backends.triton.kernels import dropout as drop
 from peftkern.backends.triton.tiles import COUNTERS
 from peftkern.ops.problem import LoRAOperands
+from peftkern.weights import FrozenWeight
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_LOADERS = {"dense": weight_load.dense, "int8": weight_load.int8}
+_FORMATS = ("dense", "int8", "int4", "nf4", "fp4", "fp8")
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,15 @@ class Direction:
     def loader(self, block_q: int, block_p: int, tma: bool) -> dict[str, Any]:
         """LOAD_W, W and LOAD_W's operands."""
         weight = self.operands.weight
+        if weight.format != "dense":
+            return packed(weight, self.backward)
         block = (block_q, block_p) if self.backward else (block_p, block_q)
         W: Any = near(weight.data)
         along_n, along_k = W.stride()
         strides: tuple[Any, ...] = (along_n, along_k) if self.backward else (along_k, along_n)
-        if weight.scale is not None:
-            strides += (weight.scale, weight.scale.stride(0))
-        elif tma and describable(W):
+        if tma and describable(W):
             W, strides = TensorDescriptor.from_tensor(W, list(block)), ()
-        return {"LOAD_W": _LOADERS[weight.format], "W": W, "w_operands": strides}
+        return {"LOAD_W": weight_load.dense, "W": W, "w_operands": strides}
 
 
 FAR = 2**23  # a stride from here on, times a tile's rows, is more than the kernels' 32-bit offsets within a tile
@@ -165,7 +166,32 @@ def matrix(name: str, tensor: Tensor, block: tuple[int, int], tma: bool) -> dict
 
 def loads(weight_format: str) -> bool:
     """Whether there is a loader for a weight format."""
-    return weight_format in _LOADERS
+    return weight_format in _FORMATS
+
+
+def packed(weight: FrozenWeight, backward: bool) -> dict[str, Any]:
+    """LOAD_W, W and LOAD_W's operands for a weight that is decoded in registers."""
+    W, scale = near(weight.data), weight.scale
+    assert scale is not None
+    shift = max(0, weight.group_size.bit_length() - 1)
+    along_n, along_k = W.stride() if W.ndim == 2 else (0, 1)
+    if weight.format in ("nf4", "fp4"):
+        nested = weight.tables[1:] or (None, None, None)
+        plug = weight_load.four_bit_any if weight.shape[1] % 16 else weight_load.four_bit
+        fields: tuple[Any, ...] = (weight.shape[1], shift, scale, weight.tables[0], *nested)
+    elif weight.format == "int4":
+        plug, fields = weight_load.int4, (along_n, scale, weight.tables[0], scale.stride(0), shift)
+    elif weight.format == "fp8":
+        W, plug = W.view(torch.uint8), weight_load.fp8
+        by_row = int(scale.ndim == 1 and len(scale) > 1)
+        strides = scale.stride() if scale.ndim == 2 else (by_row, 0)
+        fields = (along_n, along_k, scale, *strides, shift, shift)
+    elif weight.group_size:
+        plug, fields = weight_load.int8_groups, (along_n, along_k, scale, *scale.stride(), shift)
+    else:
+        along = (along_n, along_k) if backward else (along_k, along_n)
+        plug, fields = weight_load.int8, (*along, scale, scale.stride(0))
+    return {"LOAD_W": plug, "W": W, "w_operands": fields}
 
 
 def numerics(operands: LoRAOperands, dtype: torch.dtype, of_sums: bool = False) -> dict[str, Any]:

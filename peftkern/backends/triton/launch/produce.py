@@ -59,9 +59,7 @@ def fused(
     if tile.resident:
         programs = min(programs, arch.units * tile.resident)
     weight, library = operands.weight, choice.schedule == LIBRARY
-    reads = present(
-        *(() if library else (X, weight.data, weight.scale)), G, operands.bias, operands.lora_bias, partials
-    )
+    reads = present(*(() if library else (X, *weight.tensors)), G, operands.bias, operands.lora_bias, partials)
     return Launch(
         fused_body, (programs,), arguments, tile.num_warps, tile.num_stages,
         reads=(*reads, *((F,) if choice.one_pass else ()), *((Z,) if library else ()),

@@ -1,0 +1,35 @@
+"""The launch that decodes a packed weight once, for a product with the dense one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from peftkern.backends.triton.kernels.decode import decode as decode_body
+from peftkern.backends.triton.launch.operands import Direction, Launch, numerics
+from peftkern.ops.problem import LoRAOperands
+from peftkern.weights import DenseWeight
+
+_BLOCK_N, _BLOCK_K = 32, 128
+
+
+def decode(operands: LoRAOperands, dtype: torch.dtype) -> tuple[Launch, LoRAOperands]:
+    """The launch that writes the weight to scratch memory, and the operands that read it from there.
+
+    The scratch is torch's allocator's: on one stream the next call gets the same memory, and no call of another stream,
+    thread or graph can.
+    """
+    weight = operands.weight
+    N, K = weight.shape
+    out: Tensor = torch.empty(N, K, dtype=dtype, device=weight.device)
+    loaded = Direction(operands, True, dtype).loader(_BLOCK_N, _BLOCK_K, tma=False)
+    arguments: dict[str, Any] = {
+        **loaded, "OUT": out, "N": N, "K": K, "DTYPE": numerics(operands, dtype)["DTYPE"],
+        "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K,
+    }  # fmt: skip
+    grid = (triton.cdiv(N, _BLOCK_N) * triton.cdiv(K, _BLOCK_K),)
+    launch = Launch(decode_body, grid, arguments, 4, 1, reads=weight.tensors, writes=(out,), flops=N * K)
+    return launch, operands._replace(weight=DenseWeight(out))
