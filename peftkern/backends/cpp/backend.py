@@ -116,7 +116,7 @@ def _problem(operands: LoRAOperands, rows: Tensor, weight: Tensor | None):
     return extension()[0].Problem(
         rows.shape[0], K, N, operands.lora_A.shape[0], _DTYPES[rows.dtype], _DTYPES[operands.lora_A.dtype],
         operands.precision == "base", scaling, dropout.threshold(operands.dropout_p), _address(operands.rng_state),
-        torch.get_num_threads(), one_pass(rows.dtype, rows.shape[0]), *_weight(weight),
+        torch.get_num_threads(), one_pass(rows.dtype, rows.shape[0]), *_weight(weight), 0,
     )  # fmt: skip
 
 
