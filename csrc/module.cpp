@@ -5,6 +5,7 @@
 #include <cpuid.h>
 #endif
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -118,6 +119,22 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     py::gil_scoped_release release;
     chosen->pack_weight({K, N, DType(dtype), {pointer<const void>(weight), w_stride, w_transposed, nullptr}, forward, threads, pointer<float>(panels)});
   }, "fp32 panels of W^T (forward: y = x W^T) or of W (dx = dy W), panel_columns() columns each, for the `panels` of a Problem.");
+
+  m.def("sample", [](uintptr_t weight, int64_t bytes, uintptr_t out, int64_t count) {
+    py::gil_scoped_release release;
+    const char *from = pointer<const char>(weight);
+    uint32_t *samples = pointer<uint32_t>(out);
+    bool same = bytes >= 4;
+    uint64_t state = 0;
+    for (int64_t i = 0; i < count && bytes >= 4; ++i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      uint32_t value;
+      memcpy(&value, from + int64_t((state >> 33) % uint64_t(bytes / 4)) * 4, 4);
+      same &= value == samples[i];
+      samples[i] = value;
+    }
+    return same;
+  }, "Read `count` words of 4 bytes at fixed, scattered places of a memory into `out`; whether they are what it held.");
 
   m.def("panel_columns", [] { return chosen->panel_columns; });
 

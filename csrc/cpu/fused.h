@@ -110,21 +110,24 @@ template <class X, class A, class Load = DenseWeight<X>> struct Fused {
     float c; X *z; const uint64_t *bits;
   };
 
-  template <int ROWS> static void finish_tile(const Memory &m, const Product &o, int64_t row, int64_t first, int64_t width, const float *column) {
-    alignas(64) float extra[kTileRows * kTileColumns];
-    for (int64_t r = 0; r < m.R; r += kDepth) {
-      tile<ROWS>(m.packed_t + row * m.R + r * kTileRows, m.g + r * kTileColumns, smaller(kDepth, m.R - r), r > 0, extra);
-    }
-    for (int64_t i = 0; i < ROWS; ++i) {
-      for (int64_t half = 0; half < width; half += W) {
-        const int64_t at = first + half;
-        vf value = o.c * load(extra + i * kTileColumns + half);
-        if (o.bits) value = select(uint32_t(o.bits[(row + i) * m.words + at / 64] >> (at % 64)), value);
-        value += load(m.sums + (row + i) * kTileColumns + half);
-        if (column) value += load(column + half);
-        X *target = o.z + (row + i) * o.P + at;
-        if (half + W <= width) store(value, target);
-        else store_tail(value, target, width - half);
+  template <int ROWS> static void finish_tile(const Memory &m, const Product &o, int64_t row, int64_t first, int64_t width, const float *column, const float *sums) {
+    const Tile<ROWS> extra(m.packed_t + row * m.R, m.g, m.R);
+    const vf column_low = column ? load(column) : vf{}, column_high = column ? load(column + W) : vf{};
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      vf low = o.c * extra.low[i], high = o.c * extra.high[i];
+      if (o.bits) {
+        const uint64_t kept = o.bits[(row + i) * m.words + first / 64] >> (first % 64);
+        low = select(uint32_t(kept), low), high = select(uint32_t(kept >> W), high);
+      }
+      low += load(sums + i * kTileColumns) + column_low, high += load(sums + i * kTileColumns + W) + column_high;
+      X *target = o.z + (row + i) * o.P + first;
+      if (width == kTileColumns) {
+        store(low, target), store(high, target + W);
+      } else {
+        if (width >= W) store(low, target);
+        else store_tail(low, target, width);
+        if (width > W) store_tail(high, target + W, width - W);
       }
     }
   }
@@ -139,11 +142,12 @@ template <class X, class A, class Load = DenseWeight<X>> struct Fused {
       else Load::panel(*o.weight, o.w_by_rows, begin, first, depth, width, m.panel);
       for (int64_t row = 0; row < o.rows; row += kTileRows) {
         if (o.weight->panels) prefetch_share(panel + depth * kTileColumns, depth, row, o.rows);
+        float *sums = m.sums + (m.depth < Q ? row * kTileColumns : 0);
         with_count(smaller(kTileRows, o.rows - row), [&](auto count) {
           for (int64_t q = 0; q == 0 || q < depth; q += m.step) {
-            tile<count>(m.x_tile(row) + (begin + q) * kTileRows, panel + q * kTileColumns, smaller(m.step, depth - q), begin + q > 0, m.sums + row * kTileColumns);
+            tile<count>(m.x_tile(row) + (begin + q) * kTileRows, panel + q * kTileColumns, smaller(m.step, depth - q), begin + q > 0, sums);
           }
-          if (begin + depth >= Q) finish_tile<count>(m, o, row, first, width, column);
+          if (begin + depth >= Q) finish_tile<count>(m, o, row, first, width, column, sums);
         });
       }
     }

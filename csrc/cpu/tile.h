@@ -21,26 +21,34 @@ static inline int64_t depth_of(int64_t Q) {
   return parts ? round_up((Q + parts - 1) / parts, W) : W;
 }
 
-// sums is [ROWS, kTileColumns], written or added to.
-template <int ROWS> static inline void tile(const float *x, const float *block, int64_t depth, bool add, float *sums) {
+// The sums of ROWS rows, in registers.
+template <int ROWS> struct Tile {
   vf low[ROWS], high[ROWS];
+
+  __attribute__((always_inline)) Tile(const float *x, const float *block, int64_t depth) {
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) low[i] = high[i] = vf{};
+    for (int i = 0; i < ROWS; ++i) low[i] = high[i] = vf{};
 #pragma GCC unroll 4
-  for (int64_t q = 0; q < depth; ++q) {
-    const vf b0 = load(block + q * kTileColumns), b1 = load(block + q * kTileColumns + W);
+    for (int64_t q = 0; q < depth; ++q) {
+      const vf b0 = load(block + q * kTileColumns), b1 = load(block + q * kTileColumns + W);
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      const float value = x[q * kTileRows + i];
-      low[i] += value * b0;
-      high[i] += value * b1;
+      for (int i = 0; i < ROWS; ++i) {
+        const float value = x[q * kTileRows + i];
+        low[i] += value * b0;
+        high[i] += value * b1;
+      }
     }
   }
+};
+
+// sums is [ROWS, kTileColumns], written or added to.
+template <int ROWS> static inline void tile(const float *x, const float *block, int64_t depth, bool add, float *sums) {
+  const Tile<ROWS> t(x, block, depth);
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
     float *sum = sums + i * kTileColumns;
-    store(add ? load(sum) + low[i] : low[i], sum);
-    store(add ? load(sum + W) + high[i] : high[i], sum + W);
+    store(add ? load(sum) + t.low[i] : t.low[i], sum);
+    store(add ? load(sum + W) + t.high[i] : t.high[i], sum + W);
   }
 }
 

@@ -58,7 +58,7 @@ template <class T> static void block_of_columns(const T *w, int64_t ldw, int64_t
     for (int64_t half = 0; half < kTileColumns; half += W) {
       const T *source = w + q * ldw + half;
       const int64_t width = columns - half;
-      store(width >= W ? load(source) : width > 0 ? load_tail(source, width) : vf{}, block + q * kTileColumns + half);
+      store(width >= W ? load(source) : width > 0 ? load_tail(source, smaller(W, width)) : vf{}, block + q * kTileColumns + half);
     }
   }
 }
