@@ -1,7 +1,7 @@
 """Frozen weights packed once: fp32 panels in the kernels' own order, for y (W^T), for dx (W), or for both.
 
 A copy belongs to one weight tensor and dies with it. It is used while the tensor's address, shape, strides, dtype and
-version are what they were, and while SAMPLES scattered words of its memory are: PEFT merges by ``weight.data += delta``,
+version are what they were, and SAMPLES scattered words of its memory too: PEFT merges by ``weight.data += delta``,
 which changes neither address nor version. What the samples cannot see is a write through ``.data`` (or another alias
 with a version counter of its own) that changes a small part of the weight alone: one that changes a fraction f of the
 words is missed with probability (1 - f)^512, 0.6 % at f = 1 %. ``drop()`` after such a write is always right.
