@@ -99,9 +99,8 @@ def run(
         p = (0.0 if name == "mixtral" else 0.05) if dropout_p is None else dropout_p
         results[name] = compare(name, load(name, dtype, device), shape, p, rounds)
         gc.collect()
-        print(
-            text([results[name]["row"]]), *(f"  {count:4d}  {kind}" for kind, count in results[name]["layers"].items())
-        )
+        print(text([results[name]["row"]]))
+        print("\n".join(f"  {count:4d}  {kind}" for kind, count in results[name]["layers"].items()), flush=True)
     rows = [result["row"] for result in results.values()]
     print(f"\n{text(rows)}")
     machine["load_average_at_end"] = record.load_average()
