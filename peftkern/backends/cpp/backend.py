@@ -71,8 +71,8 @@ class CppBackend(Backend):
         lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
         panels = _panels(operands, weight, x.shape[0], True)
         extension()[0].forward(
-            _problem(operands, x, weight, weight is not None, panels), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(),
-            _address(lora_bias), _address(bias), s.data_ptr(), y.data_ptr(),
+            _problem(operands, x, weight, weight is not None, panels), x.data_ptr(), x.stride(0), A.data_ptr(),
+            B.data_ptr(), _address(lora_bias), _address(bias), s.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return s
 
