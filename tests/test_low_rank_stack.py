@@ -1,4 +1,4 @@
-"""The stand-in for a parameter with a low-rank update: products by the factors, everything else by the folded tensor."""
+"""The stand-in for a parameter with a low-rank update: products by the factors, all else by the folded tensor."""
 
 from __future__ import annotations
 
