@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from peftkern._version import __version__
 from peftkern.functional import Explanation, explain, lora_linear
+from peftkern.multi_lora import multi_lora_linear
 
 if TYPE_CHECKING:
     from peftkern.environment import env_report as env_report
@@ -27,6 +28,7 @@ __all__ = [
     "env_report",
     "explain",
     "lora_linear",
+    "multi_lora_linear",
     "patch",
     "unpatch",
 ]

@@ -114,7 +114,7 @@ template <class X, class A> struct Fused {
     for (int64_t row = 0; row < o.rows; ++row) {
       for (int64_t half = 0; half < width; half += W) {
         const int64_t at = first + half;
-        vf value = o.c * load(m.extra + row * kTileColumns + half);
+        vf value = m.panels ? o.c * load(m.extra + row * kTileColumns + half) : vf{};  // R = 0 is the base alone
         if (bits) value = select(uint32_t(bits[row * m.words + at / 64] >> (at % 64)), value);
         value += load(m.sums + row * kTileColumns + half);
         if (column) value += load(column + half);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from peftkern import dropout
 from peftkern.backends.base import Backend, Plan, bias_gradients
+from peftkern.ops.bank_problem import BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 _DECODE_ROWS = 16
@@ -43,7 +45,7 @@ class CppBackend(Backend):
     def supports(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":
             return f"it runs on the CPU, not on {problem.device_type}"
-        if problem.R == 0:
+        if problem.R == 0 and not problem.several_adapters:
             return "r = 0 has no low-rank pair"
         if problem.dtype not in _DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {problem.dtype}"
@@ -97,6 +99,24 @@ class CppBackend(Backend):
                 _address(dB),
             )  # fmt: skip
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
+
+    def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
+        from peftkern.backends.cpp import bank
+
+        return bank.forward(operands, x)
+
+    def bank_backward(
+        self,
+        operands: BankOperands,
+        dy: Tensor,
+        x: Tensor | None,
+        s: Tensor | None,
+        need_x: bool,
+        need_pairs: Sequence[bool],
+    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
+        from peftkern.backends.cpp import bank
+
+        return bank.backward(operands, dy, x, s, need_x, need_pairs)
 
 
 def one_pass(dtype: torch.dtype, M: int) -> bool:
