@@ -19,17 +19,27 @@ if TYPE_CHECKING:
     from peftkern.integrations.peft import disabled as disabled
     from peftkern.integrations.peft import patch as patch
     from peftkern.integrations.peft import unpatch as unpatch
+    from peftkern.nn import InjectReport as InjectReport
+    from peftkern.nn import eject as eject
+    from peftkern.nn import inject as inject
+    from peftkern.nn import load_adapter as load_adapter
+    from peftkern.nn import save_adapter as save_adapter
 
 __all__ = [
     "Explanation",
+    "InjectReport",
     "PatchReport",
     "__version__",
     "disabled",
+    "eject",
     "env_report",
     "explain",
+    "inject",
+    "load_adapter",
     "lora_linear",
     "multi_lora_linear",
     "patch",
+    "save_adapter",
     "unpatch",
 ]
 
@@ -40,6 +50,11 @@ _LAZY = {
     "patch": "peftkern.integrations.peft",
     "unpatch": "peftkern.integrations.peft",
     "env_report": "peftkern.environment",
+    "InjectReport": "peftkern.nn",
+    "eject": "peftkern.nn",
+    "inject": "peftkern.nn",
+    "load_adapter": "peftkern.nn",
+    "save_adapter": "peftkern.nn",
     "nn": "peftkern.nn",
     "testing": "peftkern.testing",
     "weights": "peftkern.weights",

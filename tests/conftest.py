@@ -301,6 +301,28 @@ def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
     return model
 
 
+def injected(dtype: torch.dtype = torch.float32, *, base_bias: bool = False, **options) -> nn.Module:
+    """A model without PEFT whose adapters are not zero."""
+    model = llama(dtype, bias=base_bias).eval()
+    peftkern.inject(model, **(dict(r=4, lora_alpha=8, target_modules=ALL_LINEAR) | options))
+    return randomise(model)
+
+
+def bits(model: nn.Module) -> dict[str, tuple]:
+    """Everything that a load could change."""
+    state = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+    kinds = {name: (type(module), getattr(module, "scaling", None)) for name, module in model.named_modules()}
+    return {"state": state, "kinds": kinds}
+
+
+def assert_same_bits(model: nn.Module, before: dict[str, tuple]) -> None:
+    after = bits(model)
+    assert after["kinds"] == before["kinds"] and after["state"].keys() == before["state"].keys()
+    for name, (value, trained) in before["state"].items():
+        found, now_trained = after["state"][name]
+        assert torch.equal(found, value) and trained == now_trained, name
+
+
 def logits(model: nn.Module, **options) -> torch.Tensor:
     return model(input_ids=TOKENS, **options).logits
 

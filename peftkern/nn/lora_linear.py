@@ -7,8 +7,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftkern.functional import lora_linear
+from peftkern.nn import initialization
+
+
+def why_not_linear(module: nn.Module) -> str | None:
+    """Why an adapter cannot take the place of this module, or None: a plain nn.Linear or Conv1D."""
+    kind, weight = type(module).__name__, getattr(module, "weight", None)
+    conv1d = kind == "Conv1D"
+    if not (isinstance(module, nn.Linear) or conv1d):
+        return f"a {kind} is no nn.Linear or Conv1D"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and does not call it, so an adapter would have no effect"
+    if not conv1d and type(module).forward is not nn.Linear.forward:
+        return f"{kind} has a forward of its own"
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return f"its weight is no plain floating Parameter but a {type(weight).__name__}"
+    if not conv1d and weight.shape != (module.out_features, module.in_features):
+        return f"its weight is not [N, K] but {tuple(weight.shape)}"
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if "forward" in module.__dict__ or any(getattr(module, name) for name in hooks):
+        return f"the {kind} has hooks or a forward of its own, which would be lost"
+    return None
 
 
 class LoRALinear(nn.Module):
@@ -25,14 +47,18 @@ class LoRALinear(nn.Module):
         bias: whether the base layer has a bias (frozen, as PEFT's bias="none"; set requires_grad to train it).
         lora_bias: whether the update has a bias; trained, multiplied by the scaling.
         use_rslora: rank-stabilised scaling.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal, B zero), or "pissa", "olora",
+            "pissa_niter_<n>", which take the start c B A out of the weight. The weight is then another one, and what it
+            lost is kept in the buffers removed_A [r, K] and removed_B [N, r]: it was weight + removed_B removed_A.
         device, dtype: of the base layer. The adapter is float32 where dtype is a 16-bit float, else of dtype.
 
     Shapes: x [..., K] -> y [..., N]; weight [N, K], bias [N], lora_A [r, K], lora_B [N, r], lora_bias [N].
-    A starts Kaiming-uniform and B zero, as in PEFT, so the layer starts as its base.
+    With every initialisation the layer starts as its base (PiSSA, OLoRA: to the rounding of the new weight).
 
-    Raises: ValueError for r < 1 or a dropout that is no probability; those of ``lora_linear`` at the call.
+    Raises: ValueError for r < 1, a dropout that is no probability or an unknown initialisation; at the call those of
+        ``lora_linear``.
     Deterministic: as ``lora_linear``.
-    Source: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rsLoRA).
+    Source: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rsLoRA); ``peftkern.nn.initialization``.
     """
 
     weight: nn.Parameter
@@ -40,6 +66,9 @@ class LoRALinear(nn.Module):
     lora_bias: nn.Parameter | None
     merged_weight: Tensor | None
     merged_bias: Tensor | None
+    removed_A: Tensor | None
+    removed_B: Tensor | None
+    conv1d: type[nn.Module] | None  # the class whose place the layer took, where its weight is [K, N]
 
     def __init__(
         self,
@@ -52,21 +81,24 @@ class LoRALinear(nn.Module):
         bias: bool = True,
         lora_bias: bool = False,
         use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         base = nn.Linear(in_features, out_features, bias, device, dtype)
-        self._adopt(base.weight, base.bias, r, lora_alpha, lora_dropout, lora_bias, use_rslora)
+        self._adopt(base.weight, base.bias, r, lora_alpha, lora_dropout, lora_bias, use_rslora, init_lora_weights)
 
-    def _adopt(self, weight, bias, r, lora_alpha, lora_dropout, lora_bias, use_rslora) -> None:
+    def _adopt(self, weight, bias, r, lora_alpha, lora_dropout, lora_bias, use_rslora, init_lora_weights) -> None:
         """Freeze a base and put a fresh adapter beside it."""
         if r < 1:
             raise ValueError(f"r is at least 1, got {r}")
         if not 0.0 <= lora_dropout <= 1.0:
             raise ValueError(f"lora_dropout={lora_dropout} is not a probability")
+        initialization.check_weight(weight, r, init_lora_weights)
         self.out_features, self.in_features = weight.shape
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
+        self.init_lora_weights, self.conv1d = init_lora_weights, None
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.weight = weight.requires_grad_(False)
         self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))
@@ -77,14 +109,46 @@ class LoRALinear(nn.Module):
         self.register_parameter("lora_bias", trained_bias)
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_buffer("merged_bias", None, persistent=False)
+        self.register_buffer("removed_A", None)
+        self.register_buffer("removed_B", None)
+        if initialization.changes_the_base(init_lora_weights):
+            self._take_out_of_weight()
         self.reset_lora_parameters()
 
+    @torch.no_grad()
+    def _take_out_of_weight(self) -> None:
+        """PiSSA, OLoRA: a weight of the layer's own, without what the adapter starts as."""
+        A, B, residual = initialization.split_weight(self.weight, self.r, self.scaling, self.init_lora_weights)
+        self.weight = nn.Parameter(residual, requires_grad=False)
+        self.removed_A, self.removed_B = A, self.scaling * B
+
+    @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """A Kaiming-uniform, B and lora_bias zero."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        """The adapter as it started (a Kaiming or Gaussian A is drawn anew), lora_bias zero."""
+        if self.removed_A is not None and self.removed_B is not None:
+            self.lora_A.copy_(self.removed_A)
+            self.lora_B.copy_(self.removed_B / self.scaling)
+        else:
+            initialization.init_factors(self.lora_A, self.lora_B, self.init_lora_weights)
         if self.lora_bias is not None:
             nn.init.zeros_(self.lora_bias)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Base and adapter as a new layer's, where ``to_empty`` has left memory of no value."""
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+        if self.removed_A is not None:
+            self._take_out_of_weight()
+        self.reset_lora_parameters()
+
+    @torch.no_grad()
+    def base_weight(self) -> Tensor:
+        """The weight [N, K] that the layer was given: ``weight``, and with PiSSA and OLoRA what they took out of it."""
+        if self.removed_A is None or self.removed_B is None:
+            return self.weight
+        wide = self.removed_A.dtype
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return (self.weight.to(wide) + self.removed_B @ self.removed_A).to(self.weight.dtype)
 
     @classmethod
     def from_linear(
@@ -96,27 +160,26 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         lora_bias: bool = False,
         use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
     ) -> LoRALinear:
         """Put an adapter on an existing layer, sharing its storage.
 
         Args:
             linear: an nn.Linear, whose parameters are taken as they are (ties survive; they are frozen), or GPT-2's
-                ``Conv1D``, whose [K, N] weight is shared through a transposed view.
-            r, lora_alpha, lora_dropout, lora_bias, use_rslora: as in the constructor.
-        Raises: TypeError for any other module; ValueError as the constructor.
+                ``Conv1D``, whose [K, N] weight is shared through a transposed view. PiSSA and OLoRA leave it untouched
+                and give the layer a weight of its own.
+            r, lora_alpha, lora_dropout, lora_bias, use_rslora, init_lora_weights: as in the constructor.
+        Raises: TypeError for any other module, with the reason; ValueError as the constructor.
         """
-        if isinstance(linear, nn.Linear) and type(linear.weight) is nn.Parameter and linear.weight.is_floating_point():
-            weight = linear.weight
-            if weight.shape != (linear.out_features, linear.in_features):
-                raise TypeError(f"the weight of {type(linear).__name__} is not [N, K] but {tuple(weight.shape)}")
-        elif type(linear).__name__ == "Conv1D" and isinstance(getattr(linear, "weight", None), nn.Parameter):
-            weight = nn.Parameter(linear.weight.detach().t(), requires_grad=False)
-        else:
-            kind = type(linear).__name__
-            raise TypeError(f"from_linear takes an nn.Linear or a Conv1D with a plain floating weight, got {kind}")
+        reason = why_not_linear(linear)
+        if reason is not None:
+            raise TypeError(f"from_linear takes an nn.Linear or a Conv1D with a plain floating weight: {reason}")
+        conv1d = None if isinstance(linear, nn.Linear) else type(linear)
+        weight = linear.weight if conv1d is None else nn.Parameter(linear.weight.detach().t(), requires_grad=False)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt(weight, linear.bias, r, lora_alpha, lora_dropout, lora_bias, use_rslora)
+        layer._adopt(weight, linear.bias, r, lora_alpha, lora_dropout, lora_bias, use_rslora, init_lora_weights)
+        layer.conv1d = conv1d
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,5 +247,6 @@ class LoRALinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, bias={self.bias is not None}, "
-            f"lora_bias={self.lora_bias is not None}, use_rslora={self.use_rslora}"
+            f"lora_bias={self.lora_bias is not None}, use_rslora={self.use_rslora}, "
+            f"init_lora_weights={self.init_lora_weights!r}"
         )
