@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from peftkern.nn import eject as eject
     from peftkern.nn import inject as inject
     from peftkern.nn import load_adapter as load_adapter
+    from peftkern.nn import route as route
     from peftkern.nn import save_adapter as save_adapter
+    from peftkern.nn import serve as serve
+    from peftkern.nn import unserve as unserve
 
 __all__ = [
     "Explanation",
@@ -39,8 +42,11 @@ __all__ = [
     "lora_linear",
     "multi_lora_linear",
     "patch",
+    "route",
     "save_adapter",
+    "serve",
     "unpatch",
+    "unserve",
 ]
 
 # Loaded on first use: they import what the core does not need (PEFT takes seconds).
@@ -54,7 +60,10 @@ _LAZY = {
     "eject": "peftkern.nn",
     "inject": "peftkern.nn",
     "load_adapter": "peftkern.nn",
+    "route": "peftkern.nn",
     "save_adapter": "peftkern.nn",
+    "serve": "peftkern.nn",
+    "unserve": "peftkern.nn",
     "nn": "peftkern.nn",
     "testing": "peftkern.testing",
     "weights": "peftkern.weights",

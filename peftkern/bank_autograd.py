@@ -5,7 +5,6 @@ Saved for backward: x, s, the weight and the factors. The masks are keyed by int
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +17,12 @@ from peftkern.ops import bank_schema
 class BankSettings(NamedTuple):
     """What a call has beside its differentiable tensors; sequences hold one entry per segment, ``rng`` two integers."""
 
-    scaling: Sequence[float]
-    dropout_p: Sequence[float]
-    rng: Sequence[int]
+    scaling: list[float]
+    dropout_p: list[float]
+    rng: list[int]
     rows: Tensor
-    starts: Sequence[int]
-    counts: Sequence[int]
+    starts: list[int]
+    counts: list[int]
     precision: str
     backend: str
 
@@ -60,6 +59,6 @@ class BankFunction(torch.autograd.Function):
         dx = next(found) if need_x else None
         gradients = [(next(found), next(found)) if pair else (None, None) for pair in ctx.pairs]
         dbias = next(found) if need_bias else None
-        wanted = [need for need in ctx.needs_input_grad[4:]]
         flat = [factor for pair in gradients for factor in pair]
+        wanted = ctx.needs_input_grad[4:]
         return dx, None, dbias, None, *(g if need else None for g, need in zip(flat, wanted, strict=True))
