@@ -20,15 +20,45 @@ static void backward(const Backward &call);
 // y and s of at most kFewRows rows without dropout; every factor streams through the registers once.
 constexpr int kFewRows = 4;
 template <class X, class A> struct FewRows {
-  static vf factor(const A *source, int64_t count, bool round) {
-    const vf value = count >= W ? load(source) : load_tail(source, count);
-    if (!round || sizeof(A) == sizeof(X)) return value;
-    X lanes[W];
-    store(value, lanes);
-    return load(lanes);
+  // Rounded to X and widened again; for bf16 in the integers that an fp32 is made of.
+  static inline vf rounded(vf value) {
+    if constexpr (std::is_same<X, bf16>::value) {
+      const vu bits = (vu)value, is_nan = (vu)(value != value);
+      return (vf)((is_nan & bits) | (~is_nan & ((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u)));
+    } else {
+      X lanes[W];
+      store(value, lanes);
+      return load(lanes);
+    }
+  }
+  template <bool ROUND> static inline vf factor(const A *source) { return ROUND ? rounded(load(source)) : load(source); }
+  template <bool ROUND> static inline vf factor_tail(const A *source, int64_t count) {
+    return count >= W ? factor<ROUND>(source) : ROUND ? rounded(load_tail(source, count)) : load_tail(source, count);
   }
 
-  template <int ROWS> static void run(const Forward &p, const int64_t *rows) {
+  // sums[i][j] = b[j] . t[i], lane by lane, over R ranks.
+  template <int ROWS, bool ROUND> static inline void expand(const A *b, int64_t R, int64_t width, const float *t, int64_t ldt, vf sums[ROWS][W]) {
+    for (int i = 0; i < ROWS; ++i) for (int j = 0; j < W; ++j) sums[i][j] = vf{};
+    if (width < W || R % W) {
+      for (int64_t r = 0; r < R; r += W) {
+        for (int64_t j = 0; j < width; ++j) {
+          const vf value = factor_tail<ROUND>(b + j * R + r, R - r);
+          for (int i = 0; i < ROWS; ++i) sums[i][j] += value * load(t + i * ldt + r);
+        }
+      }
+      return;
+    }
+    for (int64_t r = 0; r < R; r += W) {
+#pragma GCC unroll 16
+      for (int j = 0; j < W; ++j) {
+        const vf value = factor<ROUND>(b + j * R + r);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) sums[i][j] += value * load(t + i * ldt + r);
+      }
+    }
+  }
+
+  template <int ROWS, bool ROUND> static void run(const Forward &p, const int64_t *rows) {
     const int64_t ldx = round_up(p.K, W), ldt = round_up(p.R, W);
     Scratch &memory = worker_scratch();
     memory.reserve(Scratch::bytes<float>(ROWS * ldx) + Scratch::bytes<float>(ROWS * ldt));
@@ -44,24 +74,19 @@ template <class X, class A> struct FewRows {
       int64_t k = 0;
       for (; k + 2 * W <= p.K; k += 2 * W) {
         __builtin_prefetch((const char *)(a + k) + kAhead);
-        const vf first = factor(a + k, W, p.round_factors), second = factor(a + k + W, W, p.round_factors);
+        const vf first = factor<ROUND>(a + k), second = factor<ROUND>(a + k + W);
         for (int i = 0; i < ROWS; ++i) even[i] += first * load(x + i * ldx + k), odd[i] += second * load(x + i * ldx + k + W);
       }
       for (; k < p.K; k += W) {
-        const vf last = factor(a + k, p.K - k, p.round_factors);
+        const vf last = factor_tail<ROUND>(a + k, p.K - k);
         for (int i = 0; i < ROWS; ++i) even[i] += last * load(x + i * ldx + k);
       }
       for (int i = 0; i < ROWS; ++i) t[i * ldt + r] = p.s[i * p.R + r] = sum_of(even[i] + odd[i]);
     }
     for (int64_t n = 0; n < p.N; n += W) {
       const int64_t width = smaller(W, p.N - n);
-      vf sums[ROWS][W] = {};
-      for (int64_t r = 0; r < p.R; r += W) {
-        for (int64_t j = 0; j < width; ++j) {
-          const vf b = factor((const A *)p.B + (n + j) * p.R + r, p.R - r, p.round_factors);
-          for (int i = 0; i < ROWS; ++i) sums[i][j] += b * load(t + i * ldt + r);
-        }
-      }
+      vf sums[ROWS][W];
+      expand<ROWS, ROUND>((const A *)p.B + n * p.R, p.R, width, t, ldt, sums);
       for (int i = 0; i < ROWS; ++i) {
         transpose(sums[i]);
         vf update = {};
@@ -77,7 +102,8 @@ template <class X, class A> struct FewRows {
     if constexpr (ROWS > 1) {
       if (p.M < ROWS) return of<ROWS - 1>(p, rows);
     }
-    run<ROWS>(p, rows);
+    if (p.round_factors && sizeof(A) != sizeof(X)) run<ROWS, true>(p, rows);
+    else run<ROWS, false>(p, rows);
   }
 };
 
