@@ -1,6 +1,6 @@
 """The demo of many adapters: three trained in one batch, all of them served in one batch, and a sweep in one batch.
 
-    python -m benchmarks.demo_many [--steps 30] [--out demo_many_out]
+    python -m benchmarks.demo_many [--steps 20] [--out demo_many_out]
 
 Writes report.json, report.png and the three adapters, in PEFT's format, into the output folder.
 """
@@ -22,7 +22,7 @@ from benchmarks import demo_many_report, packages, record, smollm2
 from benchmarks.many_trials import CORPORA, figure, grid
 from benchmarks.trials import Progress, Trial, TrialRun
 
-STEPS = 30
+STEPS = 20
 SWEEP = dict(ranks=(4, 16), rates=(2e-4, 5e-4, 1e-3, 2e-3))
 LEARN_ALIKE = 1e-4  # relative: what training in company may change, and one rounding of the base's dtype in bf16
 LENGTH = 64  # tokens of a sequence; a trial's step is two of them, one in the sweep
