@@ -27,7 +27,7 @@ def forward(operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
     factors = [_contiguous(segment) for segment in operands.segments]
     entries = [_entry(segment, pair, None) for segment, pair in zip(operands.segments, factors, strict=True)]
     backend.extension()[0].bank_forward(
-        _problem(operands, x, weight), entries, operands.rows.data_ptr(), x.data_ptr(), x.stride(0),
+        _problem(operands, x, weight, True), entries, operands.rows.data_ptr(), x.data_ptr(), x.stride(0),
         backend._address(bias), s.data_ptr(), y.data_ptr(),
     )  # fmt: skip
     return y, s
@@ -57,7 +57,7 @@ def backward(
     ]
     entries = list(map(_entry, operands.segments, factors, pairs))
     backend.extension()[0].bank_backward(
-        _problem(operands, dy, weight), entries, operands.rows.data_ptr(), dy.data_ptr(), dy.stride(0),
+        _problem(operands, dy, weight, False), entries, operands.rows.data_ptr(), dy.data_ptr(), dy.stride(0),
         backend._address(x), 0 if x is None else x.stride(0), backend._address(s), backend._address(dx),
     )  # fmt: skip
     return dx, pairs
@@ -81,10 +81,11 @@ def _entry(segment: Segment, pair: _Pair, gradients: _Pair | None) -> tuple[int 
     )  # fmt: skip
 
 
-def _problem(operands: BankOperands, rows: Tensor, weight: Tensor | None):
+def _problem(operands: BankOperands, rows: Tensor, weight: Tensor | None, forward: bool):
     N, K = operands.weight.shape
     dtype = backend._DTYPES[rows.dtype]
+    panels = None if weight is None else backend._panels(operands.weight, weight, rows.shape[0], forward)
     return backend.extension()[0].Problem(
         rows.shape[0], K, N, 0, dtype, dtype, operands.precision == "base", 0.0, 0, 0, torch.get_num_threads(),
-        backend.one_pass(rows.dtype, rows.shape[0]), *backend._weight(weight),
+        backend.one_pass(rows.dtype, rows.shape[0]), *backend._weight(weight), backend._address(panels),
     )  # fmt: skip
