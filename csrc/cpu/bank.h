@@ -19,6 +19,7 @@ static void backward(const Backward &call);
 
 // y and s of at most kFewRows rows without dropout; every factor streams through the registers once.
 constexpr int kFewRows = 4;
+constexpr int64_t kFactorAhead = 2048;  // bytes of a row of A that are fetched ahead
 template <class X, class A> struct FewRows {
   // Rounded to X and widened again; for bf16 in the integers that an fp32 is made of.
   static inline vf rounded(vf value) {
@@ -73,7 +74,7 @@ template <class X, class A> struct FewRows {
       vf even[ROWS] = {}, odd[ROWS] = {};
       int64_t k = 0;
       for (; k + 2 * W <= p.K; k += 2 * W) {
-        __builtin_prefetch((const char *)(a + k) + kAhead);
+        __builtin_prefetch((const char *)(a + k) + kFactorAhead);
         const vf first = factor<ROUND>(a + k), second = factor<ROUND>(a + k + W);
         for (int i = 0; i < ROWS; ++i) even[i] += first * load(x + i * ldx + k), odd[i] += second * load(x + i * ldx + k + W);
       }
