@@ -183,7 +183,7 @@ def _validated(config: LoRAConfig, tensors: Mapping[str, Tensor]) -> dict[str, L
     """The tensors by layer, each checked."""
     fields = {end: field for field, end in _ENDS.items()}
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):  # the library's order is no order
         match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(f"unknown key {key!r}; a key is {_PREFIX}<layer>. and one of {', '.join(_ENDS.values())}")

@@ -130,9 +130,7 @@ def replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
             if child is not None and child in made:
                 setattr(parent, name, made[child])
                 if isinstance(parent, nn.TransformerEncoderLayer):
-                    parent.activation_relu_or_gelu = (
-                        0  # its fused inference path would read the weights past the adapter
-                    )
+                    parent.activation_relu_or_gelu = 0  # no fused inference: it reads the weights past the adapter
 
 
 def _refuse_tied(model: nn.Module, targets: Mapping[str, nn.Module], method: bool | str) -> None:
