@@ -61,7 +61,7 @@ A sweep in one batch
 What you see
   SmolLM2-135M stays frozen. Three small adapters (LoRA: r=16 on every linear layer) were trained on comedies,
   tragedies and technical prose: first one after the other, {one_by_one:.0f} s, then all in one batch,
-  {training["seconds_together"]:.0f} s ({faster:.2f}x as fast).
+  {training["seconds_together"]:.0f} s ({faster:.2f}x as fast; without the first step of each).
   - The losses agree: the largest difference of any step is {training["largest_relative_difference"]:.1e} (relative;
     allowed {training["bound"]:.1e}), dropout included, since an adapter's mask is keyed by its own seed and rows.
   - Each adapter was judged on all three texts, in the same batch as the others and the base.
