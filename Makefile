@@ -1,4 +1,5 @@
 # make demo   fine-tune a real language model with plain PEFT, then with peftkern
+# make demo-many   train three adapters in one batch, serve them in one batch, sweep 8 trials in one batch
 # make test   lint, import contracts, types and every test that this machine can run
 # make versions   the tests of PEFT and the Trainer with the oldest supported pair of PEFT and transformers
 # make sanitize   the extension's tests under AddressSanitizer and UBSan
@@ -14,11 +15,14 @@ CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types unit interpreter versions sanitize clean
+.PHONY: demo demo-many test lint types unit interpreter versions sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo --out $(OUT) $(if $(STEPS),--steps $(STEPS))
+
+demo-many: .venv/ready
+	$(BIN)/python -m benchmarks.demo_many $(if $(STEPS),--steps $(STEPS))
 
 test: lint types unit interpreter
 
@@ -73,4 +77,4 @@ sanitize: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build demo_out *.egg-info peftkern/*.so
+	rm -rf .venv build demo_out demo_many_out trials_out *.egg-info peftkern/*.so

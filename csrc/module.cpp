@@ -72,6 +72,23 @@ static Dropout dropout(uint32_t threshold, uintptr_t rng_state) {
   return result;
 }
 
+// (A, B, R, adapter dtype, scaling, threshold, seed, offset, start, count, dA, dB) of each segment.
+static std::vector<Segment> segments_of(const py::list &entries) {
+  std::vector<Segment> result;
+  int64_t s_begin = 0;
+  for (const py::handle &entry : entries) {
+    const py::tuple t = py::reinterpret_borrow<py::tuple>(entry);
+    const auto address = [&](int i) { return pointer<void>(t[i].cast<uintptr_t>()); };
+    const auto number = [&](int i) { return t[i].cast<int64_t>(); };
+    const uint64_t rng_state[2] = {uint64_t(number(6)), uint64_t(number(7))};
+    result.push_back({address(0), address(1), number(2), DType(number(3)), t[4].cast<float>(),
+                      dropout(uint32_t(number(5)), reinterpret_cast<uintptr_t>(rng_state)), number(8), number(9), s_begin,
+                      address(10), address(11)});
+    s_begin += number(2) * number(9);
+  }
+  return result;
+}
+
 static Problem problem(int64_t M, int64_t K, int64_t N, int64_t R, int dtype, int adapter_dtype, bool round_factors,
                        float scaling, uint32_t threshold, uintptr_t rng_state, int threads, bool one_pass, uintptr_t weight,
                        int64_t w_stride, bool w_transposed, uintptr_t panels) {
@@ -114,6 +131,29 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     call.dx = pointer<void>(dx), call.dA = pointer<void>(dA), call.dB = pointer<void>(dB);
     chosen->backward(call);
   }, "dx = dy W + c D(t A) (unless in one pass, dx holds dy W beforehand), dA = c t^T D(x), dB = c dy^T s with t = dy B; zero addresses are left out.");
+
+  m.def("bank_forward", [](const Problem &p, const py::list &entries, uintptr_t rows, uintptr_t x, int64_t x_stride, uintptr_t bias,
+                           uintptr_t s, uintptr_t y) {
+    const std::vector<Segment> segments = segments_of(entries);
+    py::gil_scoped_release release;
+    Forward call{};
+    static_cast<Problem &>(call) = p;
+    call.x = pointer<const void>(x), call.x_stride = x_stride, call.bias = pointer<const void>(bias);
+    call.s = pointer<float>(s), call.y = pointer<void>(y);
+    chosen->bank_forward(call, {pointer<const int64_t>(rows), segments.data(), int64_t(segments.size())});
+  }, "y of a batch of several adapters, and s of each segment, one behind the other; p.R is 0.");
+
+  m.def("bank_backward", [](const Problem &p, const py::list &entries, uintptr_t rows, uintptr_t dy, int64_t dy_stride, uintptr_t x,
+                            int64_t x_stride, uintptr_t s, uintptr_t dx) {
+    const std::vector<Segment> segments = segments_of(entries);
+    py::gil_scoped_release release;
+    Backward call{};
+    static_cast<Problem &>(call) = p;
+    call.dy = pointer<const void>(dy), call.dy_stride = dy_stride;
+    call.x = pointer<const void>(x), call.x_stride = x_stride, call.s = pointer<const float>(s);
+    call.dx = pointer<void>(dx);
+    chosen->bank_backward(call, {pointer<const int64_t>(rows), segments.data(), int64_t(segments.size())});
+  }, "dx of such a batch, and dA and dB of the segments that have addresses for them; a zero dx is left out.");
 
   m.def("pack_weight", [](int64_t K, int64_t N, int dtype, uintptr_t weight, int64_t w_stride, bool w_transposed, bool forward,
                           int threads, uintptr_t panels) {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from peftkern._version import __version__
 from peftkern.functional import Explanation, explain, lora_linear
+from peftkern.multi_lora import multi_lora_linear
 
 if TYPE_CHECKING:
     from peftkern.environment import env_report as env_report
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from peftkern.nn import eject as eject
     from peftkern.nn import inject as inject
     from peftkern.nn import load_adapter as load_adapter
+    from peftkern.nn import route as route
     from peftkern.nn import save_adapter as save_adapter
+    from peftkern.nn import serve as serve
+    from peftkern.nn import unserve as unserve
 
 __all__ = [
     "Explanation",
@@ -36,9 +40,13 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_linear",
+    "multi_lora_linear",
     "patch",
+    "route",
     "save_adapter",
+    "serve",
     "unpatch",
+    "unserve",
 ]
 
 # Loaded on first use: they import what the core does not need (PEFT takes seconds).
@@ -52,7 +60,10 @@ _LAZY = {
     "eject": "peftkern.nn",
     "inject": "peftkern.nn",
     "load_adapter": "peftkern.nn",
+    "route": "peftkern.nn",
     "save_adapter": "peftkern.nn",
+    "serve": "peftkern.nn",
+    "unserve": "peftkern.nn",
     "nn": "peftkern.nn",
     "testing": "peftkern.testing",
     "weights": "peftkern.weights",

@@ -83,7 +83,7 @@ def apply(x: Tensor, operands: LoRAOperands, backend: str = "") -> Tensor:
         y = LoRALinearFunction.apply(*arguments, *W.tables)
     else:
         y = schema.forward(*arguments, w_tables=W.tables or None)[0]
-    return _unflattened(y, x)
+    return unflattened(y, x)
 
 
 def apply_adapters(x: Tensor, adapters: Sequence[LoRAOperands], backend: str = "") -> Tensor:
@@ -99,7 +99,7 @@ def apply_adapters(x: Tensor, adapters: Sequence[LoRAOperands], backend: str = "
     else:
         lists = [list(column) for column in zip(*fields, strict=True)]
         y = schema.forward_adapters(*base, *lists, first.precision, backend)[0]
-    return _unflattened(y, x)
+    return unflattened(y, x)
 
 
 def apply_dora(x: Tensor, operands: LoRAOperands, magnitude: Tensor, backend: str = "") -> Tensor:
@@ -116,10 +116,10 @@ def apply_dora(x: Tensor, operands: LoRAOperands, magnitude: Tensor, backend: st
         y = dora.DoRALinearFunction.apply(*arguments)
     else:
         y = dora.products(*arguments)[0]
-    return _unflattened(y, x)
+    return unflattened(y, x)
 
 
-def _unflattened(y: Tensor, x: Tensor) -> Tensor:
+def unflattened(y: Tensor, x: Tensor) -> Tensor:
     """y with x's leading dimensions. No view: autograd lets none be modified in place behind a reentrant checkpoint."""
     return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 

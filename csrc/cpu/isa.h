@@ -1,7 +1,7 @@
 // The table of one instruction set. isa_*.cpp define PEFTKERN_ISA, are compiled with their own flags (setup.py) and include
 // this file; everything they compile lies in a namespace of that name.
 #pragma once
-#include "bodies.h"
+#include "bank.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
@@ -44,6 +44,7 @@ static void keep_bits(const Dropout &dropout, int64_t M, int64_t K, uint64_t *bi
 #define PEFTKERN_NAME(isa) PEFTKERN_TEXT(isa)
 extern const Kernels PEFTKERN_TABLE(PEFTKERN_ISA);
 const Kernels PEFTKERN_TABLE(PEFTKERN_ISA) = {PEFTKERN_NAME(PEFTKERN_ISA), PEFTKERN_ISA::kTileColumns, PEFTKERN_ISA::forward,
-                                              PEFTKERN_ISA::backward, PEFTKERN_ISA::pack_weight_any, PEFTKERN_ISA::keep_bits};
+                                              PEFTKERN_ISA::backward, PEFTKERN_ISA::bank_forward,
+                                              PEFTKERN_ISA::bank_backward, PEFTKERN_ISA::pack_weight_any, PEFTKERN_ISA::keep_bits};
 
 }  // namespace peftkern

@@ -60,6 +60,24 @@ struct Backward : Problem {
   void *dA, *dB;                      // [R, K], [N, R] written, or null
 };
 
+// One adapter's part of a batch that belongs to several: its operands, and its rows in the bank's index.
+struct Segment {
+  const void *A, *B;         // [R, K] and [N, R], contiguous
+  int64_t R;
+  DType adapter_dtype;
+  float scaling;
+  Dropout dropout;           // row numbers count from the segment's first row
+  int64_t start, count;      // in Bank::rows
+  int64_t s_begin;           // where its s, [count, R], begins in the call's
+  void *dA, *dB;             // written by backward, or null together
+};
+
+struct Bank {
+  const int64_t *rows;
+  const Segment *segments;
+  int64_t size;
+};
+
 // W once for all calls: fp32 panels [ceil(P / panel_columns), Q, panel_columns] of W^T (P = N, Q = K) or of W (P = K, Q = N).
 struct PackedWeight {
   int64_t K, N;
@@ -76,6 +94,9 @@ struct Kernels {
   int panel_columns;
   void (*forward)(const Forward &);
   void (*backward)(const Backward &);
+  // The base with R = 0, and the segments of a bank on top. Unless in one pass, y and dx hold the base's when they begin.
+  void (*bank_forward)(const Forward &, const Bank &);
+  void (*bank_backward)(const Backward &, const Bank &);
   void (*pack_weight)(const PackedWeight &);
   // Bit (row, col) of the keep mask, for the tests: bits is [M, ceil(K / 64)].
   void (*keep_bits)(const Dropout &, int64_t M, int64_t K, uint64_t *bits);

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from peftkern.ops.bank_problem import BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 
@@ -70,6 +71,25 @@ class Backend(ABC):
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
     ) -> Gradients:
         """``backward`` on top of a contiguous dx, None unless needs.x: dx += c D(dy B A) in place, the others fresh."""
+
+    def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y [M, N] in x's dtype and s of all segments in fp32 (fp64 for fp64). M >= 1.
+
+        Called where ``supports`` has accepted several adapters.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no products for several adapters")
+
+    def bank_backward(
+        self,
+        operands: BankOperands,
+        dy: Tensor,
+        x: Tensor | None,
+        s: Tensor | None,
+        need_x: bool,
+        need_pairs: Sequence[bool],
+    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
+        """dx where it is needed, and (dA, dB) of each segment whose pair is; exact zeros for one without rows."""
+        raise NotImplementedError(f"backend {self.name!r} has no products for several adapters")
 
 
 def scaled(value: Tensor, operands: LoRAOperands) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftkern import _env
 from peftkern.backends.base import Backend
+from peftkern.ops.bank_problem import BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 logger = logging.getLogger("peftkern")
@@ -92,10 +93,8 @@ def forward(operands: LoRAOperands, x: Tensor, backend: str) -> tuple[Tensor, Te
         wide = torch.promote_types(x.dtype, torch.float32)
         return x.new_empty(0, N), x.new_empty(0, R, dtype=wide)
     chosen = select(operands.problem(M, x.dtype), backend)
-    if autocasting(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return chosen.forward(operands, x)
-    return chosen.forward(operands, x)
+    with without_autocast(x.device.type):
+        return chosen.forward(operands, x)
 
 
 def backward(
@@ -105,10 +104,8 @@ def backward(
     if dy.shape[0] == 0:
         return _zero_gradients(operands, dy, needs)
     chosen = select(operands.problem(dy.shape[0], dy.dtype), backend)
-    if autocasting(dy.device.type):
-        with torch.autocast(dy.device.type, enabled=False):
-            return chosen.backward(operands, dy, x, s, needs)
-    return chosen.backward(operands, dy, x, s, needs)
+    with without_autocast(dy.device.type):
+        return chosen.backward(operands, dy, x, s, needs)
 
 
 def forward_adapters(adapters: Sequence[LoRAOperands], x: Tensor, backend: str) -> list[Tensor]:
@@ -159,3 +156,42 @@ def _zero_gradients(operands: LoRAOperands, dy: Tensor, needs: Needs) -> Gradien
         for need, parameter in zip(needs[1:], parameters, strict=True)
     ]
     return Gradients(dy.new_empty(0, operands.weight.shape[1]) if needs.x else None, *zeros)
+
+
+def bank_forward(operands: BankOperands, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """``forward`` where rows belong to several adapters; s holds the segments' [length, R], one behind the other."""
+    M = x.shape[0]
+    if M == 0:
+        return x.new_empty(0, operands.weight.shape[0]), x.new_empty(
+            0, dtype=torch.promote_types(x.dtype, torch.float32)
+        )
+    chosen = select(operands.problem(M, x.dtype), backend)
+    with without_autocast(x.device.type):
+        return chosen.bank_forward(operands, x)
+
+
+def bank_backward(
+    operands: BankOperands,
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    need_x: bool,
+    need_pairs: Sequence[bool],
+    need_bias: bool,
+    backend: str,
+) -> list[Tensor]:
+    """dx, then dA and dB of each segment whose pair is needed, then dbias: those that are asked for."""
+    found = []
+    if dy.shape[0] == 0:
+        found += [dy.new_empty(0, operands.weight.shape[1])] if need_x else []
+        for segment, need in zip(operands.segments, need_pairs, strict=True):
+            found += [torch.zeros_like(segment.lora_A), torch.zeros_like(segment.lora_B)] if need else []
+    else:
+        chosen = select(operands.problem(dy.shape[0], dy.dtype), backend)
+        with without_autocast(dy.device.type):
+            dx, pairs = chosen.bank_backward(operands, dy, x, s, need_x, need_pairs)
+        found += [] if dx is None else [dx]
+        found += [factor for pair in pairs if pair is not None for factor in pair]
+    if need_bias and operands.bias is not None:
+        found.append(dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(operands.bias.dtype))
+    return found

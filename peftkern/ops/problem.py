@@ -16,7 +16,8 @@ class Problem:
     """What a backend may look at to say whether, and how, it can run a call. Hashable.
 
     ``dtype`` is the compute dtype (x, y, dense weight); ``adapter_dtype`` that of lora_A and lora_B;
-    ``precision`` is "base" (factors rounded to ``dtype``) or "fp32" (factors kept in fp32).
+    ``precision`` is "base" (factors rounded to ``dtype``) or "fp32" (factors kept in fp32). Where there are
+    ``several_adapters`` in the batch, R is the largest rank.
     """
 
     device_type: str
@@ -31,6 +32,7 @@ class Problem:
     bias: bool = False
     lora_bias: bool = False
     precision: str = "base"
+    several_adapters: bool = False
 
 
 class LoRAOperands(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from peftkern import _env, dropout
 from peftkern.backends.base import Backend, Plan, bias_gradients
 from peftkern.backends.cpp import prepack
 from peftkern.backends.cpp.extension import extension
+from peftkern.ops.bank_problem import BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 _DECODE_ROWS = 16
@@ -30,7 +33,7 @@ class CppBackend(Backend):
     def supports(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":
             return f"it runs on the CPU, not on {problem.device_type}"
-        if problem.R == 0:
+        if problem.R == 0 and not problem.several_adapters:
             return "r = 0 has no low-rank pair"
         if problem.dtype not in _DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {problem.dtype}"
@@ -69,7 +72,7 @@ class CppBackend(Backend):
         s = x.new_empty(x.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
         A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
         lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
-        panels = _panels(operands, weight, x.shape[0], True)
+        panels = _panels(operands.weight.data, weight, x.shape[0], True)
         extension()[0].forward(
             _problem(operands, x, weight, weight is not None, panels), x.data_ptr(), x.stride(0), A.data_ptr(),
             B.data_ptr(), _address(lora_bias), _address(bias), s.data_ptr(), y.data_ptr(),
@@ -103,13 +106,31 @@ class CppBackend(Backend):
             dB = torch.empty_like(B) if needs.lora_B else None
             x = _unit_stride(x) if x is not None else None
             s = s.contiguous() if s is not None else None
-            panels = _panels(operands, weight, dy.shape[0], False)
+            panels = _panels(operands.weight.data, weight, dy.shape[0], False)
             extension()[0].backward(
                 _problem(operands, dy, weight, whole, panels), dy.data_ptr(), dy.stride(0), _address(x),
                 0 if x is None else x.stride(0), _address(s), A.data_ptr(), B.data_ptr(), _address(dx), _address(dA),
                 _address(dB),
             )  # fmt: skip
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
+
+    def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
+        from peftkern.backends.cpp import bank
+
+        return bank.forward(operands, x)
+
+    def bank_backward(
+        self,
+        operands: BankOperands,
+        dy: Tensor,
+        x: Tensor | None,
+        s: Tensor | None,
+        need_x: bool,
+        need_pairs: Sequence[bool],
+    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
+        from peftkern.backends.cpp import bank
+
+        return bank.backward(operands, dy, x, s, need_x, need_pairs)
 
 
 def one_pass(dtype: torch.dtype, M: int) -> bool:
@@ -121,9 +142,9 @@ def one_pass(dtype: torch.dtype, M: int) -> bool:
     return extension()[0].instruction_set() == "avx2"
 
 
-def _panels(operands: LoRAOperands, weight: Tensor | None, M: int, forward: bool) -> Tensor | None:
+def _panels(given: Tensor, weight: Tensor | None, M: int, forward: bool) -> Tensor | None:
     """The weight's packed copy, where it is used: above a handful of rows, and for the caller's own tensor alone."""
-    if weight is None or weight is not operands.weight.data or M <= _DECODE_ROWS or not one_pass(weight.dtype, M):
+    if weight is None or weight is not given or M <= _DECODE_ROWS or not one_pass(weight.dtype, M):
         return None
     return prepack.panels(extension()[0], weight, _DTYPES[weight.dtype], _weight(weight), forward)
 

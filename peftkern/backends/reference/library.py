@@ -8,11 +8,14 @@ Two precisions, as in every backend. "base": the factors are rounded to x's dtyp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from peftkern import dropout
 from peftkern.backends.base import Backend, Plan, bias_gradients, scaled
+from peftkern.ops.bank_problem import BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 
@@ -51,6 +54,39 @@ def _accumulate(target: Tensor, operands: LoRAOperands, left: Tensor, right: Ten
         target.add_(scaled(left @ right, operands))
 
 
+def add_update(operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
+    """y += c s B^T in place; returns s = D(x) A^T in fp32 (fp64 for fp64)."""
+    thin = _thin_dtype(operands, x.dtype)
+    dropped = _apply_keep(x, _keep(operands, x.shape[0]), operands.dropout_p)
+    s = dropped.to(thin) @ _factor(operands, operands.lora_A, x.dtype).T
+    _accumulate(y, operands, s, _factor(operands, operands.lora_B, x.dtype).T)
+    return s.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def add_update_backward(
+    operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx += c D(t A) in place where there is one; dA where there is x and dB where there is s."""
+    A, B = _factor(operands, operands.lora_A, dy.dtype), _factor(operands, operands.lora_B, dy.dtype)
+    need_t = dx is not None or x is not None
+    thin = _thin_dtype(operands, dy.dtype)
+    keep = _keep(operands, dy.shape[0]) if need_t else None
+    thin_dy = dy.to(thin) if need_t or s is not None else dy
+    t = thin_dy @ B if need_t else thin_dy
+    dA = dB = None
+    if dx is not None:
+        if keep is None:
+            _accumulate(dx, operands, t, A)
+        else:
+            dx.add_(scaled(_apply_keep(t @ A, keep, operands.dropout_p), operands))
+    if x is not None:
+        dropped = _apply_keep(x, keep, operands.dropout_p).to(thin)
+        dA = scaled(t.T @ dropped, operands).to(operands.lora_A.dtype)
+    if s is not None:
+        dB = scaled(thin_dy.T @ s.to(thin), operands).to(operands.lora_B.dtype)
+    return dA, dB
+
+
 class ReferenceBackend(Backend):
     """Never refuses; the floor that the kernels have to beat."""
 
@@ -76,34 +112,57 @@ class ReferenceBackend(Backend):
         return self.accumulate_backward(operands, dy, x, s, dx, needs)
 
     def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
-        thin = _thin_dtype(operands, x.dtype)
-        dropped = _apply_keep(x, _keep(operands, x.shape[0]), operands.dropout_p)
-        s = dropped.to(thin) @ _factor(operands, operands.lora_A, x.dtype).T
-        _accumulate(y, operands, s, _factor(operands, operands.lora_B, x.dtype).T)
+        s = add_update(operands, x, y)
         if operands.lora_bias is not None:
             y += scaled(operands.lora_bias.clone(), operands)
-        return s.to(torch.promote_types(x.dtype, torch.float32))
+        return s
 
     def accumulate_backward(
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
     ) -> Gradients:
-        A, B = _factor(operands, operands.lora_A, dy.dtype), _factor(operands, operands.lora_B, dy.dtype)
-        thin = _thin_dtype(operands, dy.dtype)
-        keep = _keep(operands, dy.shape[0]) if needs.x or needs.lora_A else None
-        thin_dy = dy.to(thin) if needs.x or needs.lora_A or needs.lora_B else dy
-        t = thin_dy @ B if needs.x or needs.lora_A else thin_dy
-        dA = dB = None
-        if needs.x:
-            assert dx is not None
-            if keep is None:
-                _accumulate(dx, operands, t, A)
-            else:
-                dx.add_(scaled(_apply_keep(t @ A, keep, operands.dropout_p), operands))
-        if needs.lora_A:
-            assert x is not None
-            dropped = _apply_keep(x, keep, operands.dropout_p).to(thin)
-            dA = scaled(t.T @ dropped, operands).to(operands.lora_A.dtype)
-        if needs.lora_B:
-            assert s is not None
-            dB = scaled(thin_dy.T @ s.to(thin), operands).to(operands.lora_B.dtype)
+        dA, dB = add_update_backward(operands, dy, x if needs.lora_A else None, s if needs.lora_B else None, dx)
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
+
+    def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.nn.functional.linear(x, operands.weight, operands.bias)
+        parts = []
+        for segment in operands.segments:
+            if not segment.length:
+                continue
+            rows = operands.rows_of(segment)
+            own = y[rows]
+            parts.append(add_update(operands.alone(segment), x[rows], own).flatten())
+            y[rows] = own
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return y, torch.cat(parts) if parts else x.new_empty(0, dtype=wide)
+
+    def bank_backward(
+        self,
+        operands: BankOperands,
+        dy: Tensor,
+        x: Tensor | None,
+        s: Tensor | None,
+        need_x: bool,
+        need_pairs: Sequence[bool],
+    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
+        dx = dy @ operands.weight if need_x else None
+        pairs: list[tuple[Tensor, Tensor] | None] = []
+        at = 0
+        for segment, need in zip(operands.segments, need_pairs, strict=True):
+            if not segment.length:
+                zeros = torch.zeros_like(segment.lora_A), torch.zeros_like(segment.lora_B)
+                pairs.append(zeros if need else None)
+                continue
+            rows, size = operands.rows_of(segment), segment.length * segment.R
+            own_x = own_s = own_dx = None
+            if need:
+                assert x is not None and s is not None
+                own_x, own_s = x[rows], s[at : at + size].view(segment.length, segment.R)
+            if dx is not None:
+                own_dx = dx[rows]
+            dA, dB = add_update_backward(operands.alone(segment), dy[rows], own_x, own_s, own_dx)
+            if dx is not None and own_dx is not None:
+                dx[rows] = own_dx
+            pairs.append((dA, dB) if dA is not None and dB is not None else None)
+            at += size
+        return dx, pairs

@@ -63,6 +63,8 @@ class TritonBackend(Backend):
     def supports(self, problem: Problem) -> str | None:
         if problem.device_type != "cuda" and not (problem.device_type == "cpu" and _interpreted()):
             return f"Triton kernels do not run on {problem.device_type} tensors"
+        if problem.several_adapters:
+            return "the kernels look no adapter up by row"
         if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"the kernels compute in float32, bfloat16 or float16, not {problem.dtype}"
         if problem.adapter_dtype not in (torch.float32, problem.dtype):

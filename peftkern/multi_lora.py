@@ -1,0 +1,154 @@
+"""``multi_lora_linear``: one frozen linear, a batch whose rows belong to several adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftkern import dropout, functional
+from peftkern.bank_autograd import BankFunction, BankSettings
+from peftkern.ops import bank_schema, inputs
+from peftkern.segments import Plan, plan_rows
+from peftkern.weights import DenseWeight
+
+_Factors = Tensor | Sequence[Tensor]
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: _Factors,
+    lora_B: _Factors,
+    scaling: Tensor | Sequence[float],
+    ids: Tensor | Plan,
+    *,
+    ranks: Sequence[int] | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float | Sequence[float] = 0.0,
+    training: bool = True,
+    rng_states: Sequence[tuple[int, int]] | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A frozen linear layer with E low-rank updates, of which each row of x takes one or none.
+
+    Formula:
+        y[m] = x[m] W^T + bias + c_e (D_e(x_e) A_e^T)[i] B_e^T for row m, which is row i of those of adapter e = ids[m];
+        the base alone where ids[m] = -1.
+
+    Args:
+        x: [M, K] or [..., K] with M rows in all.
+        weight: [N, K], frozen, of x's dtype.
+        lora_A, lora_B: stacked [E, R, K] and [E, N, R], or E tensors [R_e, K] and E tensors [N, R_e] of own ranks; in
+            x's dtype or float32. A rank of 0 is the base alone.
+        scaling: E finite numbers, or a tensor float [E] on the CPU.
+        ids: int64 or int32 [M] on the CPU, from -1 (the base) to E - 1; or their plan (``segments.plan_rows``), which
+            layers can share.
+        ranks: the true ranks of stacked factors, E integers; what lies beyond is not read, and its gradient is zero.
+        bias: [N].
+        dropout_p: one probability, or E of them; training: dropout is off when False.
+        rng_states: E pairs (seed, offset) that key each adapter's mask; drawn from torch's generator when None.
+        precision, backend: as in ``lora_linear``.
+
+    Returns: y [..., N].
+
+    Raises: ValueError, TypeError as ``lora_linear``, naming the adapter; ValueError for an id that is no adapter's.
+
+    Numerics: as ``lora_linear``. A row with id -1 has the bits of the same batch without adapters.
+    Deterministic: yes, bitwise, for a fixed backend and thread count; gradients of an adapter without rows are zero.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is a tensor, not {type(weight).__name__}: quantised bases have one adapter at a time")
+    A, B = _split(lora_A, lora_B, ranks)
+    E = len(A)
+    for e in range(E):
+        _naming(e, inputs.check_devices, {"x": x, "weight": weight, "lora_A": A[e], "lora_B": B[e], "bias": bias})
+        _naming(e, inputs.check_shapes, x, DenseWeight(weight), A[e], B[e], bias, None)
+    scaling = [_finite(e, value) for e, value in enumerate(_listed("scaling", scaling, E))]
+    p = [float(value) if training else 0.0 for value in _listed("dropout_p", dropout_p, E)]
+    for e, value in enumerate(p):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"adapter {e}: dropout_p={value} is not a probability")
+    if precision not in (None, "base", "fp32"):
+        raise ValueError(f"precision={precision!r} is not one of None, 'base', 'fp32'")
+    plan = ids if isinstance(ids, Plan) else plan_rows(ids.reshape(-1), x.device)
+    M = x.shape[:-1].numel()
+    if not isinstance(ids, Plan) and ids.numel() != M:
+        raise ValueError(f"there are {ids.numel()} adapter ids for the {M} rows of x {tuple(x.shape)}")
+    spans = {span.id: span for span in plan.spans}
+    if spans and max(spans) >= E:
+        raise ValueError(f"adapter id {max(spans)} is out of range for {E} adapters")
+    if rng_states is not None and len(rng_states) != E:
+        raise ValueError(f"rng_states has {len(rng_states)} entries for {E} adapters")
+    states = rng_states or _draw_states(p)
+    settings = BankSettings(
+        scaling, [value if dropout.threshold(value) else 0.0 for value in p],
+        [int(number) for state in states for number in state], plan.rows,
+        [spans[e].start if e in spans else 0 for e in range(E)],
+        [spans[e].length if e in spans else 0 for e in range(E)], precision or "base", backend or "",
+    )  # fmt: skip
+    return apply(x, weight, bias, settings, [factor for pair in zip(A, B, strict=True) for factor in pair])
+
+
+def apply(x: Tensor, weight: Tensor, bias: Tensor | None, settings: BankSettings, factors: Sequence[Tensor]) -> Tensor:
+    """``multi_lora_linear`` behind its checks of shapes; A and B of each segment in turn. Applies autocast's rule."""
+    if weight.requires_grad:
+        raise ValueError("weight requires grad, but only adapters are trained: call weight.requires_grad_(False)")
+    x, frozen, bias = functional.autocast(x, DenseWeight(weight), bias)
+    weight = frozen.data
+    for A, B in {(A.dtype, B.dtype): (A, B) for A, B in zip(factors[::2], factors[1::2], strict=True)}.values():
+        inputs.check_dtypes(x, frozen, A, B, bias, None)
+    if not factors and x.dtype != weight.dtype:
+        raise TypeError(f"x and weight must share one floating dtype, got {x.dtype} and {weight.dtype}")
+    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if functional.looked_through() or (torch.is_grad_enabled() and functional._any_requires_grad(flat, bias, *factors)):
+        y = BankFunction.apply(flat, weight, bias, settings, *factors)
+    else:
+        y = bank_schema.forward(flat, weight, bias, factors[::2], factors[1::2], *settings)[0]
+    return functional.unflattened(y, x)
+
+
+def _split(lora_A: _Factors, lora_B: _Factors, ranks: Sequence[int] | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Factors by adapter, each of its true rank: views of stacked ones."""
+    if len(lora_A) != len(lora_B):
+        raise ValueError(f"lora_A has {len(lora_A)} adapters and lora_B {len(lora_B)}")
+    if ranks is None:
+        return list(lora_A), list(lora_B)
+    if not isinstance(lora_A, Tensor) or not isinstance(lora_B, Tensor):
+        raise TypeError("ranks are given where lora_A [E, R, K] and lora_B [E, N, R] are stacked")
+    if len(ranks) != len(lora_A) or not all(0 <= r <= lora_A.shape[1] for r in ranks):
+        raise ValueError(f"ranks are {len(lora_A)} integers from 0 to R = {lora_A.shape[1]}, got {list(ranks)}")
+    A = [factor[:r] for factor, r in zip(lora_A.unbind(), ranks, strict=True)]
+    return A, [factor[:, :r] for factor, r in zip(lora_B.unbind(), ranks, strict=True)]
+
+
+def _listed(name: str, values: float | Tensor | Sequence[float], E: int) -> list[float]:
+    if isinstance(values, (int, float)):
+        return [values] * E
+    listed = values.tolist() if isinstance(values, Tensor) else list(values)
+    if not isinstance(listed, list) or len(listed) != E:
+        raise ValueError(f"{name} is one number for each of the {E} adapters, got {values!r}")
+    return listed
+
+
+def _finite(e: int, value: float) -> float:
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"adapter {e}: scaling={value} is not finite")
+    return float(value)
+
+
+def _naming(e: int, check, *arguments) -> None:
+    try:
+        check(*arguments)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"adapter {e}: {error}") from None
+
+
+def _draw_states(p: Sequence[float]) -> Sequence[tuple[int, int]]:
+    """Seeds and offsets from torch's generator on the CPU, where anything is dropped."""
+    if not any(map(dropout.threshold, p)):
+        return [(0, 0)] * len(p)
+    return [tuple(dropout.draw_rng_state(torch.device("cpu")).tolist()) for _ in p]

@@ -1,0 +1,79 @@
+"""The operands of a call whose rows belong to several adapters, by segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkern.ops.problem import LoRAOperands, Problem
+from peftkern.weights import DenseWeight
+
+
+class Segment(NamedTuple):
+    """One adapter's part: lora_A [R, K], lora_B [N, R], and the rows ``rows[start : start + length]`` of x.
+
+    seed and offset are the adapter's own RNG state; the mask's row number counts from the segment's first row.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout_p: float
+    seed: int
+    offset: int
+    start: int
+    length: int
+
+    @property
+    def R(self) -> int:
+        """The rank."""
+        return self.lora_A.shape[0]
+
+
+class BankOperands(NamedTuple):
+    """The operands that forward and backward share: weight [N, K], bias [N] or None, rows int64 on x's device."""
+
+    weight: Tensor
+    bias: Tensor | None
+    segments: Sequence[Segment]
+    rows: Tensor
+    precision: str
+
+    @property
+    def thin_size(self) -> int:
+        """Elements of s: [length, R] of each segment, one behind the other."""
+        return sum(segment.length * segment.R for segment in self.segments)
+
+    def rows_of(self, segment: Segment) -> Tensor:
+        """The rows of x that belong to a segment, in its order."""
+        return self.rows[segment.start : segment.start + segment.length]
+
+    def alone(self, segment: Segment) -> LoRAOperands:
+        """A segment as a call of its own."""
+        p, rng_state = segment.dropout_p, None
+        if p:
+            rng_state = torch.tensor([segment.seed, segment.offset], device=segment.lora_A.device)
+        return LoRAOperands(
+            DenseWeight(self.weight), segment.lora_A, segment.lora_B, self.bias, None, segment.scaling, None, p,
+            rng_state, self.precision,
+        )  # fmt: skip
+
+    def problem(self, M: int, dtype: torch.dtype) -> Problem:
+        """The key of a call with M rows in compute dtype ``dtype``."""
+        N, K = self.weight.shape
+        return Problem(
+            self.weight.device.type,
+            M,
+            K,
+            N,
+            max((segment.R for segment in self.segments), default=0),
+            dtype,
+            self.segments[0].lora_A.dtype if self.segments else dtype,
+            dropout=any(segment.dropout_p > 0 for segment in self.segments),
+            bias=self.bias is not None,
+            precision=self.precision,
+            several_adapters=True,
+        )
