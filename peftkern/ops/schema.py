@@ -34,7 +34,7 @@ def _operands(tables, w_data, w_scale, w_format, group_size, lora_A, lora_B, *re
     return LoRAOperands(weight, lora_A, lora_B, *rest)
 
 
-def _forward(x: Tensor, *arguments, w_tables=None) -> tuple[Tensor, Tensor]:
+def forward_here(x: Tensor, *arguments, w_tables=None) -> tuple[Tensor, Tensor]:
     *fields, backend = arguments
     operands = _operands(w_tables, *fields)
     inputs.check_forward(operands, x)
@@ -49,7 +49,7 @@ def _forward_fake(x: Tensor, *arguments, w_tables=None) -> tuple[Tensor, Tensor]
     return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], R, dtype=wide)
 
 
-def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments, w_tables=None) -> list[Tensor]:
+def backward_here(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments, w_tables=None) -> list[Tensor]:
     *fields, backend, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
     operands, needs = _operands(w_tables, *fields), Needs(need_x, need_A, need_B, need_bias, need_lora_bias)
     inputs.check_backward(operands, dy, x, s, needs)
@@ -144,8 +144,8 @@ def _row_norm_fake(w_data, w_scale, w_format, group_size, lora_A, *_) -> Tensor:
     return lora_A.new_empty(weight.shape[0], dtype=wide)
 
 
-_library.impl("forward", _forward, "CompositeExplicitAutograd")
-_library.impl("backward", _backward, "CompositeExplicitAutograd")
+_library.impl("forward", forward_here, "CompositeExplicitAutograd")
+_library.impl("backward", backward_here, "CompositeExplicitAutograd")
 torch.library.register_fake("peftkern::forward", _forward_fake, lib=_library)
 torch.library.register_fake("peftkern::backward", _backward_fake, lib=_library)
 _library.impl("forward_adapters", _forward_adapters, "CompositeExplicitAutograd")
