@@ -7,6 +7,7 @@ baseline case. No time is asserted anywhere.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -57,6 +58,10 @@ class Timing:
     ratio_q3: float
     ratio_best: float
     samples: list[float]
+
+    def ratios(self, baseline: Timing) -> list[float]:
+        """Of every round."""
+        return [own / base for own, base in zip(self.samples, baseline.samples, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -137,6 +142,20 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
     return q1, median, q3
+
+
+def median_interval(values: Sequence[float], confidence: float) -> tuple[float, float] | None:
+    """Two of ``values`` between which the median of their distribution lies with at least that confidence.
+
+    The sign test turned round: no assumption about the distribution. None where there are too few values for it.
+    """
+    ordered, count = sorted(values), len(values)
+    below, inside = 0.5**count, 0  # chance that at most `inside` values lie below the median
+    if below > (1 - confidence) / 2:
+        return None
+    while (more := below + math.comb(count, inside + 1) * 0.5**count) <= (1 - confidence) / 2:
+        below, inside = more, inside + 1
+    return ordered[inside], ordered[count - 1 - inside]
 
 
 def _timing(name: str, samples: list[float], baseline: list[float]) -> Timing:

@@ -1,6 +1,7 @@
 """A training step of SmolLM2-135M: frozen, under PEFT, and under peftkern.
 
     python -m benchmarks.model [--base bf16] [--p 0.05] [--length 512] [--rows 1] [--rounds 12] [--compiled]
+    python -m benchmarks.model --models smollm2,llama,qwen2,gpt2,mixtral,bert    (see ``benchmarks.pairs``)
 
 The frozen step is forward and backward of the bare model, with dx through every layer and no adapter at all: the floor.
 PEFT and peftkern run the same adapter (r=16, fp32, every linear layer) on the same weights. Everything is reported as
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import harness, memory, packages, record, smollm2
+from benchmarks import harness, memory, packages, pairs, record, smollm2
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SLOW_ROUNDS = 3  # of a 16-bit base where the machine has no instructions for it
@@ -49,7 +50,7 @@ def compare(model: Any, ids: Tensor, dropout_p: float, rounds: int, compiled: bo
     """
     from benchmarks import training
 
-    models = training.variants(model, dropout_p)
+    models = training.variants(model, smollm2.lora_config(dropout_p))
     plain, patched = models["peft"], models["peftkern"]
     checked: dict[str, float] = {}
 
@@ -138,6 +139,13 @@ def text(result: Mapping[str, Any], goal: tuple[float, float | None] | None) -> 
     return record.table(lines, right)
 
 
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in pairs.NAMES]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not of {', '.join(pairs.NAMES)}")
+    return names
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.model", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
@@ -150,15 +158,32 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compiled", action="store_true", help="also PEFT under torch.compile (compiling takes minutes)"
     )
+    parser.add_argument(
+        "--models",
+        type=_names,
+        help=f"only patched against PEFT, on any of {','.join(pairs.NAMES)} (comma between them)",
+    )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of model.json, model.csv, model.png")
     return parser.parse_args(arguments)
+
+
+def _run_pairs(options: argparse.Namespace, device: str) -> None:
+    packages.require(*(packages.REAL_MODEL if "smollm2" in options.models else ("transformers", "peft")))
+    if len(options.base or []) > 1 or len(options.p or []) > 1:
+        raise SystemExit("--models takes one --base and one --p")
+    dtype = DTYPES[options.base[0]] if options.base else smollm2.native_dtype(device)
+    p = options.p[0] if options.p else None
+    pairs.run(options.models, dtype, device, (options.rows, options.length), p, options.rounds, options.out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the chosen configurations, print their tables, write the record."""
     options = _parse(arguments)
-    packages.require(*packages.REAL_MODEL)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.models:
+        _run_pairs(options, device)
+        return
+    packages.require(*packages.REAL_MODEL)
     machine = record.machine()
     record.print_machine(machine)
     ids = smollm2.Plays(smollm2.load_tokenizer()).train_batches(1, options.rows, options.length)[0].to(device)

@@ -8,6 +8,7 @@ layer, the first one included.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import peftkern
-from benchmarks import smollm2
 from peftkern import dropout
+
+Batch = (
+    Tensor | Mapping[str, Tensor]
+)  # ids [rows, length], of which each asks for the next one; or the model's arguments
 
 
 def shared_copy(model: nn.Module) -> Any:
@@ -25,7 +29,7 @@ def shared_copy(model: nn.Module) -> Any:
     return copy.deepcopy(model, memo=own)
 
 
-def variants(model: Any, dropout_p: float, seed: int = 0) -> dict[str, Any]:
+def variants(model: Any, config: Any, seed: int = 0) -> dict[str, Any]:
     """{"frozen", "peft", "peftkern"}: the bare model, and one seeded adapter on it run by PEFT and by peftkern.
 
     The adapter's B is small but not zero, as it is after some training: with PEFT's B = 0 the gradient of A vanishes
@@ -33,7 +37,7 @@ def variants(model: Any, dropout_p: float, seed: int = 0) -> dict[str, Any]:
     """
     frozen = shared_copy(model)
     torch.manual_seed(seed)
-    plain = get_peft_model(model, smollm2.lora_config(dropout_p))
+    plain = get_peft_model(model, config)
     for name, parameter in plain.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.01)
@@ -46,23 +50,24 @@ def variants(model: Any, dropout_p: float, seed: int = 0) -> dict[str, Any]:
     return result
 
 
-def loss(model: Any, ids: Tensor) -> Tensor:
-    """The language-model loss of a batch [rows, length]."""
-    return model(input_ids=ids, labels=ids).loss
+def loss(model: Any, batch: Batch) -> Tensor:
+    """The loss of a batch."""
+    arguments = {"input_ids": batch, "labels": batch} if isinstance(batch, Tensor) else batch
+    return model(**arguments).loss
 
 
-def step(model: Any, ids: Tensor) -> float:
+def step(model: Any, batch: Batch) -> float:
     """Forward and backward; the loss. Gradients accumulate."""
-    value = loss(model, ids)
+    value = loss(model, batch)
     value.backward()
     return value.item()
 
 
-def adapter_gradients(model: nn.Module, ids: Tensor, seed: int) -> tuple[float, Tensor]:
+def adapter_gradients(model: nn.Module, batch: Batch, seed: int) -> tuple[float, Tensor]:
     """Loss and all adapter gradients of one step as one fp64 vector; leaves no gradient behind."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    value = step(model, ids)
+    value = step(model, batch)
     parts = [
         p.grad.double().flatten() for _, p in sorted(model.named_parameters()) if p.requires_grad and p.grad is not None
     ]
@@ -95,17 +100,18 @@ class PublishedDropout(nn.Module):
         return torch.where(keep, flat * dropout.scale(self.p), flat.new_zeros(())).view(x.shape)
 
 
-def with_published_dropout(model: Any) -> Any:
-    """A copy of a PEFT model, over the same parameters, that drops what peftkern drops."""
+def with_published_dropout(model: Any, layers: Iterable[str] = ("",)) -> Any:
+    """A copy of a PEFT model, over the same parameters, whose ``layers`` drop what peftkern drops; by default all."""
     twin = shared_copy(model)
-    for module in list(twin.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Dropout and child.p > 0:
-                setattr(module, name, PublishedDropout(child.p).train(child.training))
+    for layer in layers:
+        for module in list(twin.get_submodule(layer).modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Dropout and child.p > 0:
+                    setattr(module, name, PublishedDropout(child.p).train(child.training))
     return twin
 
 
-def check_gradients(plain: Any, patched: Any, ids: Tensor, seed: int = 7) -> dict[str, float]:
+def check_gradients(plain: Any, patched: Any, batch: Batch, seed: int = 7) -> dict[str, float]:
     """Loss and adapter-gradient errors of one step of PEFT and of peftkern against the same step one precision up.
 
     All three drop the same elements. The truth is PEFT's own forward with weights and activations in fp32 for a 16-bit
@@ -117,9 +123,12 @@ def check_gradients(plain: Any, patched: Any, ids: Tensor, seed: int = 7) -> dic
     twin = with_published_dropout(plain)
     base = next(p.dtype for p in plain.parameters() if not p.requires_grad)
     wide = torch.float64 if base == torch.float32 else torch.float32
-    truth_loss, truth = adapter_gradients(copy.deepcopy(twin).to(wide), ids, seed)
-    peft_loss, peft = adapter_gradients(twin, ids, seed)
-    own_loss, own = adapter_gradients(patched, ids, seed)
+    exact = copy.deepcopy(twin).to(wide)
+    exact.get_base_model().set_experts_implementation("eager")  # torch's grouped product knows no fp64
+    truth_loss, truth = adapter_gradients(exact, batch, seed)
+    peft_loss, peft = adapter_gradients(twin, batch, seed)
+    report = peftkern.patch(patched)
+    own_loss, own = adapter_gradients(with_published_dropout(patched, report.skipped), batch, seed)
     errors = {"peft_gradient_error": relative_error(peft, truth), "peftkern_gradient_error": relative_error(own, truth)}
     losses = {"truth_loss": truth_loss, "peft_loss": peft_loss, "peftkern_loss": own_loss}
     loss_bound = 2 * abs(peft_loss - truth_loss) + _loss_rounding(base) * abs(truth_loss)
@@ -128,5 +137,8 @@ def check_gradients(plain: Any, patched: Any, ids: Tensor, seed: int = 7) -> dic
 
 
 def _loss_rounding(base: torch.dtype) -> float:
-    """What a loss may move beside PEFT's own difference, which one scalar can have small by luck: one rounding."""
-    return torch.finfo(base).eps / 2
+    """What a loss may move beside PEFT's own difference, which one scalar can have small by luck.
+
+    One rounding of the base's, and one of the fp32 that every model here keeps its loss in.
+    """
+    return (torch.finfo(base).eps + torch.finfo(torch.float32).eps) / 2

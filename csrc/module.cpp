@@ -5,6 +5,7 @@
 #include <cpuid.h>
 #endif
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -73,9 +74,9 @@ static Dropout dropout(uint32_t threshold, uintptr_t rng_state) {
 
 static Problem problem(int64_t M, int64_t K, int64_t N, int64_t R, int dtype, int adapter_dtype, bool round_factors,
                        float scaling, uint32_t threshold, uintptr_t rng_state, int threads, bool one_pass, uintptr_t weight,
-                       int64_t w_stride, bool w_transposed) {
+                       int64_t w_stride, bool w_transposed, uintptr_t panels) {
   return {M, K, N, R, DType(dtype), DType(adapter_dtype), round_factors, scaling, dropout(threshold, rng_state), threads,
-          one_pass, {pointer<const void>(weight), w_stride, w_transposed}};
+          one_pass, {pointer<const void>(weight), w_stride, w_transposed, pointer<const float>(panels)}};
 }
 
 }  // namespace peftkern
@@ -87,7 +88,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::class_<Problem>(m, "Problem")
       .def(py::init(&problem), py::arg("M"), py::arg("K"), py::arg("N"), py::arg("R"), py::arg("dtype"),
            py::arg("adapter_dtype"), py::arg("round_factors"), py::arg("scaling"), py::arg("threshold"),
-           py::arg("rng_state"), py::arg("threads"), py::arg("one_pass"), py::arg("weight"), py::arg("w_stride"), py::arg("w_transposed"));
+           py::arg("rng_state"), py::arg("threads"), py::arg("one_pass"), py::arg("weight"), py::arg("w_stride"), py::arg("w_transposed"),
+           py::arg("panels"));
 
   m.def("forward", [](const Problem &p, uintptr_t x, int64_t x_stride, uintptr_t A, uintptr_t B, uintptr_t lora_bias,
                       uintptr_t bias, uintptr_t s, uintptr_t y) {
@@ -112,6 +114,30 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     call.dx = pointer<void>(dx), call.dA = pointer<void>(dA), call.dB = pointer<void>(dB);
     chosen->backward(call);
   }, "dx = dy W + c D(t A) (unless in one pass, dx holds dy W beforehand), dA = c t^T D(x), dB = c dy^T s with t = dy B; zero addresses are left out.");
+
+  m.def("pack_weight", [](int64_t K, int64_t N, int dtype, uintptr_t weight, int64_t w_stride, bool w_transposed, bool forward,
+                          int threads, uintptr_t panels) {
+    py::gil_scoped_release release;
+    chosen->pack_weight({K, N, DType(dtype), {pointer<const void>(weight), w_stride, w_transposed, nullptr}, forward, threads, pointer<float>(panels)});
+  }, "fp32 panels of W^T (forward: y = x W^T) or of W (dx = dy W), panel_columns() columns each, for the `panels` of a Problem.");
+
+  m.def("sample", [](uintptr_t weight, int64_t bytes, uintptr_t out, int64_t count) {
+    py::gil_scoped_release release;
+    const char *from = pointer<const char>(weight);
+    uint32_t *samples = pointer<uint32_t>(out);
+    bool same = bytes >= 4;
+    uint64_t state = 0;
+    for (int64_t i = 0; i < count && bytes >= 4; ++i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      uint32_t value;
+      memcpy(&value, from + int64_t((state >> 33) % uint64_t(bytes / 4)) * 4, 4);
+      same &= value == samples[i];
+      samples[i] = value;
+    }
+    return same;
+  }, "Read `count` words of 4 bytes at fixed, scattered places of a memory into `out`; whether they are what it held.");
+
+  m.def("panel_columns", [] { return chosen->panel_columns; });
 
   m.def("keep_bits", [](uint32_t threshold, uintptr_t rng_state, int64_t M, int64_t K, uintptr_t bits) {
     chosen->keep_bits(dropout(threshold, rng_state), M, K, pointer<uint64_t>(bits));

@@ -10,6 +10,8 @@ variable                  values                                   default
                           depend on the number of rows
 ``PEFTKERN_OVERLAP``      ``0 | 1``: large gradients of A and B   ``1``
                           run beside dx, on a second stream
+``PEFTKERN_PREPACK``      ``off | forward | both``: C++ keeps     ``off``
+                          frozen weights packed for y, or y and dx
 ``PEFTKERN_CACHE``        a folder: the user's tuned tables         ``~/.cache/peftkern``
 ========================  =======================================  ========
 
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BACKENDS = ("triton", "cpp", "reference")
+PREPACK = ("off", "forward", "both")
 SCHEDULES = ("one_pass/recompute", "one_pass/shared", "split", "library")
 
 
@@ -36,12 +39,13 @@ class Settings:
     schedule: str
     batch_invariant: bool
     overlap: bool
+    prepack: str
 
 
-def _choice(name: str, allowed: tuple[str, ...]) -> str:
-    value = os.environ.get(name, "").strip().lower() or "auto"
-    if value != "auto" and value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of auto, {', '.join(allowed)}")
+def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, "").strip().lower() or default
+    if value not in (default, *allowed):
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(dict.fromkeys((default, *allowed)))}")
     return value
 
 
@@ -56,10 +60,11 @@ def _switch(name: str, default: str) -> bool:
 def settings() -> Settings:
     """Parse the environment, once; ``settings.cache_clear()`` makes the next call read it again."""
     return Settings(
-        backend=_choice("PEFTKERN_BACKEND", BACKENDS),
-        schedule=_choice("PEFTKERN_SCHEDULE", SCHEDULES),
+        backend=_choice("PEFTKERN_BACKEND", "auto", BACKENDS),
+        schedule=_choice("PEFTKERN_SCHEDULE", "auto", SCHEDULES),
         batch_invariant=_switch("PEFTKERN_BATCH_INVARIANT", "0"),
         overlap=_switch("PEFTKERN_OVERLAP", "1"),
+        prepack=_choice("PEFTKERN_PREPACK", "off", PREPACK),
     )
 
 

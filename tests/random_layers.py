@@ -98,9 +98,12 @@ class Configuration:
     @property
     def trials(self) -> int:
         """How often a case runs, so that s, t and what is made of them have enough elements in all runs together."""
-        M = math.prod(self.leading)
-        smallest = min(self.K, self.N, *(max(1, M) * adapter.r for adapter in self.used))
-        return -(-ENOUGH // smallest) if M else 1
+        if 0 in self.leading:
+            return 1
+        repeated = "expanded" in (self.x_layout, self.dy_layout)
+        rows = math.prod(self.leading[1:] if repeated else self.leading)  # that differ
+        smallest = min(self.K, self.N, *(rows * adapter.r for adapter in self.used))
+        return -(-ENOUGH // smallest)
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
@@ -124,7 +127,7 @@ _ADAPTERS = st.builds(
     trains=st.sampled_from([(True, True, True)] * 3 + [(True, False, True), (False, True, False), (False,) * 3]),
 ).filter(lambda adapter: not (adapter.dora and adapter.lora_bias))  # PEFT refuses
 _LEADING = [(7,), (33,), (2, 5), (5, 1), (3, 1, 4), (8, 8), (64,), (100,)] * 2 + [(), (1,), (0,), (2, 0)]
-_LAYOUTS = ["contiguous", "contiguous", "transposed", "strided", "expanded", "offset"]
+_LAYOUTS = ["contiguous"] * 4 + ["transposed", "strided", "offset"] * 2 + ["expanded"]
 _USES = ["once"] * 4 + ["accumulate", "retain", "checkpoint", "reentrant", "no_grad", "inference"]
 
 

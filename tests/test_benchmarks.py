@@ -50,6 +50,21 @@ def test_rounds_are_interleaved_and_prepared(monkeypatch):
         assert timing.ratio_q1 <= timing.ratio <= timing.ratio_q3
 
 
+def test_the_interval_of_a_median_is_the_sign_tests():
+    values = [float(value) for value in range(15, 0, -1)]
+    assert harness.median_interval(values, 0.99) == (3.0, 13.0)  # 1 - 2 (1 + 15 + 105) / 2**15 = 0.9926
+    assert harness.median_interval(values, 0.95) == (4.0, 12.0)
+    assert (
+        harness.median_interval(values[:8], 0.99) == (8.0, 15.0) and harness.median_interval(values[:7], 0.99) is None
+    )
+    covered = 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        low, high = harness.median_interval(torch.rand(15, generator=generator).tolist(), 0.99)
+        covered += low <= 0.5 <= high
+    assert covered / 2000 > 0.985
+
+
 def test_the_record_says_where_and_when():
     machine = record.machine()
     for field in ("date", "commit", "dirty", "cpu", "cores", "threads", "load_average_at_start", "method", "versions"):
@@ -186,6 +201,31 @@ def test_a_wrong_gradient_stops_the_model_benchmark(monkeypatch):
     ids = torch.randint(128, (1, 16), generator=torch.Generator().manual_seed(0))
     with pytest.raises(WrongResult, match="peftkern is wrong"):
         model.compare(tiny_llama(torch.float32), ids, 0.0, rounds=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mixtral", "bert"])
+def test_the_pair_benchmark_on_every_family(family, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    from benchmarks import families, model, pairs
+
+    monkeypatch.setattr(pairs.load, "__defaults__", (families.Size(32, 48, 2, 4, 64, 32),))
+    options = ["--models", family, "--base", "fp32", "--length", "16", "--rounds", "8", "--out", str(tmp_path)]
+    model.main(options)
+    written = json.loads((tmp_path / "models.json").read_text())
+    row = written["results"][family]["row"]
+    assert written["results"][family]["check"]["ok"] and row["p"] == (0.0 if family == "mixtral" else 0.05)
+    assert row["low"] <= row["ratio"] <= row["high"] and row["within"] == (row["high"] <= 1.03)
+    assert sum(written["results"][family]["layers"].values()) == row["layers"]
+    assert f"{row['fast']} of {row['layers']}" in capsys.readouterr().out and (tmp_path / "models.csv").exists()
+
+
+def test_the_pair_benchmark_names_an_unknown_model(capsys):
+    from benchmarks import model
+
+    with pytest.raises(SystemExit):
+        model.main(["--models", "llama,lama"])
+    assert "lama: not of smollm2, llama" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -140,6 +140,24 @@ def test_training_of_what_others_exclude_is_pefts(options):
     assert not own.report.skipped
 
 
+@pytest.mark.filterwarnings("ignore:.*tie")  # PEFT remarks on merging such a head
+def test_training_with_an_adapter_on_a_tied_head_is_pefts():
+    def tied(dtype: torch.dtype) -> nn.Module:
+        model = families.build("llama", SIZE)
+        model.lm_head.weight = model.get_input_embeddings().weight
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"])
+        return peft.get_peft_model(model, config).to(dtype)
+
+    model = tied(F32)
+    own, plain, exact = (
+        train("llama", m, patch) for m, patch in ((model, True), (tied(F32), False), (tied(F64), False))
+    )
+    assert_same_training(own, plain, exact, F32)
+    assert any(name.endswith("lm_head") for name in own.report.fast) and not own.report.skipped
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 @pytest.mark.skipif(dispatch.backend_named("cpp").unavailable() is not None, reason="no C++ extension")
 def test_backends_train_alike(dispatch_env):
     """Dropout and all: they draw the same bits."""

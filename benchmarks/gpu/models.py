@@ -125,10 +125,10 @@ def small_llama(bench: Bench) -> Any:
 
 def model_step(bench: Bench, p: float) -> Result:
     """A training step frozen, under PEFT and under peftkern, eager and as CUDA graphs; gradients are checked first."""
-    from benchmarks import memory, training
+    from benchmarks import memory, smollm2, training
 
     plan = bench.plan
-    models = training.variants(small_llama(bench), p)
+    models = training.variants(small_llama(bench), smollm2.lora_config(p))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(plan.vocabulary, (1, plan.tokens), generator=generator).to(plan.device)
     short = ids[:, : max(16, plan.tokens // 8)]

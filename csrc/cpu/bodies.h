@@ -72,17 +72,18 @@ template <class Thin, class A> struct Bodies {
     }, const_cast<Forward *>(&problem));
   }
 
-  // Per-thread sums of dA [R, Kp] and dB^T [R, Np]. They belong to the call, not to a thread: threads may end before they
-  // are reduced.
+  // Per-thread sums of dA [R, Kp] and dB^T [R, Np]; in one pass of dA^T [K, ld] and dB [N, ld]. They belong to the call, not to
+  // a thread: threads may end before they are reduced.
   struct Sums { float *dA, *dB; };
   struct Call {
     const Backward &p;
     float *memory;
     int count;
+    int64_t dA_size() const { return p.one_pass ? p.K * Fused<X, A>::ld(p) : p.R * Sizes(p).Kp; }
+    int64_t dB_size() const { return p.one_pass ? p.N * Fused<X, A>::ld(p) : p.R * Sizes(p).Np; }
     Sums sums(int index) const {
-      const Sizes size(p);
-      float *dA = memory + index * p.R * (size.Kp + size.Np);
-      return {p.dA ? dA : nullptr, p.dB ? dA + p.R * size.Kp : nullptr};
+      float *dA = memory + index * (dA_size() + dB_size());
+      return {p.dA ? dA : nullptr, p.dB ? dA + dA_size() : nullptr};
     }
   };
 
@@ -139,23 +140,26 @@ template <class Thin, class A> struct Bodies {
   static void reduce(const Call &call, int index, int count) {
     const Backward &p = call.p;
     const Sizes size(p);
+    const int64_t ld = Fused<X, A>::ld(p);
     if (p.dA) {
       const float factor = p.scaling * p.dropout.scale;
+      const int64_t by_r = p.one_pass ? 1 : size.Kp, by_k = p.one_pass ? ld : 1;
       const Range share_k = share(p.K, 64, index, count);
       for (int64_t r = 0; r < p.R; ++r) {
         for (int64_t k = share_k.begin; k < share_k.end; ++k) {
           float sum = 0;
-          for (int i = 0; i < call.count; ++i) sum += call.sums(i).dA[r * size.Kp + k];
+          for (int i = 0; i < call.count; ++i) sum += call.sums(i).dA[r * by_r + k * by_k];
           narrow(factor * sum, (A *)p.dA + r * p.K + k);
         }
       }
     }
     if (p.dB) {
+      const int64_t by_r = p.one_pass ? 1 : size.Np, by_n = p.one_pass ? ld : 1;
       const Range share_n = share(p.N, 64, index, count);
       for (int64_t n = share_n.begin; n < share_n.end; ++n) {
         for (int64_t r = 0; r < p.R; ++r) {
           float sum = 0;
-          for (int i = 0; i < call.count; ++i) sum += call.sums(i).dB[r * size.Np + n];
+          for (int i = 0; i < call.count; ++i) sum += call.sums(i).dB[r * by_r + n * by_n];
           narrow(p.scaling * sum, (A *)p.dB + n * p.R + r);
         }
       }
@@ -163,24 +167,23 @@ template <class Thin, class A> struct Bodies {
   }
 
   static void backward(const Backward &problem) {
-    const Sizes size(problem);
     const int64_t grain = problem.one_pass ? kTileRows : Thin::kRows;
     const int count = static_cast<int>(smaller(problem.threads, (problem.M + grain - 1) / grain));
     const bool sums = problem.dA || problem.dB;
     Scratch &memory = caller_scratch();
-    if (sums) memory.reserve(count * problem.R * (size.Kp + size.Np) * int64_t(sizeof(float)));
-    Call call{problem, reinterpret_cast<float *>(memory.memory), count};
+    Call call{problem, nullptr, count};
+    if (sums) memory.reserve(count * (call.dA_size() + call.dB_size()) * int64_t(sizeof(float)));
+    call.memory = reinterpret_cast<float *>(memory.memory);
     parallel_run(count, [](void *data, int index, int team) {
       const Call &c = *static_cast<Call *>(data);
       // A runtime may give fewer threads than asked for: each then takes several shares.
       for (int share_index = index; share_index < c.count; share_index += team) {
-        const Sizes sizes(c.p);
         const Sums own = c.sums(share_index);
-        if (own.dA) memset(own.dA, 0, c.p.R * sizes.Kp * sizeof(float));
-        if (own.dB) memset(own.dB, 0, c.p.R * sizes.Np * sizeof(float));
+        if (own.dA) memset(own.dA, 0, c.dA_size() * sizeof(float));
+        if (own.dB) memset(own.dB, 0, c.dB_size() * sizeof(float));
         const Range rows = share(c.p.M, c.p.one_pass ? kTileRows : Thin::kRows, share_index, c.count);
         if (rows.begin >= rows.end) continue;
-        if (c.p.one_pass) Fused<X, A>::backward_rows(c.p, own.dA, sizes.Kp, own.dB, sizes.Np, rows);
+        if (c.p.one_pass) Fused<X, A>::backward_rows(c.p, own.dA, own.dB, rows);
         else backward_rows(c.p, own, rows);
       }
     }, &call);

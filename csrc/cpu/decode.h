@@ -3,7 +3,8 @@
 //   y[m, n] = sum_k x[m, k] W[n, k] + sum_r c T[m, r] B[n, r] + column terms,     T = x A^T
 //
 // All three are dots of contiguous rows, so no block is packed or transposed. Each thread takes a share of the columns of y and
-// computes the few sums of T for itself. There is no dropout here; a caller that wants it takes fused.h.
+// computes the few sums of T for itself. There is no dropout here; a caller that wants it takes fused.h. Rows of x come in sets
+// of four, and K in chunks short enough for a set and for a block of the weight's rows to lie in the L1 cache together.
 #pragma once
 #include <type_traits>
 
@@ -14,25 +15,20 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-constexpr int64_t kDecodeRows = 4;     // of x
-constexpr int64_t kDecodeColumns = 4;  // of y, at a time
-constexpr int64_t kAhead = 2048;       // bytes of each row that are fetched ahead
+constexpr int64_t kDecodeRows = 16;    // of x, at most
+constexpr int kDecodeSet = 4;          // of them in registers, with
+constexpr int kDecodeColumns = 3;      // columns of y: 12 sums
+constexpr int64_t kDecodeChunk = 512;  // of K
 
-// Two vectors of neighbouring elements, in the cheapest order to widen: pairs of bf16 are split into even and odd ones.
-template <class T> static inline void load_two(const T *source, vf *first, vf *second) { *first = load(source), *second = load(source + W); }
-static inline void load_two(const bf16 *source, vf *first, vf *second) {
+// Half of two vectors of neighbouring elements, in the cheapest order to widen: pairs of bf16 are split into even and odd ones.
+template <int HALF, class T> static inline vf load_half(const T *source) { return load(source + HALF * W); }
+template <int HALF> static inline vf load_half(const bf16 *source) {
   vu pairs;
   memcpy(&pairs, source, sizeof pairs);
-  *first = (vf)(pairs << 16), *second = (vf)(pairs & 0xffff0000u);
-}
-template <class T> static inline void load_two_tail(const T *source, int64_t count, vf *first, vf *second) {
-  T lanes[2 * W];
-  memset(lanes, 0, sizeof lanes);
-  memcpy(lanes, source, count * sizeof(T));
-  load_two(lanes, first, second);
+  return (vf)(HALF ? pairs & 0xffff0000u : pairs << 16);
 }
 
-// `count` elements as fp32, in the order in which load_two gives those of a row of T, padded with zeros.
+// `count` elements as fp32, in the order in which load_half gives those of a row of T, padded with zeros.
 template <class T, class Source> static void arrange(const Source *source, int64_t count, float *target) {
   constexpr bool pairs = std::is_same<T, bf16>::value;
   memset(target, 0, round_up(count, 2 * W) * sizeof(float));
@@ -43,35 +39,85 @@ template <class T, class Source> static void arrange(const Source *source, int64
 }
 
 static inline float sum_of(vf value) {
-  float total = 0;
-  for (int lane = 0; lane < W; ++lane) total += value[lane];
-  return total;
+  float lanes[W];
+  store(value, lanes);
+  for (int half = W / 2; half; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
 }
 
 template <class X, class A> struct Decode {
-  // sums[i][m] += row i of w times row m of x, lane by lane; `round` rounds w to X first.
+  // sums[i * kDecodeRows + m] += row i of w times row m of x, lane by lane; `ROUND` rounds w to X first.
   template <class T, int COLUMNS, int ROWS, bool ROUND>
-  static inline void dots(const T *w, int64_t ldw, int64_t count, const float *x, int64_t ldx, vf sums[COLUMNS][ROWS]) {
-    const auto step = [&](int64_t k, auto load_pair) {
-#pragma GCC unroll 4
-      for (int i = 0; i < COLUMNS; ++i) {
-        vf first, second;
-        load_pair(w + i * ldw + k, &first, &second);
-        if constexpr (ROUND) first = rounded(first), second = rounded(second);
-#pragma GCC unroll 4
-        for (int m = 0; m < ROWS; ++m) {
-          sums[i][m] += first * load(x + m * ldx + k);
-          sums[i][m] += second * load(x + m * ldx + k + W);
-        }
-      }
-    };
+  static inline void dots(const T *w, int64_t ldw, int64_t count, const float *x, int64_t ldx, vf *sums) {
+    vf sum[COLUMNS][ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < COLUMNS; ++i) {
+#pragma GCC unroll 16
+      for (int m = 0; m < ROWS; ++m) sum[i][m] = sums[i * kDecodeRows + m];
+    }
     int64_t k = 0;
     for (; k + 2 * W <= count; k += 2 * W) {
-      for (int i = 0; i < COLUMNS; ++i) __builtin_prefetch((const char *)(w + i * ldw + k) + kAhead);
-      step(k, [](const T *source, vf *first, vf *second) { load_two(source, first, second); });
+      multiply<COLUMNS, ROWS, ROUND, 0>(w + k, ldw, x + k, ldx, sum);
+      multiply<COLUMNS, ROWS, ROUND, 1>(w + k, ldw, x + k, ldx, sum);
     }
-    const int64_t rest = count - k;
-    if (rest > 0) step(k, [rest](const T *source, vf *first, vf *second) { load_two_tail(source, rest, first, second); });
+    if (k < count) {
+      T lanes[COLUMNS][2 * W];
+      memset(lanes, 0, sizeof lanes);
+      for (int i = 0; i < COLUMNS; ++i) memcpy(lanes[i], w + i * ldw + k, (count - k) * sizeof(T));
+      multiply<COLUMNS, ROWS, ROUND, 0>(lanes[0], 2 * W, x + k, ldx, sum);
+      multiply<COLUMNS, ROWS, ROUND, 1>(lanes[0], 2 * W, x + k, ldx, sum);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < COLUMNS; ++i) {
+#pragma GCC unroll 16
+      for (int m = 0; m < ROWS; ++m) sums[i * kDecodeRows + m] = sum[i][m];
+    }
+  }
+
+  // The weight's vectors stay in registers, x's come from the cache: three and one beside twelve sums.
+  template <int COLUMNS, int ROWS, bool ROUND, int HALF, class T>
+  __attribute__((always_inline)) static inline void multiply(const T *w, int64_t ldw, const float *x, int64_t ldx, vf sum[COLUMNS][ROWS]) {
+    vf value[COLUMNS];
+#pragma GCC unroll 16
+    for (int i = 0; i < COLUMNS; ++i) {
+      value[i] = load_half<HALF>(w + i * ldw);
+      if constexpr (ROUND) value[i] = rounded(value[i]);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m) {
+      const vf row = load(x + m * ldx + HALF * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < COLUMNS; ++i) sum[i][m] += row * value[i];
+    }
+  }
+
+  // Rows of x a set at a time.
+  template <class T, int COLUMNS, bool ROUND>
+  static inline void dots_of_sets(int64_t M, const T *w, int64_t ldw, int64_t count, const float *x, int64_t ldx, vf *sums) {
+    for (int64_t first = 0; first < M; first += kDecodeSet) {
+      const float *rows = x + first * ldx;
+      switch (M - first) {
+        case 1: dots<T, COLUMNS, 1, ROUND>(w, ldw, count, rows, ldx, sums + first); break;
+        case 2: dots<T, COLUMNS, 2, ROUND>(w, ldw, count, rows, ldx, sums + first); break;
+        case 3: dots<T, COLUMNS, 3, ROUND>(w, ldw, count, rows, ldx, sums + first); break;
+        default: dots<T, COLUMNS, 4, ROUND>(w, ldw, count, rows, ldx, sums + first);
+      }
+    }
+  }
+
+  // GROUPS times COLUMNS rows of w against all rows of x: one or two of x take the weight's rows as long streams, which the
+  // processor fetches ahead by itself.
+  template <class T, int COLUMNS, int GROUPS, bool ROUND>
+  static inline void all_dots(int64_t M, const T *w, int64_t ldw, int64_t K, const float *x, int64_t ldx, vf *sums) {
+    if (M == 1) return dots<T, COLUMNS * GROUPS, 1, ROUND>(w, ldw, K, x, ldx, sums);
+    if (M == 2) return dots<T, COLUMNS * GROUPS, 2, ROUND>(w, ldw, K, x, ldx, sums);
+    for (int64_t k = 0; k < K; k += kDecodeChunk) {
+      for (int group = 0; group < GROUPS; ++group) {
+        dots_of_sets<T, COLUMNS, ROUND>(M, w + group * COLUMNS * ldw + k, ldw, smaller(kDecodeChunk, K - k), x + k, ldx, sums + group * COLUMNS * kDecodeRows);
+      }
+    }
   }
 
   static vf rounded(vf value) {
@@ -82,50 +128,50 @@ template <class X, class A> struct Decode {
 
   struct Memory { float *x, *x_thin, *t; int64_t ldx, ldt; };
 
-  template <int COLUMNS, int ROWS, bool ROUND>
+  template <int COLUMNS, int GROUPS, bool ROUND>
   static void columns_of(const Forward &p, const Memory &m, int64_t n) {
-    vf sums[COLUMNS][ROWS] = {};
-    dots<X, COLUMNS, ROWS, false>((const X *)p.weight.data + n * p.weight.stride, p.weight.stride, p.K, m.x, m.ldx, sums);
-    dots<A, COLUMNS, ROWS, ROUND>((const A *)p.B + n * p.R, p.R, p.R, m.t, m.ldt, sums);
-    for (int i = 0; i < COLUMNS; ++i) {
+    vf sums[COLUMNS * GROUPS * kDecodeRows] = {};
+    all_dots<X, COLUMNS, GROUPS, false>(p.M, (const X *)p.weight.data + n * p.weight.stride, p.weight.stride, p.K, m.x, m.ldx, sums);
+    all_dots<A, COLUMNS, GROUPS, ROUND>(p.M, (const A *)p.B + n * p.R, p.R, p.R, m.t, m.ldt, sums);
+    for (int i = 0; i < COLUMNS * GROUPS; ++i) {
       float column = p.bias ? widen(((const X *)p.bias)[n + i]) : 0.f;
       if (p.lora_bias) column += p.scaling * widen(((const A *)p.lora_bias)[n + i]);
-      for (int row = 0; row < ROWS; ++row) narrow(sum_of(sums[i][row]) + column, (X *)p.y + row * p.N + n + i);
+      for (int row = 0; row < p.M; ++row) narrow(sum_of(sums[i * kDecodeRows + row]) + column, (X *)p.y + row * p.N + n + i);
     }
   }
 
-  template <int ROWS, bool ROUND> static void share_of_columns(const Forward &p, Range columns) {
+  template <int COLUMNS, bool ROUND> static void ranks_of(const Forward &p, const Memory &m, const float *x, int64_t r, bool write, float *scaled) {
+    vf sums[COLUMNS * kDecodeRows] = {};
+    all_dots<A, COLUMNS, 1, ROUND>(p.M, (const A *)p.A + r * p.K, p.K, p.K, x, m.ldx, sums);
+    for (int i = 0; i < COLUMNS; ++i) {
+      for (int row = 0; row < p.M; ++row) {
+        const float t = sum_of(sums[i * kDecodeRows + row]);
+        if (write) p.s[row * p.R + r + i] = t;
+        scaled[row * m.ldt + r + i] = p.scaling * t;
+      }
+    }
+  }
+
+  template <bool ROUND> static void share_of_columns(const Forward &p, Range columns) {
     Memory m;
-    m.ldx = round_up(p.K, 2 * W), m.ldt = round_up(p.R, 2 * W);
+    m.ldx = round_up(p.K, kDecodeChunk) + kDecodeChunk / 2 * 3, m.ldt = round_up(p.R, 2 * W);
     Scratch &memory = worker_scratch();
-    memory.reserve(2 * Scratch::bytes<float>(ROWS * m.ldx) + 2 * Scratch::bytes<float>(ROWS * m.ldt));
-    m.x = memory.take<float>(ROWS * m.ldx), m.x_thin = memory.take<float>(ROWS * m.ldx), m.t = memory.take<float>(ROWS * m.ldt);
-    float *scaled = memory.take<float>(ROWS * m.ldt);
-    for (int row = 0; row < ROWS; ++row) {
+    memory.reserve(2 * Scratch::bytes<float>(p.M * m.ldx) + 2 * Scratch::bytes<float>(p.M * m.ldt));
+    m.x = memory.take<float>(p.M * m.ldx), m.x_thin = memory.take<float>(p.M * m.ldx), m.t = memory.take<float>(p.M * m.ldt);
+    float *scaled = memory.take<float>(p.M * m.ldt);
+    for (int row = 0; row < p.M; ++row) {
       const X *source = (const X *)p.x + row * p.x_stride;
       arrange<X>(source, p.K, m.x + row * m.ldx);
       if (sizeof(A) != sizeof(X)) arrange<A>(source, p.K, m.x_thin + row * m.ldx);
     }
     const float *x_thin = sizeof(A) != sizeof(X) ? m.x_thin : m.x;
-    for (int64_t r = 0; r < p.R; ++r) {
-      vf sums[1][ROWS] = {};
-      dots<A, 1, ROWS, ROUND>((const A *)p.A + r * p.K, p.K, p.K, x_thin, m.ldx, sums);
-      for (int row = 0; row < ROWS; ++row) {
-        const float t = sum_of(sums[0][row]);
-        if (columns.begin == 0) p.s[row * p.R + r] = t;
-        scaled[row * m.ldt + r] = p.scaling * t;
-      }
-    }
-    for (int row = 0; row < ROWS; ++row) arrange<A>(scaled + row * m.ldt, p.R, m.t + row * m.ldt);
+    int64_t r = 0;
+    for (; r + kDecodeColumns <= p.R; r += kDecodeColumns) ranks_of<kDecodeColumns, ROUND>(p, m, x_thin, r, columns.begin == 0, scaled);
+    for (; r < p.R; ++r) ranks_of<1, ROUND>(p, m, x_thin, r, columns.begin == 0, scaled);
+    for (int row = 0; row < p.M; ++row) arrange<A>(scaled + row * m.ldt, p.R, m.t + row * m.ldt);
     int64_t n = columns.begin;
-    for (; n + kDecodeColumns <= columns.end; n += kDecodeColumns) columns_of<kDecodeColumns, ROWS, ROUND>(p, m, n);
-    for (; n < columns.end; ++n) columns_of<1, ROWS, ROUND>(p, m, n);
-  }
-
-  template <int ROWS> static void rows_of(const Forward &p, Range columns) {
-    if (ROWS > 1 && p.M < ROWS) return rows_of<ROWS == 1 ? 1 : ROWS - 1>(p, columns);
-    if (p.round_factors && sizeof(A) != sizeof(X)) share_of_columns<ROWS, true>(p, columns);
-    else share_of_columns<ROWS, false>(p, columns);
+    for (; n + 2 * kDecodeColumns <= columns.end; n += 2 * kDecodeColumns) columns_of<kDecodeColumns, 2, ROUND>(p, m, n);
+    for (; n < columns.end; ++n) columns_of<1, 1, ROUND>(p, m, n);
   }
 
   static bool takes(const Forward &p) { return p.M <= kDecodeRows && !p.dropout.threshold && !p.weight.transposed; }
@@ -133,8 +179,10 @@ template <class X, class A> struct Decode {
   static void forward(const Forward &problem) {
     parallel_run(int(smaller(problem.threads, problem.N)), [](void *data, int index, int count) {
       const Forward &p = *static_cast<const Forward *>(data);
-      const Range columns = share(p.N, kDecodeColumns, index, count);
-      if (columns.begin < columns.end) rows_of<kDecodeRows>(p, columns);
+      const Range columns = share(p.N, 2 * kDecodeColumns, index, count);
+      if (columns.begin >= columns.end) return;
+      if (p.round_factors && sizeof(A) != sizeof(X)) share_of_columns<true>(p, columns);
+      else share_of_columns<false>(p, columns);
     }, const_cast<Forward *>(&problem));
   }
 };

@@ -2,73 +2,63 @@
 // instead of a finished product.
 //
 //   forward    T = D(x) A^T         y  = x W^T + c T B^T + column terms
-//   backward   T = dy B             dx = dy W + c D(T A);     dA and dB are added up beside (thin_f32.h, outer)
+//   backward   T = dy B             dx = dy W + c D(T A)
+//              dA^T += D(x)^T T     dB += dy^T s
 //
-// A thread takes a share of the rows (of y's columns where rows are few) in blocks of rows. Such a block is widened to fp32
-// once; T is made from it; then each panel of kTileColumns columns is finished in registers and written once, in y's dtype.
-// No sum's order depends on how the work is shared, so y, s and dx have the same bits for any number of threads.
+// A thread takes a share of the rows (of y's columns where rows are few) in blocks of rows. Such a block is packed into tiles
+// (tile.h), widened, once; T and dB are made from it; then panel after panel of kTileColumns columns of the weight is taken
+// from the packed copy (or made, by Load::panel) and stays in the L2 cache while tile after tile of the rows is finished in
+// registers and written once, in y's dtype. No sum's order depends on how the work is shared, so y, s and dx have the same
+// bits for any number of threads, and from packed panels the same as from the weight where it lies.
 #pragma once
 #include "../include/philox.h"
 #include "decode.h"
 #include "scratch.h"
-#include "thin_f32.h"
 #include "tile.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-template <class X, class A> struct Fused {
-  typedef ThinF32<X> Thin;
-  static_assert(Thin::kColumns == kDepth, "a chunk of rows is as deep as a block of the weight");
+template <class X, class A, class Load = DenseWeight<X>> struct Fused {
+  static constexpr int64_t kChunk = 256;        // columns of x that are packed for T at a time
+  static constexpr int64_t kMasked = 128;       // columns of D(x) that lie packed for dA at a time
+  static constexpr int64_t kPanelDepth = 2048;  // of a panel that is made: 128 KB
 
-  struct Rows { const float *data; int64_t ld; };  // fp32 rows
-
-  // A block of rows in fp32: where it lies if it is fp32, else widened into `memory`.
-  static Rows widened(const X *x, int64_t stride, int64_t rows, int64_t count, float *memory) {
-    if constexpr (sizeof(X) == sizeof(float)) {
-      return {x, stride};
-    } else {
-      const int64_t ld = round_up(count, W);
-      for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t col = 0; col < count; col += W) {
-          const X *source = x + row * stride + col;
-          store(col + W <= count ? load(source) : load_tail(source, count - col), memory + row * ld + col);
-        }
-      }
-      return {memory, ld};
-    }
-  }
+  // dA^T [K, ld] and dB [N, ld] of one thread.
+  static int64_t ld(const Problem &p) { return round_up(p.R, kTileColumns); }
 
   // What a thread works with: Q contracted columns, blocks of at most `rows` rows.
   struct Memory {
-    int64_t rows, panels, words;
-    float *x, *chunk, *t, *block, *sums, *extra;
+    int64_t Q, R, rows, panels, words, step, depth;
+    float *x, *chunk, *f, *t, *s, *packed_t, *panel, *g, *sums;
     uint64_t *bits;
-    Memory(const Problem &p, int64_t Q, int64_t share) {
-      rows = smaller(share, round_up(smaller(192, 24 + (1 << 19) / (Q + 1)), kTileRows));
-      panels = (p.R + kTileColumns - 1) / kTileColumns;
+    Memory(const Problem &p, int64_t Q, int64_t share) : Q(Q), R(p.R) {
+      rows = round_up(smaller(share, smaller(264, 48 + (1 << 18) / (Q + 1))), kTileRows);
+      panels = (R + kTileColumns - 1) / kTileColumns;
       words = (p.K + 63) / 64;
+      step = depth_of(Q);
+      depth = kPanelDepth / step * step;
+      const int64_t thin = panels * rows * kTileColumns, chunk_size = kTileRows * kChunk > rows * kMasked ? kTileRows * kChunk : rows * kMasked;
       Scratch &memory = worker_scratch();
-      const int64_t x_size = sizeof(X) == sizeof(float) ? 0 : rows * round_up(Q, W), bits_size = p.dropout.threshold ? rows * words : 0;
-      const int64_t tile_size = rows * kTileColumns;
-      memory.reserve(Scratch::bytes<float>(x_size) + Scratch::bytes<float>(rows * kDepth) + Scratch::bytes<float>(panels * tile_size) +
-                     Scratch::bytes<float>(kDepth * kTileColumns) + 2 * Scratch::bytes<float>(tile_size) +
-                     Scratch::bytes<uint64_t>(bits_size));
-      x = memory.take<float>(x_size), chunk = memory.take<float>(rows * kDepth), t = memory.take<float>(panels * tile_size);
-      block = memory.take<float>(kDepth * kTileColumns), sums = memory.take<float>(tile_size);
-      extra = memory.take<float>(tile_size);
-      bits = p.dropout.threshold ? memory.take<uint64_t>(bits_size) : nullptr;
+      memory.reserve(Scratch::bytes<float>(rows * Q + kPackSlack) + Scratch::bytes<float>(chunk_size + kPackSlack) +
+                     Scratch::bytes<float>(panels * Q * kTileColumns) + 2 * Scratch::bytes<float>(thin) +
+                     Scratch::bytes<float>(rows * R + kPackSlack) + Scratch::bytes<float>(smaller(depth, Q) * kTileColumns) +
+                     Scratch::bytes<float>(R * kTileColumns) + Scratch::bytes<float>(rows * kTileColumns) +
+                     Scratch::bytes<uint64_t>(rows * words));
+      x = memory.take<float>(rows * Q + kPackSlack), chunk = memory.take<float>(chunk_size + kPackSlack);
+      f = memory.take<float>(panels * Q * kTileColumns), t = memory.take<float>(thin), s = memory.take<float>(thin);
+      packed_t = memory.take<float>(rows * R + kPackSlack), panel = memory.take<float>(smaller(depth, Q) * kTileColumns);
+      g = memory.take<float>(R * kTileColumns), sums = memory.take<float>(rows * kTileColumns);
+      bits = p.dropout.threshold ? memory.take<uint64_t>(rows * words) : nullptr;
     }
-    float *t_panel(int64_t panel) const { return t + panel * rows * kTileColumns; }
+    float *x_tile(int64_t row) const { return x + row * Q; }
+    float *t_panel(int64_t i) const { return t + i * rows * kTileColumns; }
+    float *s_panel(int64_t i) const { return s + i * rows * kTileColumns; }
+    float *f_panel(int64_t i) const { return f + i * Q * kTileColumns; }
   };
 
-  template <class T> static void make_block(const T *w, int64_t ldw, bool by_rows, int64_t q, int64_t p, int64_t depth, int64_t columns, float *block) {
-    if (by_rows) block_of_rows(w + p * ldw + q, ldw, depth, columns, block);
-    else block_of_columns(w + q * ldw + p, ldw, depth, columns, block);
-  }
-
-  static void make_factor(const Problem &p, const A *f, int64_t ldf, bool by_rows, int64_t q, int64_t r, int64_t depth, int64_t columns, float *block) {
-    make_block(f, ldf, by_rows, q, r, depth, columns, block);
+  static void make_factor(const Problem &p, const A *f, int64_t ldf, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, float *block) {
+    block_of(f, ldf, by_rows, q, first, depth, width, block);
     if (!p.round_factors || sizeof(X) == sizeof(A)) return;
     for (float *value = block; value < block + depth * kTileColumns; value += W) {
       X narrow_values[W];
@@ -77,68 +67,110 @@ template <class X, class A> struct Fused {
     }
   }
 
-  static void product(const float *x, int64_t ldx, int64_t rows, const float *block, int64_t depth, bool add, float *sums) {
+  static void make_first_factor(const Problem &p, const Memory &m, const void *f, int64_t ldf, bool by_rows) {
+    for (int64_t i = 0; i < m.panels; ++i) {
+      const int64_t r = i * kTileColumns;
+      make_factor(p, (const A *)f, ldf, by_rows, 0, r, m.Q, smaller(kTileColumns, m.R - r), m.f_panel(i));
+    }
+  }
+
+  // A tile of rows is packed, and its rows of T are made; with bits, from what they leave of it.
+  static void pack_tile(const Memory &m, const X *x, int64_t stride, int64_t row, int64_t rows, const uint64_t *bits, bool need_t) {
+    for (int64_t q = 0; q == 0 || q < m.Q; q += kChunk) {
+      const int64_t depth = smaller(kChunk, m.Q - q);
+      const float *source = m.x_tile(row) + q * kTileRows;
+      pack(x + q, stride, rows, depth, nullptr, 0, m.x_tile(row) + q * kTileRows);
+      if (!need_t) continue;
+      if (bits) {
+        pack(x + q, stride, rows, depth, bits + q / 64, m.words, m.chunk);
+        source = m.chunk;
+      }
+      for (int64_t i = 0; i < m.panels; ++i) {
+        with_count(rows, [&](auto count) { tile<count>(source, m.f_panel(i) + q * kTileColumns, depth, q > 0, m.t_panel(i) + row * kTileColumns); });
+      }
+    }
+  }
+
+  // T as the left operand of T G.
+  static void pack_t(const Memory &m, int64_t rows) {
     for (int64_t row = 0; row < rows; row += kTileRows) {
-      tile_of(smaller(kTileRows, rows - row), x + row * ldx, ldx, block, depth, add, sums + row * kTileColumns);
+      for (int64_t i = 0; i < m.panels; ++i) {
+        const int64_t r = i * kTileColumns;
+        pack(m.t_panel(i) + row * kTileColumns, kTileColumns, smaller(kTileRows, rows - row), smaller(kTileColumns, m.R - r), nullptr, 0,
+             m.packed_t + row * m.R + r * kTileRows);
+      }
     }
   }
 
-  // T (+)= chunk F, from its first chunk on, with F[q, r] from A [R, K] (by rows) or B [N, R].
-  static void add_thin(const Problem &p, const Memory &m, const float *x, int64_t ldx, int64_t rows, const void *f, int64_t ldf,
-                       bool by_rows, int64_t q, int64_t depth) {
-    for (int64_t panel = 0; panel < m.panels; ++panel) {
-      const int64_t r = panel * kTileColumns;
-      make_factor(p, (const A *)f, ldf, by_rows, q, r, depth, smaller(kTileColumns, p.R - r), m.block);
-      product(x, ldx, rows, m.block, depth, q > 0, m.t_panel(panel));
-    }
-  }
-
-  // Z[:, p ... p + width] = X W + c D(T G) + column, in Z's dtype.
-  struct Panel {
-    Rows x; int64_t rows, Q;
+  // Z[:, first ... first + width] = X W + c D(T G) + column, in Z's dtype.
+  struct Product {
+    int64_t rows, P;
     const Weight *weight; bool w_by_rows;
     const A *g; int64_t ldg; bool g_by_rows;
-    float c; X *z; int64_t ldz;
+    float c; X *z; const uint64_t *bits;
   };
-  static void finish_panel(const Problem &p, const Memory &m, const Panel &o, int64_t first, int64_t width, const float *column, const uint64_t *bits) {
-    for (int64_t q = 0; q == 0 || q < o.Q; q += kDepth) {  // once for nothing: an empty sum is zero
-      const int64_t depth = smaller(kDepth, o.Q - q);
-      make_block((const X *)o.weight->data, o.weight->stride, o.w_by_rows, q, first, depth, width, m.block);
-      product(o.x.data + q, o.x.ld, o.rows, m.block, depth, q > 0, m.sums);
-    }
-    for (int64_t panel = 0; panel < m.panels; ++panel) {
-      const int64_t r = panel * kTileColumns, depth = smaller(kTileColumns, p.R - r);
-      make_factor(p, o.g, o.ldg, o.g_by_rows, r, first, depth, width, m.block);
-      product(m.t_panel(panel), kTileColumns, o.rows, m.block, depth, panel > 0, m.extra);
-    }
-    for (int64_t row = 0; row < o.rows; ++row) {
-      for (int64_t half = 0; half < width; half += W) {
-        const int64_t at = first + half;
-        vf value = o.c * load(m.extra + row * kTileColumns + half);
-        if (bits) value = select(uint32_t(bits[row * m.words + at / 64] >> (at % 64)), value);
-        value += load(m.sums + row * kTileColumns + half);
-        if (column) value += load(column + half);
-        X *target = o.z + row * o.ldz + at;
-        if (half + W <= width) store(value, target);
-        else store_tail(value, target, width - half);
+
+  template <int ROWS> static void finish_tile(const Memory &m, const Product &o, int64_t row, int64_t first, int64_t width, const float *column, const float *sums) {
+    const Tile<ROWS> extra(m.packed_t + row * m.R, m.g, m.R);
+    const vf column_low = column ? load(column) : vf{}, column_high = column ? load(column + W) : vf{};
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      vf low = o.c * extra.low[i], high = o.c * extra.high[i];
+      if (o.bits) {
+        const uint64_t kept = o.bits[(row + i) * m.words + first / 64] >> (first % 64);
+        low = select(uint32_t(kept), low), high = select(uint32_t(kept >> W), high);
       }
+      low += load(sums + i * kTileColumns) + column_low, high += load(sums + i * kTileColumns + W) + column_high;
+      X *target = o.z + (row + i) * o.P + first;
+      if (width == kTileColumns) {
+        store(low, target), store(high, target + W);
+      } else {
+        if (width >= W) store(low, target);
+        else store_tail(low, target, width);
+        if (width > W) store_tail(high, target + W, width - W);
+      }
+    }
+  }
+
+  static void finish_panel(const Problem &p, const Memory &m, const Product &o, int64_t first, int64_t width, const float *column) {
+    make_factor(p, o.g, o.ldg, o.g_by_rows, 0, first, m.R, width, m.g);
+    const int64_t Q = m.Q;
+    for (int64_t begin = 0; begin == 0 || begin < Q; begin += m.depth) {  // once for nothing: an empty sum is zero
+      const int64_t depth = smaller(m.depth, Q - begin);
+      const float *panel = m.panel;
+      if (o.weight->panels) panel = o.weight->panels + first * Q + begin * kTileColumns;
+      else Load::panel(*o.weight, o.w_by_rows, begin, first, depth, width, m.panel);
+      for (int64_t row = 0; row < o.rows; row += kTileRows) {
+        if (o.weight->panels) prefetch_share(panel + depth * kTileColumns, depth, row, o.rows);
+        float *sums = m.sums + (m.depth < Q ? row * kTileColumns : 0);
+        with_count(smaller(kTileRows, o.rows - row), [&](auto count) {
+          for (int64_t q = 0; q == 0 || q < depth; q += m.step) {
+            tile<count>(m.x_tile(row) + (begin + q) * kTileRows, panel + q * kTileColumns, smaller(m.step, depth - q), begin + q > 0, sums);
+          }
+          if (begin + depth >= Q) finish_tile<count>(m, o, row, first, width, column, sums);
+        });
+      }
+    }
+  }
+
+  // The part of the next panel that the tile at `row` fetches ahead.
+  static void prefetch_share(const float *next, int64_t depth, int64_t row, int64_t rows) {
+    const int64_t begin = depth * row / rows, end = depth * smaller(row + kTileRows, rows) / rows;
+    for (int64_t q = begin; q < end; ++q) {
+      for (int64_t at = 0; at < kTileColumns; at += 16) __builtin_prefetch(next + q * kTileColumns + at, 0, 2);
     }
   }
 
   static void forward_part(const Forward &p, Range rows, Range columns) {
     const Memory m(p, p.K, rows.end - rows.begin);
+    make_first_factor(p, m, p.A, p.K, true);
     for (int64_t row = rows.begin; row < rows.end; row += m.rows) {
       const int64_t count = smaller(m.rows, rows.end - row);
-      const X *source = (const X *)p.x + row * p.x_stride;
-      const Rows x = widened(source, p.x_stride, count, p.K, m.x);
-      for (int64_t k = 0; k == 0 || k < p.K; k += kDepth) {
-        const int64_t depth = smaller(kDepth, p.K - k);
-        Rows dropped = {x.data + k, x.ld};
-        if (m.bits) {
-          for (int64_t i = 0; i < count; ++i) keep_bits_row(p.dropout, row + i, k, depth, m.bits + i * m.words + k / 64);
-          dropped.data = Thin::load_block(source + k, p.x_stride, count, depth, m.bits + k / 64, m.words, m.chunk, &dropped.ld);
-        }
-        add_thin(p, m, dropped.data, dropped.ld, count, p.A, p.K, true, k, depth);
+      for (int64_t i = 0; i < count; i += kTileRows) {
+        const int64_t tile_rows = smaller(kTileRows, count - i);
+        uint64_t *bits = m.bits ? m.bits + i * m.words : nullptr;
+        if (bits) for (int64_t j = 0; j < tile_rows; ++j) keep_bits_row(p.dropout, row + i + j, 0, p.K, bits + j * m.words);
+        pack_tile(m, (const X *)p.x + (row + i) * p.x_stride, p.x_stride, i, tile_rows, bits, true);
       }
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t r = 0; r < p.R; ++r) {
@@ -147,8 +179,8 @@ template <class X, class A> struct Fused {
           if (columns.begin == 0) p.s[(row + i) * p.R + r] = *t;
         }
       }
-      const Panel panel = {x, count, p.K, &p.weight, !p.weight.transposed, (const A *)p.B, p.R, true, p.scaling,
-                           (X *)p.y + row * p.N, p.N};
+      pack_t(m, count);
+      const Product product = {count, p.N, &p.weight, true, (const A *)p.B, p.R, true, p.scaling, (X *)p.y + row * p.N, nullptr};
       for (int64_t n = columns.begin; n < columns.end; n += kTileColumns) {
         const int64_t width = smaller(kTileColumns, columns.end - n);
         float column[kTileColumns] = {};
@@ -156,7 +188,7 @@ template <class X, class A> struct Fused {
           if (p.bias) column[i] = widen(((const X *)p.bias)[n + i]);
           if (p.lora_bias) column[i] += p.scaling * widen(((const A *)p.lora_bias)[n + i]);
         }
-        finish_panel(p, m, panel, n, width, p.bias || p.lora_bias ? column : nullptr, nullptr);
+        finish_panel(p, m, product, n, width, p.bias || p.lora_bias ? column : nullptr);
       }
     }
   }
@@ -173,38 +205,64 @@ template <class X, class A> struct Fused {
     }, const_cast<Forward *>(&problem));
   }
 
-  // dx, and the thread's share of dA [R, ldA] and dB^T [R, ldB]; a null pointer leaves one out.
-  static void backward_rows(const Backward &p, float *dA, int64_t ldA, float *dB, int64_t ldB, Range rows) {
-    const Memory m(p, p.N, rows.end - rows.begin);
-    for (int64_t row = rows.begin; row < rows.end; row += m.rows) {
-      const int64_t count = smaller(m.rows, rows.end - row);
-      const Rows dy = widened((const X *)p.dy + row * p.dy_stride, p.dy_stride, count, p.N, m.x);
-      for (int64_t n = 0; n == 0 || n < p.N; n += kDepth) {
-        const int64_t depth = smaller(kDepth, p.N - n);
-        if (p.dx || p.dA) add_thin(p, m, dy.data + n, dy.ld, count, p.B, p.R, false, n, depth);
-        if (!dB) continue;
-        Rows chunk = {dy.data + n, dy.ld};
-        if (depth % W) chunk.data = Thin::load_block((const X *)p.dy + row * p.dy_stride + n, p.dy_stride, count, depth, nullptr, 0, m.chunk, &chunk.ld);
-        Thin::outer({const_cast<float *>(p.s) + row * p.R, p.R}, p.R, chunk.data, chunk.ld, count, depth, dB + n, ldB);
-      }
-      if (m.bits) for (int64_t i = 0; i < count; ++i) keep_bits_row(p.dropout, row + i, 0, p.K, m.bits + i * m.words);
-      for (int64_t k = 0; dA && k < p.K; k += kDepth) {
-        const int64_t depth = smaller(kDepth, p.K - k);
-        Rows x;
-        x.data = Thin::load_block((const X *)p.x + row * p.x_stride + k, p.x_stride, count, depth, m.bits ? m.bits + k / 64 : nullptr, m.words, m.chunk, &x.ld);
-        for (int64_t r = 0; r < p.R; r += kTileColumns) {
-          Thin::outer({m.t_panel(r / kTileColumns), kTileColumns}, smaller(kTileColumns, p.R - r), x.data, x.ld, count, depth, dA + r * ldA + k, ldA);
-        }
-      }
-      if (!p.dx) continue;
-      const Panel panel = {dy, count, p.N, &p.weight, p.weight.transposed, (const A *)p.A, p.K, false,
-                           p.scaling * p.dropout.scale, (X *)p.dx + row * p.K, p.K};
-      for (int64_t k = 0; k < p.K; k += kTileColumns) {
-        finish_panel(p, m, panel, k, smaller(kTileColumns, p.K - k), nullptr, m.bits);
+  // sums[q, :] += sum_m X[m, q] B[m, :] for `count` columns of packed rows, B in panels [m.rows, kTileColumns].
+  static void add_outer(const Memory &m, const float *x, int64_t stride, int64_t rows, int64_t count, const float *b, float *sums, int64_t ld) {
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    for (int64_t q = 0; q < count; q += kTileRows) {
+      for (int64_t i = 0; i < m.panels; ++i) {
+        with_count(smaller(kTileRows, count - q), [&](auto columns) {
+          outer<columns>(x + q * kTileRows, stride, tiles, b + i * m.rows * kTileColumns, sums + q * ld + i * kTileColumns, ld);
+        });
       }
     }
   }
+
+  // dx, and the thread's share of dA^T and dB; a null pointer leaves one out.
+  static void backward_rows(const Backward &p, float *dA, float *dB, Range rows) {
+    const Memory m(p, p.N, rows.end - rows.begin);
+    const bool need_t = p.dx || p.dA;
+    if (need_t) make_first_factor(p, m, p.B, p.R, false);
+    for (int64_t row = rows.begin; row < rows.end; row += m.rows) {
+      const int64_t count = smaller(m.rows, rows.end - row);
+      memset(m.t, 0, m.panels * m.rows * kTileColumns * sizeof(float));  // what pads a tile and the ranks is multiplied
+      for (int64_t i = 0; i < count; i += kTileRows) {
+        pack_tile(m, (const X *)p.dy + (row + i) * p.dy_stride, p.dy_stride, i, smaller(kTileRows, count - i), nullptr, need_t);
+      }
+      if (dB) {
+        memset(m.s, 0, m.panels * m.rows * kTileColumns * sizeof(float));
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t r = 0; r < p.R; ++r) m.s_panel(r / kTileColumns)[i * kTileColumns + r % kTileColumns] = p.s[(row + i) * p.R + r];
+        }
+        add_outer(m, m.x, p.N * kTileRows, count, p.N, m.s, dB, ld(p));
+      }
+      if (m.bits) for (int64_t i = 0; i < count; ++i) keep_bits_row(p.dropout, row + i, 0, p.K, m.bits + i * m.words);
+      for (int64_t k = 0; dA && k < p.K; k += kMasked) {
+        const int64_t depth = smaller(kMasked, p.K - k);
+        for (int64_t i = 0; i < count; i += kTileRows) {
+          const uint64_t *bits = m.bits ? m.bits + i * m.words + k / 64 : nullptr;
+          pack((const X *)p.x + (row + i) * p.x_stride + k, p.x_stride, smaller(kTileRows, count - i), depth, bits, m.words, m.chunk + i * kMasked);
+        }
+        add_outer(m, m.chunk, kMasked * kTileRows, count, depth, m.t, dA + k * ld(p), ld(p));
+      }
+      if (!p.dx) continue;
+      pack_t(m, count);
+      const Product product = {count, p.K, &p.weight, false, (const A *)p.A, p.K, false, p.scaling * p.dropout.scale, (X *)p.dx + row * p.K, m.bits};
+      for (int64_t k = 0; k < p.K; k += kTileColumns) finish_panel(p, m, product, k, smaller(kTileColumns, p.K - k), nullptr);
+    }
+  }
 };
+
+// All panels of op(W), one behind the other: [ceil(P / kTileColumns), Q, kTileColumns].
+template <class X> static void pack_weight(const PackedWeight &problem) {
+  parallel_run(problem.threads, [](void *data, int index, int count) {
+    const PackedWeight &p = *static_cast<const PackedWeight *>(data);
+    const int64_t P = p.forward ? p.N : p.K, Q = p.forward ? p.K : p.N;
+    const Range columns = share(P, kTileColumns, index, count);
+    for (int64_t first = columns.begin; first < columns.end; first += kTileColumns) {
+      DenseWeight<X>::panel(p.weight, p.forward, 0, first, Q, smaller(kTileColumns, columns.end - first), p.panels + first * Q);
+    }
+  }, const_cast<PackedWeight *>(&problem));
+}
 
 }  // namespace PEFTKERN_ISA
 }  // namespace peftkern

@@ -26,6 +26,12 @@ template <class Call> static void run_any(const Call &call) {
 static void forward(const Forward &call) { run_any(call); }
 static void backward(const Backward &call) { run_any(call); }
 
+static void pack_weight_any(const PackedWeight &call) {
+  if (call.dtype == DType::float32) pack_weight<float>(call);
+  else if (call.dtype == DType::float16) pack_weight<fp16>(call);
+  else pack_weight<bf16>(call);
+}
+
 static void keep_bits(const Dropout &dropout, int64_t M, int64_t K, uint64_t *bits) {
   for (int64_t row = 0; row < M; ++row) keep_bits_row(dropout, row, 0, K, bits + row * ((K + 63) / 64));
 }
@@ -37,7 +43,7 @@ static void keep_bits(const Dropout &dropout, int64_t M, int64_t K, uint64_t *bi
 #define PEFTKERN_TEXT(isa) #isa
 #define PEFTKERN_NAME(isa) PEFTKERN_TEXT(isa)
 extern const Kernels PEFTKERN_TABLE(PEFTKERN_ISA);
-const Kernels PEFTKERN_TABLE(PEFTKERN_ISA) = {PEFTKERN_NAME(PEFTKERN_ISA), PEFTKERN_ISA::forward, PEFTKERN_ISA::backward,
-                                              PEFTKERN_ISA::keep_bits};
+const Kernels PEFTKERN_TABLE(PEFTKERN_ISA) = {PEFTKERN_NAME(PEFTKERN_ISA), PEFTKERN_ISA::kTileColumns, PEFTKERN_ISA::forward,
+                                              PEFTKERN_ISA::backward, PEFTKERN_ISA::pack_weight_any, PEFTKERN_ISA::keep_bits};
 
 }  // namespace peftkern

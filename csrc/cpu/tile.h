@@ -1,97 +1,112 @@
-// The big product in fp32 registers: a tile of kTileRows x kTileColumns sums, and the blocks of the weight that it reads.
+// The one micro-kernel, in fp32 registers, and the layout of rows that it reads.
 //
-//   tile     sums[m, p] (+)= sum_q X[m, q] B[q, p]     X row-major fp32, B a block [depth, kTileColumns] in the L1 cache
-//   block    B[q, p] from the weight where it lies, widened: W[p, q] (transposed in registers) for y, W[q, p] for dx
+//   packed    rows in tiles of kTileRows: element q of the tile's row i at [q * kTileRows + i], so that a tile is one stream
+//   tile      sums[i, p] (+)= sum_q X[i, q] B[q, p]     X a packed tile, B a block [depth, kTileColumns] in the cache
+//   outer     sums[i, p]  += sum_m X[m, i] B[m, p]      over the rows m of all packed tiles
 //
-// A block is made once and used for every row of the caller's share, so one micro-kernel serves every storage type, and the
-// weight is never copied as a whole. Sums over more than kDepth terms are added up in short ones, which keeps errors small.
+// Packing x costs a transposition in registers, once, and took the product from 91 to 99 of the 103 GFLOP/s that a core of
+// Zen 3 can do: rows where they lie are as many streams, in as many pages, as a tile has rows (benchmarks/NOTES.md).
 #pragma once
-#include <utility>
-
-#include "../include/vec.h"
+#include "../include/weight_load.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
 constexpr int kTileRows = W == 16 ? 12 : 6;  // twice as many sums, and the operands, fill 32 or 16 registers
-constexpr int kTileColumns = 2 * W;
-constexpr int64_t kDepth = 256;  // a block of the weight takes half of the L1 cache
+constexpr int64_t kDepth = 288;              // terms of one sum in registers, at most: short sums keep errors small
 
-// sums is [ROWS, kTileColumns], written or added to; rows of x lie ldx apart.
-template <int ROWS> static inline void tile(const float *x, int64_t ldx, const float *block, int64_t depth, bool add, float *sums) {
+// How many terms a sum of Q has in registers: as many in each, so that none is too short to be worth its stores.
+static inline int64_t depth_of(int64_t Q) {
+  const int64_t parts = (Q + kDepth - 1) / kDepth;
+  return parts ? round_up((Q + parts - 1) / parts, W) : W;
+}
+
+// The sums of ROWS rows, in registers.
+template <int ROWS> struct Tile {
   vf low[ROWS], high[ROWS];
+
+  __attribute__((always_inline)) Tile(const float *x, const float *block, int64_t depth) {
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) low[i] = high[i] = vf{};
-  for (int64_t q = 0; q < depth; ++q) {
-    const vf b0 = load(block + q * kTileColumns), b1 = load(block + q * kTileColumns + W);
+    for (int i = 0; i < ROWS; ++i) low[i] = high[i] = vf{};
+#pragma GCC unroll 4
+    for (int64_t q = 0; q < depth; ++q) {
+      const vf b0 = load(block + q * kTileColumns), b1 = load(block + q * kTileColumns + W);
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      const float value = x[i * ldx + q];
-      low[i] += value * b0;
-      high[i] += value * b1;
+      for (int i = 0; i < ROWS; ++i) {
+        const float value = x[q * kTileRows + i];
+        low[i] += value * b0;
+        high[i] += value * b1;
+      }
     }
   }
+};
+
+// sums is [ROWS, kTileColumns], written or added to.
+template <int ROWS> static inline void tile(const float *x, const float *block, int64_t depth, bool add, float *sums) {
+  const Tile<ROWS> t(x, block, depth);
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
     float *sum = sums + i * kTileColumns;
-    store(add ? load(sum) + low[i] : low[i], sum);
-    store(add ? load(sum + W) + high[i] : high[i], sum + W);
+    store(add ? load(sum) + t.low[i] : t.low[i], sum);
+    store(add ? load(sum + W) + t.high[i] : t.high[i], sum + W);
   }
 }
 
-template <int ROWS = kTileRows>
-static inline void tile_of(int64_t rows, const float *x, int64_t ldx, const float *block, int64_t depth, bool add, float *sums) {
-  if constexpr (ROWS > 1) {
-    if (rows < ROWS) return tile_of<ROWS - 1>(rows, x, ldx, block, depth, add, sums);
-  }
-  tile<ROWS>(x, ldx, block, depth, add, sums);
-}
-
-// Lanes of a and b merged: where bit D of the lane's number is clear those of a, else those of b, and the other way round.
-template <int D, int... I> static inline void exchange(vf &a, vf &b, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-  const vf first = __builtin_shufflevector(a, b, (I & D ? W + I - D : I)...);
-  b = __builtin_shufflevector(a, b, (I & D ? W + I : I + D)...);
-#else
-  const vf first = __builtin_shuffle(a, b, vi{(I & D ? W + I - D : I)...});
-  b = __builtin_shuffle(a, b, vi{(I & D ? W + I : I + D)...});
-#endif
-  a = first;
-}
-
-template <int D = 1> static inline void transpose(vf v[W]) {
-  if constexpr (D < W) {
+// sums is [COLUMNS, lds], added to; x begins at the first of those columns in the first of `tiles` tiles, `stride` apart.
+template <int COLUMNS> static inline void outer(const float *x, int64_t stride, int64_t tiles, const float *block, float *sums, int64_t lds) {
+  vf low[COLUMNS], high[COLUMNS];
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      if (!(i & D)) exchange<D>(v[i], v[i + D], std::make_integer_sequence<int, W>());
-    }
-    transpose<2 * D>(v);
-  }
-}
-
-// block[q, p] = w[p, q] for q < depth, p < columns; zero for columns <= p < kTileColumns.
-template <class T> static void block_of_rows(const T *w, int64_t ldw, int64_t depth, int64_t columns, float *block) {
-  for (int64_t half = 0; half < kTileColumns; half += W) {
-    for (int64_t q = 0; q < depth; q += W) {
-      const int64_t width = smaller(W, depth - q);
-      vf v[W];
-      for (int i = 0; i < W; ++i) {
-        const T *source = w + (half + i) * ldw + q;
-        v[i] = half + i >= columns ? vf{} : width == W ? load(source) : load_tail(source, width);
+  for (int i = 0; i < COLUMNS; ++i) low[i] = high[i] = vf{};
+  for (int64_t t = 0; t < tiles; ++t, x += stride) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kTileRows; ++m, block += kTileColumns) {
+      const vf b0 = load(block), b1 = load(block + W);
+#pragma GCC unroll 16
+      for (int i = 0; i < COLUMNS; ++i) {
+        const float value = x[i * kTileRows + m];
+        low[i] += value * b0;
+        high[i] += value * b1;
       }
-      transpose(v);
-      for (int64_t i = 0; i < width; ++i) store(v[i], block + (q + i) * kTileColumns + half);
     }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < COLUMNS; ++i) {
+    float *sum = sums + i * lds;
+    store(load(sum) + low[i], sum);
+    store(load(sum + W) + high[i], sum + W);
   }
 }
 
-// block[q, p] = w[q, p], likewise.
-template <class T> static void block_of_columns(const T *w, int64_t ldw, int64_t depth, int64_t columns, float *block) {
-  for (int64_t q = 0; q < depth; ++q) {
-    for (int64_t half = 0; half < kTileColumns; half += W) {
-      const T *source = w + q * ldw + half;
-      const int64_t width = columns - half;
-      store(width >= W ? load(source) : width > 0 ? load_tail(source, width) : vf{}, block + q * kTileColumns + half);
+// Calls f with std::integral_constant<int, count>, for 1 <= count <= kTileRows.
+template <int COUNT = kTileRows, class F> static inline void with_count(int64_t count, F f) {
+  if constexpr (COUNT > 1) {
+    if (count < COUNT) return with_count<COUNT - 1>(count, f);
+  }
+  f(std::integral_constant<int, COUNT>());
+}
+
+constexpr int64_t kPackSlack = kTileRows + W;  // floats behind the last packed tile that pack writes over
+
+// out[q * kTileRows + i] = x[i, q], widened, for q < count; zero for rows <= i < kTileRows, and where a bit is clear.
+template <class T> static void pack(const T *x, int64_t stride, int64_t rows, int64_t count, const uint64_t *bits, int64_t bits_stride, float *out) {
+  constexpr int kParts = (kTileRows + W - 1) / W;
+  for (int64_t q = 0; q < count; q += W) {
+    const int64_t width = smaller(W, count - q);
+    vf v[kParts][W];
+#pragma GCC unroll 16
+    for (int i = 0; i < kParts * W; ++i) {
+      vf value = {};
+      if (i < rows) {
+        value = width == W ? load(x + i * stride + q) : load_tail(x + i * stride + q, width);
+        if (bits) value = select(uint32_t(bits[i * bits_stride + q / 64] >> (q % 64)), value);
+      }
+      v[i / W][i % W] = value;
+    }
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) transpose(v[part]);
+    // A store reaches into the next column, which is stored after it.
+    for (int64_t i = 0; i < width; ++i) {
+      for (int part = 0; part < kParts; ++part) store(v[part][i], out + (q + i) * kTileRows + part * W);
     }
   }
 }

@@ -27,6 +27,7 @@ struct Weight {
   const void *data;
   int64_t stride;
   bool transposed;
+  const float *panels;  // op(W) of this call as PackedWeight leaves it, or null; then `data` is not read
 };
 
 struct Problem {
@@ -59,11 +60,23 @@ struct Backward : Problem {
   void *dA, *dB;                      // [R, K], [N, R] written, or null
 };
 
+// W once for all calls: fp32 panels [ceil(P / panel_columns), Q, panel_columns] of W^T (P = N, Q = K) or of W (P = K, Q = N).
+struct PackedWeight {
+  int64_t K, N;
+  DType dtype;
+  Weight weight;
+  bool forward;
+  int threads;
+  float *panels;
+};
+
 // One instruction set's implementation.
 struct Kernels {
   const char *name;
+  int panel_columns;
   void (*forward)(const Forward &);
   void (*backward)(const Backward &);
+  void (*pack_weight)(const PackedWeight &);
   // Bit (row, col) of the keep mask, for the tests: bits is [M, ceil(K / 64)].
   void (*keep_bits)(const Dropout &, int64_t M, int64_t K, uint64_t *bits);
 };

@@ -36,6 +36,10 @@ class Backend(ABC):
         """Whether it is installed but fails to load, which deserves a warning."""
         return False
 
+    def held_bytes(self) -> int:
+        """Memory that the backend keeps between calls, beside what its callers own."""
+        return 0
+
     @abstractmethod
     def supports(self, problem: Problem) -> str | None:
         """Why this backend cannot run ``problem``, or None."""

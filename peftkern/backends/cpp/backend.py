@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkern import dropout
+from peftkern import _env, dropout
 from peftkern.backends.base import Backend, Plan, bias_gradients
+from peftkern.backends.cpp import prepack
 from peftkern.backends.cpp.extension import extension
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
@@ -41,8 +42,13 @@ class CppBackend(Backend):
             return Plan("split", "not built")
         kernels = module.instruction_set()
         if one_pass(problem.dtype, problem.M):
-            return Plan("one_pass", f"{kernels} kernels that read the frozen weight in place")
+            policy = _env.settings().prepack if problem.M > _DECODE_ROWS else "off"
+            packed = "" if policy == "off" else f", packed copies: {policy}, {prepack.held_bytes():,} bytes held now"
+            return Plan("one_pass", f"{kernels} kernels that read the frozen weight in place{packed}")
         return Plan("split", f"vendor GEMM + {kernels} thin products in blocks of rows")
+
+    def held_bytes(self) -> int:
+        return prepack.held_bytes()
 
     def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
         x = _unit_stride(x)
@@ -63,9 +69,10 @@ class CppBackend(Backend):
         s = x.new_empty(x.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
         A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
         lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
+        panels = _panels(operands, weight, x.shape[0], True)
         extension()[0].forward(
-            _problem(operands, x, weight, weight is not None), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(),
-            _address(lora_bias), _address(bias), s.data_ptr(), y.data_ptr(),
+            _problem(operands, x, weight, weight is not None, panels), x.data_ptr(), x.stride(0), A.data_ptr(),
+            B.data_ptr(), _address(lora_bias), _address(bias), s.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return s
 
@@ -96,8 +103,9 @@ class CppBackend(Backend):
             dB = torch.empty_like(B) if needs.lora_B else None
             x = _unit_stride(x) if x is not None else None
             s = s.contiguous() if s is not None else None
+            panels = _panels(operands, weight, dy.shape[0], False)
             extension()[0].backward(
-                _problem(operands, dy, weight, whole), dy.data_ptr(), dy.stride(0), _address(x),
+                _problem(operands, dy, weight, whole, panels), dy.data_ptr(), dy.stride(0), _address(x),
                 0 if x is None else x.stride(0), _address(s), A.data_ptr(), B.data_ptr(), _address(dx), _address(dA),
                 _address(dB),
             )  # fmt: skip
@@ -107,13 +115,20 @@ class CppBackend(Backend):
 def one_pass(dtype: torch.dtype, M: int) -> bool:
     """Whether y and dx are computed here as a whole, rather than on top of torch's product with the frozen weight.
 
-    That is where it was measured ahead (benchmarks/NOTES.md): with AVX2 and without AVX-512, 16-bit dtypes always and
-    fp32 for a handful of rows. Elsewhere torch's product is as good or better, or nobody has measured.
+    That is where it was measured ahead (benchmarks/NOTES.md): with AVX2 and without AVX-512. Elsewhere torch's product
+    is as good or better, or nobody has measured.
     """
-    return extension()[0].instruction_set() == "avx2" and (dtype != torch.float32 or M <= _DECODE_ROWS)
+    return extension()[0].instruction_set() == "avx2"
 
 
-def _problem(operands: LoRAOperands, rows: Tensor, weight: Tensor | None, whole: bool):
+def _panels(operands: LoRAOperands, weight: Tensor | None, M: int, forward: bool) -> Tensor | None:
+    """The weight's packed copy, where it is used: above a handful of rows, and for the caller's own tensor alone."""
+    if weight is None or weight is not operands.weight.data or M <= _DECODE_ROWS or not one_pass(weight.dtype, M):
+        return None
+    return prepack.panels(extension()[0], weight, _DTYPES[weight.dtype], _weight(weight), forward)
+
+
+def _problem(operands: LoRAOperands, rows: Tensor, weight: Tensor | None, whole: bool, panels: Tensor | None):
     N, K = operands.weight.shape
     scaling = operands.scaling
     if operands.scaling_tensor is not None:
@@ -121,7 +136,7 @@ def _problem(operands: LoRAOperands, rows: Tensor, weight: Tensor | None, whole:
     return extension()[0].Problem(
         rows.shape[0], K, N, operands.lora_A.shape[0], _DTYPES[rows.dtype], _DTYPES[operands.lora_A.dtype],
         operands.precision == "base", scaling, dropout.threshold(operands.dropout_p), _address(operands.rng_state),
-        torch.get_num_threads(), whole, *_weight(weight),
+        torch.get_num_threads(), whole, *_weight(weight), _address(panels),
     )  # fmt: skip
 
 

@@ -1,0 +1,79 @@
+// Where a block of the frozen weight is made: the one place of the CPU kernels that knows a storage format.
+//
+//   panel    B[q, p] = op(W)[q, first + p], fp32 [depth, kTileColumns], zero behind `width` columns
+//
+// A format is one struct with `panel`; Fused takes it as a template argument. `by_rows` says that the produced column is a row
+// of what is stored (W[p, q], for y): then a block is transposed in registers.
+#pragma once
+#include <utility>
+
+#include "vec.h"
+
+namespace peftkern {
+namespace PEFTKERN_ISA {
+
+constexpr int kTileColumns = 2 * W;  // of a panel
+
+// Lanes of a and b merged: where bit D of the lane's number is clear those of a, else those of b, and the other way round.
+template <int D, int... I> static inline void exchange(vf &a, vf &b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  const vf first = __builtin_shufflevector(a, b, (I & D ? W + I - D : I)...);
+  b = __builtin_shufflevector(a, b, (I & D ? W + I : I + D)...);
+#else
+  const vf first = __builtin_shuffle(a, b, vi{(I & D ? W + I - D : I)...});
+  b = __builtin_shuffle(a, b, vi{(I & D ? W + I : I + D)...});
+#endif
+  a = first;
+}
+
+template <int D = 1> static inline void transpose(vf v[W]) {
+  if constexpr (D < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (!(i & D)) exchange<D>(v[i], v[i + D], std::make_integer_sequence<int, W>());
+    }
+    transpose<2 * D>(v);
+  }
+}
+
+// block[q, p] = w[p, q] for q < depth, p < columns; zero for columns <= p < kTileColumns.
+template <class T> static void block_of_rows(const T *w, int64_t ldw, int64_t depth, int64_t columns, float *block) {
+  for (int64_t half = 0; half < kTileColumns; half += W) {
+    for (int64_t q = 0; q < depth; q += W) {
+      const int64_t width = smaller(W, depth - q);
+      vf v[W];
+      for (int i = 0; i < W; ++i) {
+        const T *source = w + (half + i) * ldw + q;
+        v[i] = half + i >= columns ? vf{} : width == W ? load(source) : load_tail(source, width);
+      }
+      transpose(v);
+      for (int64_t i = 0; i < width; ++i) store(v[i], block + (q + i) * kTileColumns + half);
+    }
+  }
+}
+
+// block[q, p] = w[q, p], likewise.
+template <class T> static void block_of_columns(const T *w, int64_t ldw, int64_t depth, int64_t columns, float *block) {
+  for (int64_t q = 0; q < depth; ++q) {
+    for (int64_t half = 0; half < kTileColumns; half += W) {
+      const T *source = w + q * ldw + half;
+      const int64_t width = columns - half;
+      store(width >= W ? load(source) : width > 0 ? load_tail(source, smaller(W, width)) : vf{}, block + q * kTileColumns + half);
+    }
+  }
+}
+
+template <class T> static void block_of(const T *w, int64_t ldw, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, float *block) {
+  if (by_rows) block_of_rows(w + first * ldw + q, ldw, depth, width, block);
+  else block_of_columns(w + q * ldw + first, ldw, depth, width, block);
+}
+
+// The weight as it lies, in the dtype T of x.
+template <class T> struct DenseWeight {
+  static void panel(const Weight &w, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, float *block) {
+    block_of((const T *)w.data, w.stride, by_rows != w.transposed, q, first, depth, width, block);
+  }
+};
+
+}  // namespace PEFTKERN_ISA
+}  // namespace peftkern
