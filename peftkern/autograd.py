@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftkern.ops import eager, schema
+from peftkern.ops import eager
 
 _ARGUMENTS = 15  # of LoRALinearFunction, and the weight's tables
 
@@ -98,7 +98,7 @@ class LoRAAdaptersFunction(torch.autograd.Function):
             list(fields[i::_FIELDS]) for i in range(_FIELDS)
         )
         scaling_tensor = [c if c is None else c.detach().clone() for c in scaling_tensor]
-        y, *thin = schema.forward_adapters(
+        y, *thin = eager.forward_adapters(
             x, w_data, w_scale, w_format, group_size, bias, lora_A, lora_B, lora_bias,
             scaling, scaling_tensor, dropout_p, rng_state, precision, backend,
         )  # fmt: skip
@@ -132,7 +132,7 @@ class LoRAAdaptersFunction(torch.autograd.Function):
             one if other is None else other for one, other in zip(read, ctx.unread, strict=True)
         )
         gradients = iter(
-            schema.backward_adapters(
+            eager.backward_adapters(
                 dy,
                 x,
                 thin,

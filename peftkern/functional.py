@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from peftkern import autograd, dora, dropout
 from peftkern.autograd import LoRAAdaptersFunction
 from peftkern.backends.reference import formula
-from peftkern.ops import dispatch, eager, inputs, schema
+from peftkern.ops import dispatch, eager, inputs
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight, FrozenWeight
 
@@ -98,7 +98,7 @@ def apply_adapters(x: Tensor, adapters: Sequence[LoRAOperands], backend: str = "
         y = LoRAAdaptersFunction.apply(*base, first.precision, backend, *(value for field in fields for value in field))
     else:
         lists = [list(column) for column in zip(*fields, strict=True)]
-        y = schema.forward_adapters(*base, *lists, first.precision, backend)[0]
+        y = eager.forward_adapters(*base, *lists, first.precision, backend)[0]
     return _unflattened(y, x)
 
 
