@@ -220,7 +220,7 @@ class counted:
     """How many calls took the fast path."""
 
     def __enter__(self) -> counted:
-        from peftkern.integrations import peft as integration
+        from peftkern.integrations.peft import layer as integration
 
         self.integration, self.genuine, self.count = integration, integration.apply, 0
 

@@ -56,7 +56,8 @@ class _Call:
 
     def __init__(self, operator: Any, arguments: tuple, rows: str) -> None:
         """``rows`` names the argument whose first dimension counts tokens: x or dy."""
-        self.named = {a.name: value for a, value in zip(operator._schema.arguments, arguments, strict=True)}
+        # all but w_tables, which no format has that may be a DTensor
+        self.named = {a.name: value for a, value in zip(operator._schema.arguments, arguments, strict=False)}
         self.mesh: DeviceMesh = next(v.device_mesh for v in self.named.values() if isinstance(v, DTensor))
         for name, value in self.named.items():
             if isinstance(value, DTensor) and value.device_mesh != self.mesh:

@@ -6,6 +6,7 @@ its text is the reason that the report shows.
 
     parts.py   what is read of a layer, and the predicate
     layer.py   the class that a patched layer has
+    experts.py, low_rank_stack.py   the same for parameters that a module reads itself: MoE experts, routers
     swap.py    patch, unpatch and the report
 """
 

@@ -40,7 +40,7 @@ class Adapter(NamedTuple):
     lora_bias: Tensor | None
     dropout_p: float
     scaling: float | Tensor
-    magnitude: Tensor | None
+    magnitude: Tensor | None = None
 
 
 class Parts(NamedTuple):
@@ -114,11 +114,9 @@ def _adapter(modules: Mapping[str, Any], state: Mapping[str, Any], name: str, we
     if variant is None and state.get("use_dora", {}).get(name):  # PEFT before 0.16
         return "it uses DoRA"
     scaling = state["scaling"][name]
-    if isinstance(scaling, Tensor):
-        if scaling.ndim != 0 or not scaling.is_floating_point() or scaling.requires_grad:
-            return "its scaling is a tensor that is trained, not floating or not 0-d"
-    elif not -math.inf < scaling < math.inf:
-        return f"its scaling is {scaling}"
+    reason = why_not_scaling(scaling)
+    if reason is not None:
+        return reason
     drop, p = modules["lora_dropout"]._modules[name], 0.0
     if type(drop) is nn.Dropout:
         if drop.training and dropout.threshold(drop.p):
@@ -146,7 +144,7 @@ def _adapter(modules: Mapping[str, Any], state: Mapping[str, Any], name: str, we
     if A.dtype != B.dtype or (lora_bias is not None and lora_bias.dtype != A.dtype):
         return f"lora_A is {A.dtype} and lora_B {B.dtype}, or its bias is of another dtype"
     if not dora:
-        return Adapter(A, B, lora_bias, p, scaling, None)
+        return Adapter(A, B, lora_bias, p, scaling)
     if p and state["training"]:  # then PEFT runs the base layer a second time, on the dropped x
         return "it uses DoRA with dropout"
     magnitude = _magnitude(modules["lora_magnitude_vector"]._modules[name], A, B)
@@ -162,6 +160,16 @@ def _magnitude(child: Any, A: Tensor, B: Tensor) -> Tensor | str:
     if magnitude.dtype != A.dtype:
         return f"lora_A is {A.dtype} and the magnitude {magnitude.dtype}"
     return _why_not_observed("lora_magnitude_vector", child) or magnitude
+
+
+def why_not_scaling(scaling: float | Tensor) -> str | None:
+    """A scaling is a finite number, or a 0-d tensor that nobody trains (its value is not read here)."""
+    if isinstance(scaling, Tensor):
+        if scaling.ndim != 0 or not scaling.is_floating_point() or scaling.requires_grad:
+            return "its scaling is a tensor that is trained, not floating or not 0-d"
+    elif not -math.inf < scaling < math.inf:
+        return f"its scaling is {scaling}"
+    return None
 
 
 def _why_not_plain(label: str, child: Any, kinds: tuple[type, ...] = (nn.Linear,)) -> str | None:

@@ -12,12 +12,16 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from peftkern import _env
+from peftkern.integrations.peft.experts import ParameterParts, ParamWrapper, PeftParamWrapper, parameter_parts
 from peftkern.integrations.peft.layer import PeftkernLoraLinear
 from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_dtypes
 from peftkern.ops import dispatch
 from peftkern.ops.problem import Problem
 
 logger = logging.getLogger("peftkern")
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: PeftkernLoraLinear, PeftParamWrapper: ParamWrapper}
+_PLAIN = {fast: plain for plain, fast in _FAST.items()}
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,9 @@ def patch(model: nn.Module) -> PatchReport:
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        fresh = type(layer) is lora.Linear
+        fresh = type(layer) in _FAST
         reason = _swap(layer)
-        if fresh and type(layer) is PeftkernLoraLinear:
+        if fresh and type(layer) in _PLAIN:
             done.append(layer)
         if reason is None:
             try:
@@ -83,12 +87,15 @@ def patch(model: nn.Module) -> PatchReport:
 
 def _swap(layer: Any) -> str | None:
     """Swap the class where the fast path can ever apply; the reason why the layer is not fast now, or None."""
-    if type(layer) not in (lora.Linear, PeftkernLoraLinear):
-        kind = type(layer)
+    kind = type(layer)
+    if kind not in _FAST and kind not in _PLAIN:
         return f"{kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
-    layer.__class__ = PeftkernLoraLinear
+    layer.__class__ = _FAST.get(kind, kind)
+    if isinstance(layer, ParamWrapper):
+        stacked = parameter_parts(layer)
+        return stacked if isinstance(stacked, str) else None
     parts = plain_parts(layer)
     if isinstance(parts, str):
         return parts
@@ -98,12 +105,19 @@ def _swap(layer: Any) -> str | None:
 def _rebind(layer: Any) -> None:
     """accelerate keeps a bound forward on the instance when it hooks a patched layer: make it PEFT's again."""
     for name in ("forward", "_old_forward"):
-        if getattr(layer.__dict__.get(name), "__func__", None) is PeftkernLoraLinear.forward:
-            layer.__dict__[name] = lora.Linear.forward.__get__(layer)
+        if getattr(layer.__dict__.get(name), "__func__", None) in (PeftkernLoraLinear.forward, ParamWrapper.forward):
+            layer.__dict__[name] = type(layer).forward.__get__(layer)
 
 
-def _expected_backend(layer: lora.Linear, M: int = 1024) -> str:
+def _expected_backend(layer: Any, M: int = 1024) -> str:
     """The backend that a call of M rows would take in training."""
+    if isinstance(layer, ParamWrapper):
+        stacked = parameter_parts(layer)
+        assert isinstance(stacked, ParameterParts)  # the caller has just seen to it
+        W, A, B, _, _ = stacked
+        experts = W.shape[0] if W.ndim == 3 else 1
+        K, N, R = A.shape[1], B.shape[0], A.shape[0] // experts
+        return dispatch.select(Problem(W.device.type, M, K, N, R, W.dtype, A.dtype), "").name
     parts = plain_parts(layer)
     assert isinstance(parts, Parts)  # the caller has just seen to it
     N, K = parts.weight.shape
@@ -116,6 +130,6 @@ def _expected_backend(layer: lora.Linear, M: int = 1024) -> str:
 def unpatch(model: nn.Module) -> None:
     """Undo ``patch``: every layer has its very class back."""
     for layer in model.modules():
-        if type(layer) is PeftkernLoraLinear:
-            layer.__class__ = lora.Linear
+        if type(layer) in _PLAIN:
+            layer.__class__ = _PLAIN[type(layer)]
             _rebind(layer)
