@@ -15,14 +15,17 @@ _PLAIN = frozenset((Tensor, nn.Parameter, type(None), float, int, bool, str))
 
 
 def _watched(first: Tensor) -> bool:
-    """Whether a compiler, torch.func, a mode (FLOP counter, selective checkpoint), the profiler or meta sees operators."""
+    """Whether a compiler, a mode (FLOP counter, selective checkpoint), the profiler or ``first`` itself, an operand
+    without data of its own (on meta, batched by vmap or by is_grads_batched), wants the operator.
+    """
     return bool(
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()  # batched gradients: backward refuses them as an operator
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._autograd._profiler_enabled()
         or first.is_meta
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(first)
     )
 
 
