@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftkern.ops import schema
+from peftkern.ops import eager
 
-# Positions in LoRALinearFunction.forward's argument list of what can have a gradient.
-_DIFFERENTIABLE = {"x": 0, "lora_A": 5, "lora_B": 6, "bias": 7, "lora_bias": 8}
-_ARGUMENTS = 15  # and the weight's tables
+_ARGUMENTS = 15  # of LoRALinearFunction, and the weight's tables
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -29,48 +27,60 @@ class LoRALinearFunction(torch.autograd.Function):
         scaling, scaling_tensor, dropout_p, rng_state, precision, backend, *w_tables = settings
         if scaling_tensor is not None:
             scaling_tensor = scaling_tensor.detach().clone()  # backward uses the value that forward saw
-        y, s = schema.forward(
+        y, s = eager.forward(
             x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, lora_bias,
             scaling, scaling_tensor, dropout_p, rng_state, precision, backend, w_tables=w_tables or None,
         )  # fmt: skip
-        need_x, need_A, need_B = (ctx.needs_input_grad[_DIFFERENTIABLE[name]] for name in ("x", "lora_A", "lora_B"))
+        need_x, _, _, _, _, need_A, need_B, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
+        need_lora_B = need_x or need_A
         # Only what backward reads is saved, so that an in-place update of anything else is not held against the caller;
         # of the rest backward wants shapes and dtypes.
-        read = {"w_data": need_x, "w_scale": need_x, "lora_A": need_x, "lora_B": need_x or need_A}
-        operands = {"w_data": w_data, "w_scale": w_scale, "lora_A": lora_A, "lora_B": lora_B}
-        operands |= {"bias": bias, "lora_bias": lora_bias}
         ctx.save_for_backward(
             x if need_A else None, s if need_B else None, scaling_tensor, rng_state,
-            *(w_tables if need_x else ()),
-            *(tensor if read.get(name) else None for name, tensor in operands.items()),
+            w_data if need_x else None, w_scale if need_x else None, lora_A if need_x else None,
+            lora_B if need_lora_B else None, *(w_tables if need_x else ()),
         )  # fmt: skip
-        ctx.unread = [
-            None if read.get(name) or tensor is None else tensor.detach() for name, tensor in operands.items()
-        ]
-        ctx.tables, ctx.saved_tables = len(w_tables), len(w_tables) if need_x else 0
+        ctx.unread = (
+            None if need_x else w_data.detach(), None if need_x or w_scale is None else w_scale.detach(),
+            None if need_x else lora_A.detach(), None if need_lora_B else lora_B.detach(),
+            bias.detach() if need_bias else None, lora_bias.detach() if need_lora_bias else None,
+        )  # fmt: skip
+        ctx.tables = len(w_tables)
         ctx.settings = w_format, group_size, scaling, dropout_p, precision, backend
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, scaling_tensor, rng_state, *read = ctx.saved_tensors
-        w_tables, read = read[: ctx.saved_tables], read[ctx.saved_tables :]
-        w_data, w_scale, lora_A, lora_B, bias, lora_bias = (
-            saved if unread is None else unread for saved, unread in zip(read, ctx.unread, strict=True)
+        # once_differentiable costs 7 us, and says something where a graph of backward is made, alone.
+        return _graphed_backward(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, s, scaling_tensor, rng_state, w_data, w_scale, lora_A, lora_B, *w_tables = ctx.saved_tensors
+    other_data, other_scale, other_A, other_B, bias, lora_bias = ctx.unread
+    w_format, group_size, scaling, dropout_p, precision, backend = ctx.settings
+    need_x, _, _, _, _, need_A, need_B, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
+    gradients = iter(
+        eager.backward(
+            dy, x, s, other_data if w_data is None else w_data, other_scale if w_scale is None else w_scale,
+            w_format, group_size, other_A if lora_A is None else lora_A, other_B if lora_B is None else lora_B,
+            bias, lora_bias, scaling, scaling_tensor, dropout_p, rng_state, precision, backend,
+            need_x, need_A, need_B, need_bias, need_lora_bias, w_tables=w_tables or None,
         )
-        w_format, group_size, scaling, dropout_p, precision, backend = ctx.settings
-        needed = [position for position in _DIFFERENTIABLE.values() if ctx.needs_input_grad[position]]
-        gradients = schema.backward(
-            dy, x, s, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, lora_bias,
-            scaling, scaling_tensor, dropout_p, rng_state, precision, backend,
-            *(ctx.needs_input_grad[position] for position in _DIFFERENTIABLE.values()),
-            w_tables=w_tables or None,
-        )  # fmt: skip
-        result: list[Tensor | None] = [None] * (_ARGUMENTS + ctx.tables)
-        for position, gradient in zip(needed, gradients, strict=True):
-            result[position] = gradient
-        return tuple(result)
+    )  # fmt: skip
+    dx = next(gradients) if need_x else None
+    factors = (next(gradients) if need else None for need in (need_A, need_B, need_bias, need_lora_bias))
+    return dx, None, None, None, None, *factors, *[None] * (_ARGUMENTS - 9 + ctx.tables)
+
+
+_graphed_backward = once_differentiable(_backward)
+
+
+def lora_linear(*arguments: Any) -> Tensor:
+    """``LoRALinearFunction.apply`` without its search for torch.func's wrappers, which the caller has ruled out."""
+    if torch.compiler.is_compiling():
+        return LoRALinearFunction.apply(*arguments)
+    return super(torch.autograd.Function, LoRALinearFunction).apply(*arguments)
 
 
 _FIELDS = 7  # of an adapter among LoRAAdaptersFunction's arguments
@@ -88,7 +98,7 @@ class LoRAAdaptersFunction(torch.autograd.Function):
             list(fields[i::_FIELDS]) for i in range(_FIELDS)
         )
         scaling_tensor = [c if c is None else c.detach().clone() for c in scaling_tensor]
-        y, *thin = schema.forward_adapters(
+        y, *thin = eager.forward_adapters(
             x, w_data, w_scale, w_format, group_size, bias, lora_A, lora_B, lora_bias,
             scaling, scaling_tensor, dropout_p, rng_state, precision, backend,
         )  # fmt: skip
@@ -122,7 +132,7 @@ class LoRAAdaptersFunction(torch.autograd.Function):
             one if other is None else other for one, other in zip(read, ctx.unread, strict=True)
         )
         gradients = iter(
-            schema.backward_adapters(
+            eager.backward_adapters(
                 dy,
                 x,
                 thin,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftkern.ops import schema
+from peftkern.ops import eager
 
 _DIFFERENTIABLE = {"x": 0, "lora_A": 5, "lora_B": 6, "bias": 7, "magnitude": 8}
 _ARGUMENTS = 13
@@ -35,9 +35,9 @@ def products(
     backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y [M, N], h = x W^T + c s B^T [M, N], s [M, R], g [N] and the norm [N]; x is 2-D."""
-    norm = schema.row_norm(w_data, w_scale, w_format, group_size, lora_A, lora_B, scaling, scaling_tensor)
+    norm = eager.row_norm(w_data, w_scale, w_format, group_size, lora_A, lora_B, scaling, scaling_tensor)
     gain = magnitude.to(norm.dtype) / norm
-    h, s = schema.forward(
+    h, s = eager.forward(
         x, w_data, w_scale, w_format, group_size, lora_A, lora_B, None, None,
         scaling, scaling_tensor, 0.0, None, precision, backend,
     )  # fmt: skip
@@ -95,7 +95,7 @@ class DoRALinearFunction(torch.autograd.Function):
         found: dict[str, Tensor] = {}
         factors = [name for name in ("x", "lora_A", "lora_B") if needs[name]]
         if factors:
-            gradients = schema.backward(
+            gradients = eager.backward(
                 (dy * gain).to(dy.dtype), x, s, w_data, w_scale, w_format, group_size, lora_A, lora_B, None, None,
                 scaling, scaling_tensor, 0.0, None, precision, backend,
                 needs["x"], needs["lora_A"], needs["lora_B"], False, False,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from peftkern import dora, dropout
-from peftkern.autograd import LoRAAdaptersFunction, LoRALinearFunction
+from peftkern import autograd, dora, dropout
+from peftkern.autograd import LoRAAdaptersFunction
 from peftkern.backends.reference import formula
-from peftkern.ops import dispatch, inputs, schema
+from peftkern.ops import dispatch, eager, inputs
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight, FrozenWeight
 
@@ -80,9 +80,9 @@ def apply(x: Tensor, operands: LoRAOperands, backend: str = "") -> Tensor:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # promote_types would be a node of a graph
         y = formula.forward(operands, flat.to(wide))[0].to(x.dtype)
     elif torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5]):
-        y = LoRALinearFunction.apply(*arguments, *W.tables)
+        y = autograd.lora_linear(*arguments, *W.tables)
     else:
-        y = schema.forward(*arguments, w_tables=W.tables or None)[0]
+        y = eager.forward(*arguments, w_tables=W.tables or None)[0]
     return unflattened(y, x)
 
 
@@ -98,7 +98,7 @@ def apply_adapters(x: Tensor, adapters: Sequence[LoRAOperands], backend: str = "
         y = LoRAAdaptersFunction.apply(*base, first.precision, backend, *(value for field in fields for value in field))
     else:
         lists = [list(column) for column in zip(*fields, strict=True)]
-        y = schema.forward_adapters(*base, *lists, first.precision, backend)[0]
+        y = eager.forward_adapters(*base, *lists, first.precision, backend)[0]
     return unflattened(y, x)
 
 

@@ -17,9 +17,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import peftkern
+from peftkern.functional import apply_adapters, apply_dora
 from peftkern.nn import LoRALinear
 from peftkern.nn.tensor_parallel import ColwiseLoRALinear, RowwiseLoRALinear
-from peftkern.weights import Int8Weight
+from peftkern.ops import schema
+from peftkern.ops.problem import LoRAOperands
+from peftkern.weights import DenseWeight, Int8Weight
 
 WHOLE = Replicate()
 
@@ -128,6 +131,16 @@ def check_what_cannot_be_is_an_error() -> None:
         peftkern.lora_linear(x, W, t.lora_A, t.lora_B)
     with pytest.raises(NotImplementedError, match="frozen weight is Shard"):
         peftkern.lora_linear(x, DTensor.from_local(t.weight, mesh(), [Partial()]), t.lora_A, t.lora_B)
+    A, B = (distribute_tensor(value, mesh(), [WHOLE]) for value in (t.lora_A, t.lora_B))
+    operands = LoRAOperands(DenseWeight(W), A, B, None, None, 1.0, None, 0.0, None, "base")
+    with pytest.raises(NotImplementedError, match="forward_adapters.default has no rule for DTensors"):
+        apply_adapters(x, [operands, operands])
+    with pytest.raises(NotImplementedError, match="row_norm.default has no rule for DTensors"):
+        apply_dora(x, operands, torch.ones(24))
+    dy = distribute_tensor(t.dy, mesh(), [WHOLE])
+    base, lists = (W, None, "dense", 0, None), ([A], [B], [None], [1.0], [None], [0.0], [None])
+    with pytest.raises(NotImplementedError, match="backward_adapters.default has no rule for DTensors"):
+        schema.backward_adapters(dy, x, [None], *base, *lists, "base", "", True, False, [False], [False], [False])
 
 
 # -------------------------------------------------------------------------------------------------- tensor parallel

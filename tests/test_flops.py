@@ -6,10 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ALL_LINEAR, ROOT, Case, adapted, leaves_of, make, step
 from torch.utils.flop_counter import FlopCounterMode
 
 import peftkern
+from peftkern.functional import apply_adapters, apply_dora
+from peftkern.ops.problem import LoRAOperands
+from peftkern.weights import DenseWeight
 
 M, K, N, R = 6, 16, 24, 3
 FORWARD = 2 * M * (N * K + R * K + N * R)
@@ -51,6 +55,30 @@ def test_a_patched_model_counts_what_peft_counts():
     expected = counted(step, model)[0]
     peftkern.patch(model)
     assert counted(step, model)[0] == expected > 0
+
+
+@pytest.mark.parametrize("needs", BACKWARD, ids="+".join)
+def test_hand_counts_of_several_adapters(needs):
+    """The frozen product once, the thin ones for each adapter."""
+    ranks = (3, 6)
+    ones = [make(Case(M, K, N, r, bias=True, lora_bias=True)) for r in ranks]
+    leaves = [leaves_of(t, needs) for t in ones]
+    weight, first = DenseWeight(ones[0].weight), leaves[0]
+    adapters = [
+        LoRAOperands(weight, v["lora_A"], v["lora_B"], first["bias"], v["lora_bias"], 2.0, None, 0.0, None, "base")
+        for v in leaves
+    ]
+    flops, y = counted(apply_adapters, first["x"], adapters)
+    assert flops == 2 * M * (N * K + sum(r * K + N * r for r in ranks))
+    shared = 2 * M * N * K if "x" in needs else 0
+    thin = BACKWARD[needs] - shared  # of rank R, to which it is proportional
+    assert counted(y.backward, ones[0].dy)[0] == shared + sum(thin * r // R for r in ranks)
+
+
+def test_hand_count_of_dora():
+    t = make(Case(M, K, N, R))
+    operands = LoRAOperands(DenseWeight(t.weight), t.lora_A, t.lora_B, None, None, 2.0, None, 0.0, None, "base")
+    assert counted(apply_dora, t.x, operands, torch.ones(N))[0] == FORWARD + 2 * N * R * K
 
 
 @pytest.mark.parametrize(

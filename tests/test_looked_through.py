@@ -72,6 +72,9 @@ def test_what_stays_an_error():
     x = t.x.requires_grad_()
     with pytest.raises(RuntimeError, match="Batching rule not implemented for peftkern::backward"):
         torch.autograd.grad(fused(x, t.lora_A, t), x, torch.stack([t.dy, t.dy]), is_grads_batched=True)
+    y = fused(x, t.lora_A, t)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for peftkern::backward"):
+        torch.vmap(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True)[0])(torch.stack([t.dy, t.dy]))
     with pytest.raises(RuntimeError, match="randomness"):
         torch.vmap(lambda v: peftkern.lora_linear(v, t.weight, t.lora_A, t.lora_B, dropout_p=0.5))(t.x.detach())
 

@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,11 +51,17 @@ def select(problem: Problem, requested: str) -> Backend:
         requested: "auto", a backend's name, or "" for what PEFTKERN_BACKEND says.
     Raises: RuntimeError with the reason when an explicitly requested backend cannot run the problem.
     """
-    return _select(problem, requested or _env.settings().backend)
+    return _select(requested or _env.settings().backend, *(getattr(problem, field) for field in Problem.__slots__))
+
+
+def _backend_for(operands: LoRAOperands, M: int, dtype: torch.dtype, requested: str) -> Backend:
+    """``select`` for a call with M rows."""
+    return _select(requested or _env.settings().backend, *operands.key(M, dtype))
 
 
 @functools.lru_cache(maxsize=4096)
-def _select(problem: Problem, requested: str) -> Backend:
+def _select(requested: str, *key: Any) -> Backend:
+    problem = Problem(*key)
     if requested != "auto":
         backend = backend_named(requested)
         reason = refusal(backend, problem)
@@ -92,9 +99,11 @@ def forward(operands: LoRAOperands, x: Tensor, backend: str) -> tuple[Tensor, Te
     if M == 0:
         wide = torch.promote_types(x.dtype, torch.float32)
         return x.new_empty(0, N), x.new_empty(0, R, dtype=wide)
-    chosen = select(operands.problem(M, x.dtype), backend)
-    with without_autocast(x.device.type):
-        return chosen.forward(operands, x)
+    chosen = _backend_for(operands, M, x.dtype, backend)
+    if autocasting(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return chosen.forward(operands, x)
+    return chosen.forward(operands, x)
 
 
 def backward(
@@ -103,9 +112,11 @@ def backward(
     """Run the backward products that are needed."""
     if dy.shape[0] == 0:
         return _zero_gradients(operands, dy, needs)
-    chosen = select(operands.problem(dy.shape[0], dy.dtype), backend)
-    with without_autocast(dy.device.type):
-        return chosen.backward(operands, dy, x, s, needs)
+    chosen = _backend_for(operands, dy.shape[0], dy.dtype, backend)
+    if autocasting(dy.device.type):
+        with torch.autocast(dy.device.type, enabled=False):
+            return chosen.backward(operands, dy, x, s, needs)
+    return chosen.backward(operands, dy, x, s, needs)
 
 
 def forward_adapters(adapters: Sequence[LoRAOperands], x: Tensor, backend: str) -> list[Tensor]:
@@ -116,7 +127,7 @@ def forward_adapters(adapters: Sequence[LoRAOperands], x: Tensor, backend: str) 
         if x.shape[0] == 0:
             thin.append(s.new_empty(0, operands.lora_A.shape[0]))
             continue
-        chosen = select(operands.problem(x.shape[0], x.dtype), backend)
+        chosen = _backend_for(operands, x.shape[0], x.dtype, backend)
         with without_autocast(x.device.type):
             thin.append(chosen.accumulate(operands, x, y))
     return [y, *thin]
@@ -136,7 +147,7 @@ def backward_adapters(
         if dy.shape[0] == 0:
             found.append(_zero_gradients(operands, dy, need)._replace(x=None))
             continue
-        chosen = select(operands.problem(dy.shape[0], dy.dtype), backend)
+        chosen = _backend_for(operands, dy.shape[0], dy.dtype, backend)
         with without_autocast(dy.device.type):
             one = chosen.accumulate_backward(operands, dy, x if need.lora_A else None, s, found[0].x, need)
         found.append(one._replace(x=None))

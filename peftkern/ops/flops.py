@@ -1,4 +1,4 @@
-"""FLOPs of the two operators for ``torch.utils.flop_counter``: the products of the README's table, 2 per multiply-add.
+"""FLOPs of the operators for ``torch.utils.flop_counter``: the products of the README's table, 2 per multiply-add.
 
 What a schedule computes twice counts once, and so do products that no gradient asks for: not at all.
 """
@@ -31,6 +31,32 @@ def backward_flops(
     return 2 * M * (N * K * need_x + low_rank)
 
 
+def forward_adapters_flops(x_shape: _Shape, *arguments: Any, **unused: Any) -> int:
+    """x W^T, and for each adapter s = D(x) A^T and s B^T."""
+    M, K = x_shape
+    lora_B = arguments[6]
+    return 2 * M * (lora_B[0][0] * K + sum(R * K + N * R for N, R in lora_B))
+
+
+def backward_adapters_flops(
+    dy_shape: _Shape, x_shape: _Shape | None, s_shapes: Any, *arguments: Any, **unused: Any
+) -> int:
+    """dx = dy W once; for each adapter what ``backward_flops`` counts beside it."""
+    M, N = dy_shape
+    need_x, _, need_A, need_B, _ = arguments[-5:]
+    lora_A = arguments[5]
+    total = N * lora_A[0][1] * need_x
+    for (R, K), A, B in zip(lora_A, need_A, need_B, strict=True):
+        total += N * R * (need_x or A) + R * K * (need_x + A) + N * R * B
+    return 2 * M * total
+
+
+def row_norm_flops(w_data_shape: _Shape, *arguments: Any, **unused: Any) -> int:
+    """B A; squares and their sums are no products of matrices."""
+    (R, K), (N, _) = arguments[3:5]
+    return 2 * N * R * K
+
+
 def _rank_and_width(arguments: Sequence[Any]) -> tuple[int, int]:
     """(R, N), read off lora_B, which stands behind w_data, w_scale, w_format, group_size and lora_A."""
     N, R = arguments[5]
@@ -43,3 +69,6 @@ def register() -> None:
 
     register_flop_formula(torch.ops.peftkern.forward)(forward_flops)
     register_flop_formula(torch.ops.peftkern.backward)(backward_flops)
+    register_flop_formula(torch.ops.peftkern.forward_adapters)(forward_adapters_flops)
+    register_flop_formula(torch.ops.peftkern.backward_adapters)(backward_adapters_flops)
+    register_flop_formula(torch.ops.peftkern.row_norm)(row_norm_flops)

@@ -55,21 +55,16 @@ class LoRAOperands(NamedTuple):
 
     def problem(self, M: int, dtype: torch.dtype) -> Problem:
         """The key of a call with M rows in compute dtype ``dtype``."""
-        N, K = self.weight.shape
-        return Problem(
-            self.lora_A.device.type,
-            M,
-            K,
-            N,
-            self.lora_A.shape[0],
-            dtype,
-            self.lora_A.dtype,
-            self.weight.format,
-            self.rng_state is not None,
-            self.bias is not None,
-            self.lora_bias is not None,
-            self.precision,
-        )
+        return Problem(*self.key(M, dtype))
+
+    def key(self, M: int, dtype: torch.dtype) -> tuple:
+        """The fields of ``problem``: every call looks its backend up by them, and making an object costs 2 us."""
+        weight, A, _, bias, lora_bias, _, _, _, rng_state, precision = self
+        N, K = weight.shape
+        return (
+            A.device.type, M, K, N, A.shape[0], dtype, A.dtype, weight.format,
+            rng_state is not None, bias is not None, lora_bias is not None, precision,
+        )  # fmt: skip
 
 
 class Needs(NamedTuple):

@@ -29,12 +29,12 @@ _library.define(f"backward(Tensor dy, Tensor? x, Tensor? s, {_OPERANDS}, {_NEEDS
 
 
 def _operands(tables, w_data, w_scale, w_format, group_size, lora_A, lora_B, *rest) -> LoRAOperands:
-    shape = (*lora_B.shape[:1], *lora_A.shape[1:])
+    shape = None if w_format == "dense" else (*lora_B.shape[:1], *lora_A.shape[1:])
     weight = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size, tables or (), shape)
     return LoRAOperands(weight, lora_A, lora_B, *rest)
 
 
-def _forward(x: Tensor, *arguments, w_tables=None) -> tuple[Tensor, Tensor]:
+def forward_here(x: Tensor, *arguments, w_tables=None) -> tuple[Tensor, Tensor]:
     *fields, backend = arguments
     operands = _operands(w_tables, *fields)
     inputs.check_forward(operands, x)
@@ -49,7 +49,7 @@ def _forward_fake(x: Tensor, *arguments, w_tables=None) -> tuple[Tensor, Tensor]
     return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], R, dtype=wide)
 
 
-def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments, w_tables=None) -> list[Tensor]:
+def backward_here(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments, w_tables=None) -> list[Tensor]:
     *fields, backend, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
     operands, needs = _operands(w_tables, *fields), Needs(need_x, need_A, need_B, need_bias, need_lora_bias)
     inputs.check_backward(operands, dy, x, s, needs)
@@ -91,7 +91,7 @@ def _adapters(w_data, w_scale, w_format, group_size, bias, *lists_and_precision)
     ]
 
 
-def _forward_adapters(x: Tensor, *arguments) -> list[Tensor]:
+def forward_adapters_here(x: Tensor, *arguments) -> list[Tensor]:
     *operands, backend = arguments
     return dispatch.forward_adapters(_adapters(*operands), x, backend)
 
@@ -104,7 +104,7 @@ def _forward_adapters_fake(x: Tensor, *arguments) -> list[Tensor]:
     return [x.new_empty(x.shape[0], adapters[0].weight.shape[0]), *thin]
 
 
-def _backward_adapters(dy: Tensor, x: Tensor | None, thin: list[Tensor | None], *arguments) -> list[Tensor]:
+def backward_adapters_here(dy: Tensor, x: Tensor | None, thin: list[Tensor | None], *arguments) -> list[Tensor]:
     *operands, backend, need_x, need_bias, need_A, need_B, need_lora_bias = arguments
     needs = [
         Needs(need_x, A, B, need_bias and i == 0, lora_bias)
@@ -134,7 +134,7 @@ _library.define(
 )
 
 
-def _row_norm(w_data, w_scale, w_format, group_size, *rest) -> Tensor:
+def row_norm_here(w_data, w_scale, w_format, group_size, *rest) -> Tensor:
     return norm.row_norm(FrozenWeight.from_operands(w_format, w_data, w_scale, group_size), *rest)
 
 
@@ -144,15 +144,15 @@ def _row_norm_fake(w_data, w_scale, w_format, group_size, lora_A, *_) -> Tensor:
     return lora_A.new_empty(weight.shape[0], dtype=wide)
 
 
-_library.impl("forward", _forward, "CompositeExplicitAutograd")
-_library.impl("backward", _backward, "CompositeExplicitAutograd")
+_library.impl("forward", forward_here, "CompositeExplicitAutograd")
+_library.impl("backward", backward_here, "CompositeExplicitAutograd")
 torch.library.register_fake("peftkern::forward", _forward_fake, lib=_library)
 torch.library.register_fake("peftkern::backward", _backward_fake, lib=_library)
-_library.impl("forward_adapters", _forward_adapters, "CompositeExplicitAutograd")
-_library.impl("backward_adapters", _backward_adapters, "CompositeExplicitAutograd")
+_library.impl("forward_adapters", forward_adapters_here, "CompositeExplicitAutograd")
+_library.impl("backward_adapters", backward_adapters_here, "CompositeExplicitAutograd")
 torch.library.register_fake("peftkern::forward_adapters", _forward_adapters_fake, lib=_library)
 torch.library.register_fake("peftkern::backward_adapters", _backward_adapters_fake, lib=_library)
-_library.impl("row_norm", _row_norm, "CompositeExplicitAutograd")
+_library.impl("row_norm", row_norm_here, "CompositeExplicitAutograd")
 torch.library.register_fake("peftkern::row_norm", _row_norm_fake, lib=_library)
 
 forward = torch.ops.peftkern.forward.default

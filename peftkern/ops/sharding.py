@@ -1,4 +1,4 @@
-"""The two operators on DTensors: which shards each rank multiplies, and what its results are shards of.
+"""The operators forward and backward on DTensors: which shards each rank multiplies, what its results are shards of.
 
 One layout per mesh dimension, chosen by the frozen weight, which is never moved; the other operands come to it:
 
@@ -11,11 +11,12 @@ One layout per mesh dimension, chosen by the frozen weight, which is never moved
 Biases are Shard(0) in ``column``; in ``row`` the first rank adds them. Parameters' gradients leave as their parameter
 lies. Dropout counts rows and columns of the whole x: in ``column`` every rank sees it; in ``row`` a rank counts its own
 columns, in a stream of its own, so the mask is not the one of an unsharded call; ``batch`` is not taken with dropout.
+The operators for several adapters and row norms are refused.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -168,7 +169,16 @@ def backward(_: type, operator: Any, types: Any, arguments: tuple = (), options:
     return found
 
 
+def refused(_: type, operator: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> NoReturn:
+    """An operator without a rule: a DTensor has no address that a kernel could read."""
+    raise NotImplementedError(
+        f"{operator} has no rule for DTensors: of peftkern's operators, forward and backward have"
+    )
+
+
 def register() -> None:
     """Tell torch.library, once DTensor has been imported."""
     torch.library.register_torch_dispatch("peftkern::forward", DTensor, forward)
     torch.library.register_torch_dispatch("peftkern::backward", DTensor, backward)
+    for name in ("forward_adapters", "backward_adapters", "row_norm"):
+        torch.library.register_torch_dispatch(f"peftkern::{name}", DTensor, refused)

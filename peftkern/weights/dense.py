@@ -25,7 +25,7 @@ class DenseWeight(FrozenWeight):
         return self.data.dtype
 
     def materialize(self, dtype: torch.dtype) -> Tensor:
-        return self.data.to(dtype)
+        return self.data if self.data.dtype == dtype else self.data.to(dtype)
 
     @classmethod
     def pack(cls, tensor: Tensor) -> DenseWeight:
