@@ -65,6 +65,12 @@ def use_it_2() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def two_adapters() -> dict[str, Any]:
+    for name in ("legal", "medical"):
+        adapted().save_pretrained(f"adapters/{name}")
+    return {"model": llama().eval(), "input_ids": torch.arange(24).view(3, 8)}
+
+
 def the_trainer() -> dict[str, Any]:
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     return {"model": adapted(), "arguments": arguments(remove_unused_columns=False), "dataset": ROWS}
@@ -112,6 +118,7 @@ def an_mlp() -> dict[str, Any]:
 GIVEN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None] | None]] = {
     "Use it": (use_it, fused),
     "Use it 2": (use_it_2, None),
+    "Use it 3": (two_adapters, None),
     "the Hugging Face Trainer": (the_trainer, fused),
     "TRL": (trl, lambda names: fused({"model": names["trainer"].model})),
     "accelerate": (accelerate, None),
