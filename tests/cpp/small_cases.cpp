@@ -95,7 +95,7 @@ bool run(const Case &c, bool judged) {
   for (int64_t i = 0; i < M * K; ++i) dx.set(i, c.one_pass ? NAN : float(dx_base[i]));
 
   Problem problem = {M, K, N, R, c.narrow ? DType::bfloat16 : DType::float32, DType::float32, true, float(scaling), dropout,
-                     c.threads, c.one_pass, {W.data(), K, false}};
+                     c.threads, c.one_pass, {W.data(), K, false, nullptr}};
   Forward forward;
   static_cast<Problem &>(forward) = problem;
   forward.x = x.data(), forward.x_stride = K, forward.A = A.data(), forward.B = B.data();
