@@ -117,17 +117,17 @@ static inline void store(vf value, fp16 *target) {
 #endif
 }
 
-// The last count < W elements of a row, without touching memory beyond them. The mask tells compilers of the bound.
+// The last count < W elements of a row, without touching memory beyond them. Loops over all lanes: compilers see the bound.
 template <class T> static inline vf load_tail(const T *source, int64_t count) {
   T lanes[W];
   memset(lanes, 0, sizeof lanes);
-  memcpy(lanes, source, (count & (W - 1)) * sizeof(T));
+  for (int lane = 0; lane < W; ++lane) if (lane < count) lanes[lane] = source[lane];
   return load(lanes);
 }
 template <class T> static inline void store_tail(vf value, T *target, int64_t count) {
   T lanes[W];
   store(value, lanes);
-  memcpy(target, lanes, (count & (W - 1)) * sizeof(T));
+  for (int lane = 0; lane < W; ++lane) if (lane < count) target[lane] = lanes[lane];
 }
 
 // value where the lane's bit is set, else zero (a NaN that is dropped becomes 0).
