@@ -98,7 +98,7 @@ template <class X, class A> struct Fused {
     Rows x; int64_t rows, Q;
     const Weight *weight; bool w_by_rows;
     const A *g; int64_t ldg; bool g_by_rows;
-    float c; X *z; int64_t ldz;
+    float c; X *z; int64_t ldz; bool onto;
   };
   static void finish_panel(const Problem &p, const Memory &m, const Panel &o, int64_t first, int64_t width, const float *column, const uint64_t *bits) {
     for (int64_t q = 0; q == 0 || q < o.Q; q += kDepth) {  // once for nothing: an empty sum is zero
@@ -119,6 +119,7 @@ template <class X, class A> struct Fused {
         value += load(m.sums + row * kTileColumns + half);
         if (column) value += load(column + half);
         X *target = o.z + row * o.ldz + at;
+        if (o.onto) value += half + W <= width ? load(target) : load_tail(target, width - half);
         if (half + W <= width) store(value, target);
         else store_tail(value, target, width - half);
       }
@@ -148,7 +149,7 @@ template <class X, class A> struct Fused {
         }
       }
       const Panel panel = {x, count, p.K, &p.weight, !p.weight.transposed, (const A *)p.B, p.R, true, p.scaling,
-                           (X *)p.y + row * p.N, p.N};
+                           (X *)p.y + row * p.N, p.N, false};
       for (int64_t n = columns.begin; n < columns.end; n += kTileColumns) {
         const int64_t width = smaller(kTileColumns, columns.end - n);
         float column[kTileColumns] = {};
@@ -198,7 +199,7 @@ template <class X, class A> struct Fused {
       }
       if (!p.dx) continue;
       const Panel panel = {dy, count, p.N, &p.weight, p.weight.transposed, (const A *)p.A, p.K, false,
-                           p.scaling * p.dropout.scale, (X *)p.dx + row * p.K, p.K};
+                           p.scaling * p.dropout.scale, (X *)p.dx + row * p.K, p.K, p.onto};
       for (int64_t k = 0; k < p.K; k += kTileColumns) {
         finish_panel(p, m, panel, k, smaller(kTileColumns, p.K - k), nullptr, m.bits);
       }

@@ -50,19 +50,26 @@ struct Forward : Problem {
   void *y;                          // [M, N], contiguous, accumulated into, or written in one pass
 };
 
+// Calls that read the same x: M, K, dtypes, threads, one_pass and x are equal.
+struct Forwards {
+  const Forward *calls;
+  int64_t count;
+};
+
 struct Backward : Problem {
   const void *dy; int64_t dy_stride;  // [M, N], unit stride along N
   const void *x; int64_t x_stride;    // [M, K] or null where dA is not needed
   const float *s;                     // [M, R] or null where dB is not needed
   const void *A, *B;
-  void *dx;                           // [M, K] accumulated into (written in one pass), or null
+  void *dx;                           // [M, K] accumulated into (written in one pass, unless `onto`), or null
+  bool onto;                          // in one pass: dx is accumulated into there too
   void *dA, *dB;                      // [R, K], [N, R] written, or null
 };
 
 // One instruction set's implementation.
 struct Kernels {
   const char *name;
-  void (*forward)(const Forward &);
+  void (*forward)(const Forwards &);
   void (*backward)(const Backward &);
   // Bit (row, col) of the keep mask, for the tests: bits is [M, ceil(K / 64)].
   void (*keep_bits)(const Dropout &, int64_t M, int64_t K, uint64_t *bits);

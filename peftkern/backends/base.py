@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -66,6 +66,17 @@ class Backend(ABC):
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
     ) -> Gradients:
         """``backward`` on top of a contiguous dx, None unless needs.x: dx += c D(dy B A) in place, the others fresh."""
+
+    def forward_shared(self, members: Sequence[LoRAOperands], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """``forward`` of several layers on one x. In turn, where each has its thin product in its own pass over x."""
+        return [self.forward(operands, x) for operands in members]
+
+    def backward_onto(
+        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor, needs: Needs
+    ) -> Gradients:
+        """``backward`` on top of a contiguous dx: dx += dy W + c D(dy B A) in place; needs.x."""
+        dx.addmm_(dy, operands.weight.materialize(dy.dtype))
+        return self.accumulate_backward(operands, dy, x, s, dx, needs)
 
 
 def scaled(value: Tensor, operands: LoRAOperands) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,17 +59,21 @@ class CppBackend(Backend):
     def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
         return self._forward(operands, _unit_stride(x), y)
 
+    def forward_shared(self, members: Sequence[LoRAOperands], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if one_pass(x.dtype, x.shape[0]) or len({operands.lora_A.dtype for operands in members}) > 1:
+            return super().forward_shared(members, x)
+        x = _unit_stride(x)
+        ys = [torch.nn.functional.linear(x, one.weight.materialize(x.dtype), one.bias) for one in members]
+        calls = [_forward_call(operands, x, y) for operands, y in zip(members, ys, strict=True)]
+        extension()[0].forward_shared([call for call, _, _ in calls])
+        return [(y, s) for y, (_, s, _) in zip(ys, calls, strict=True)]
+
     def _forward(
         self, operands: LoRAOperands, x: Tensor, y: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """s, and y: written in one pass where the weight is given, else accumulated into."""
-        s = x.new_empty(x.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
-        A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
-        lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
-        extension()[0].forward(
-            _problem(operands, x, weight, weight is not None), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(),
-            _address(lora_bias), _address(bias), s.data_ptr(), y.data_ptr(),
-        )  # fmt: skip
+        call, s, _ = _forward_call(operands, x, y, weight, bias)
+        extension()[0].forward(call)
         return s
 
     def backward(
@@ -81,13 +88,23 @@ class CppBackend(Backend):
             dx = dy.new_empty(dy.shape[0], weight.shape[1]) if whole else dy @ weight
         return self._backward(operands, dy, x, s, dx, needs, whole, weight)
 
+    def backward_onto(
+        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor, needs: Needs
+    ) -> Gradients:
+        if not one_pass(dy.dtype, dy.shape[0]):
+            return super().backward_onto(operands, dy, x, s, dx, needs)
+        weight = _unit_stride_somewhere(operands.weight.materialize(dy.dtype))
+        return self._backward(operands, dy, x, s, dx, needs, True, weight, onto=True)
+
     def accumulate_backward(
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
     ) -> Gradients:
         return self._backward(operands, dy, x, s, dx, needs, False, None)
 
-    def _backward(self, operands, dy, x, s, dx, needs: Needs, whole: bool, weight: Tensor | None) -> Gradients:
-        """The gradients; dx is written in one pass (``whole``), or accumulated into."""
+    def _backward(
+        self, operands, dy, x, s, dx, needs: Needs, whole: bool, weight: Tensor | None, onto: bool = False
+    ) -> Gradients:
+        """The gradients; in one pass (``whole``) dx is written, or added to where ``onto``, else accumulated into."""
         dA = dB = None
         if needs.x or needs.lora_A or needs.lora_B:
             dy = _unit_stride(dy)
@@ -98,10 +115,24 @@ class CppBackend(Backend):
             s = s.contiguous() if s is not None else None
             extension()[0].backward(
                 _problem(operands, dy, weight, whole), dy.data_ptr(), dy.stride(0), _address(x),
-                0 if x is None else x.stride(0), _address(s), A.data_ptr(), B.data_ptr(), _address(dx), _address(dA),
-                _address(dB),
+                0 if x is None else x.stride(0), _address(s), A.data_ptr(), B.data_ptr(), _address(dx), onto,
+                _address(dA), _address(dB),
             )  # fmt: skip
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
+
+
+def _forward_call(
+    operands: LoRAOperands, x: Tensor, y: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Any, Tensor, tuple[Tensor | None, ...]]:
+    """The extension's view of one forward, its s, and what has to live until it has run."""
+    s = x.new_empty(x.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
+    A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
+    lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
+    call = extension()[0].Forward(
+        _problem(operands, x, weight, weight is not None), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(),
+        _address(lora_bias), _address(bias), s.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    return call, s, (A, B, lora_bias)
 
 
 def one_pass(dtype: torch.dtype, M: int) -> bool:

@@ -8,6 +8,8 @@ Two precisions, as in every backend. "base": the factors are rounded to x's dtyp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -79,6 +81,21 @@ class ReferenceBackend(Backend):
         thin = _thin_dtype(operands, x.dtype)
         dropped = _apply_keep(x, _keep(operands, x.shape[0]), operands.dropout_p)
         s = dropped.to(thin) @ _factor(operands, operands.lora_A, x.dtype).T
+        return self._expand(operands, x, s, y)
+
+    def forward_shared(self, members: Sequence[LoRAOperands], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if any(operands.rng_state is not None for operands in members):  # each mask makes an x of its own
+            return super().forward_shared(members, x)
+        factors = [_factor(operands, operands.lora_A, x.dtype) for operands in members]
+        thin = (x.to(_thin_dtype(members[0], x.dtype)) @ torch.cat(factors).T).split([len(A) for A in factors], 1)
+        results = []
+        for operands, s in zip(members, thin, strict=True):
+            y = torch.nn.functional.linear(x, operands.weight.materialize(x.dtype), operands.bias)
+            results.append((y, self._expand(operands, x, s.contiguous(), y)))
+        return results
+
+    def _expand(self, operands: LoRAOperands, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
+        """y += c s B^T + c lora_bias in place; s as it is saved."""
         _accumulate(y, operands, s, _factor(operands, operands.lora_B, x.dtype).T)
         if operands.lora_bias is not None:
             y += scaled(operands.lora_bias.clone(), operands)

@@ -6,11 +6,13 @@ its text is the reason that the report shows.
 
     parts.py   what is read of a layer, and the predicate
     layer.py   the class that a patched layer has
+    shared_input.py   the class of layers that look for others with the same x
     swap.py    patch, unpatch and the report
 """
 
 from peftkern.integrations.peft.layer import PeftkernLoraLinear, disabled
 from peftkern.integrations.peft.parts import why_not
+from peftkern.integrations.peft.shared_input import shared_inputs
 from peftkern.integrations.peft.swap import PatchReport, patch, unpatch
 
-__all__ = ["PatchReport", "PeftkernLoraLinear", "disabled", "patch", "unpatch", "why_not"]
+__all__ = ["PatchReport", "PeftkernLoraLinear", "disabled", "patch", "shared_inputs", "unpatch", "why_not"]

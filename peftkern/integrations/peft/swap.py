@@ -14,10 +14,13 @@ from torch import nn
 from peftkern import _env
 from peftkern.integrations.peft.layer import PeftkernLoraLinear
 from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_dtypes
+from peftkern.integrations.peft.shared_input import SharedInputLoraLinear, forget
 from peftkern.ops import dispatch
 from peftkern.ops.problem import Problem
 
 logger = logging.getLogger("peftkern")
+
+_CLASSES = (PeftkernLoraLinear, SharedInputLoraLinear)
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,17 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(model: nn.Module, fuse_shared_inputs: bool = False) -> PatchReport:
     """Run every vanilla PEFT LoRA linear of ``model`` through peftkern, in place.
 
     Parameters, state_dict keys, hooks on the layers, saving and loading stay PEFT's. Layers are judged again at every
     call: what changes later (merge, several adapters, an unfrozen base) runs PEFT's own forward while it lasts.
 
-    Args: model: any module that contains ``peft.tuners.lora.Linear`` (PeftModel, ``add_adapter`` models, wrapped ones).
+    Args:
+        model: any module that contains ``peft.tuners.lora.Linear`` (PeftModel, ``add_adapter`` models, wrapped ones).
+        fuse_shared_inputs: layers that read the very same x one after the other (q, k and v; gate and up) run as one
+            node, found by the first forward (``shared_inputs`` names them). A backward through some of them alone
+            then frees what the others saved: pass retain_graph=True where a graph is run through in parts.
     Returns: a PatchReport. Calling it again changes nothing and reports anew.
     """
     _env.settings()  # a bad variable is an error before anything is changed
@@ -63,8 +70,8 @@ def patch(model: nn.Module) -> PatchReport:
         if not isinstance(layer, LoraLayer):
             continue
         fresh = type(layer) is lora.Linear
-        reason = _swap(layer)
-        if fresh and type(layer) is PeftkernLoraLinear:
+        reason = _swap(layer, SharedInputLoraLinear if fuse_shared_inputs else PeftkernLoraLinear)
+        if fresh and type(layer) in _CLASSES:
             done.append(layer)
         if reason is None:
             try:
@@ -81,14 +88,16 @@ def patch(model: nn.Module) -> PatchReport:
     return report
 
 
-def _swap(layer: Any) -> str | None:
+def _swap(layer: Any, to: type) -> str | None:
     """Swap the class where the fast path can ever apply; the reason why the layer is not fast now, or None."""
-    if type(layer) not in (lora.Linear, PeftkernLoraLinear):
+    if type(layer) not in (lora.Linear, *_CLASSES):
         kind = type(layer)
         return f"{kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
-    layer.__class__ = PeftkernLoraLinear
+    if type(layer) is not to:
+        forget(layer)
+        layer.__class__ = to
     parts = plain_parts(layer)
     if isinstance(parts, str):
         return parts
@@ -97,8 +106,9 @@ def _swap(layer: Any) -> str | None:
 
 def _rebind(layer: Any) -> None:
     """accelerate keeps a bound forward on the instance when it hooks a patched layer: make it PEFT's again."""
+    ours = [kind.forward for kind in _CLASSES]
     for name in ("forward", "_old_forward"):
-        if getattr(layer.__dict__.get(name), "__func__", None) is PeftkernLoraLinear.forward:
+        if getattr(layer.__dict__.get(name), "__func__", None) in ours:
             layer.__dict__[name] = lora.Linear.forward.__get__(layer)
 
 
@@ -116,6 +126,7 @@ def _expected_backend(layer: lora.Linear, M: int = 1024) -> str:
 def unpatch(model: nn.Module) -> None:
     """Undo ``patch``: every layer has its very class back."""
     for layer in model.modules():
-        if type(layer) is PeftkernLoraLinear:
+        if type(layer) in _CLASSES:
+            forget(layer)
             layer.__class__ = lora.Linear
             _rebind(layer)
