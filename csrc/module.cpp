@@ -1,5 +1,6 @@
 // The Python module peftkern._C: raw pointers in, nothing of torch inside.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -79,6 +80,14 @@ static Problem problem(int64_t M, int64_t K, int64_t N, int64_t R, int dtype, in
           one_pass, {pointer<const void>(weight), w_stride, w_transposed, pointer<const float>(panels)}};
 }
 
+static void packed(Problem &problem, int format, uintptr_t data, uintptr_t scale, int64_t scale_stride, int group_shift,
+                   int row_shift, const std::vector<uintptr_t> &tables) {
+  const auto table = [&](size_t i) { return i < tables.size() ? tables[i] : 0; };
+  problem.weight = {pointer<const void>(data), 0, false, nullptr, WeightFormat(format), problem.K, group_shift, row_shift,
+                    scale_stride, pointer<const void>(scale), pointer<const void>(table(0)), pointer<const float>(table(1)),
+                    pointer<const float>(table(2)), pointer<const float>(table(3))};
+}
+
 }  // namespace peftkern
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -89,7 +98,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def(py::init(&problem), py::arg("M"), py::arg("K"), py::arg("N"), py::arg("R"), py::arg("dtype"),
            py::arg("adapter_dtype"), py::arg("round_factors"), py::arg("scaling"), py::arg("threshold"),
            py::arg("rng_state"), py::arg("threads"), py::arg("one_pass"), py::arg("weight"), py::arg("w_stride"), py::arg("w_transposed"),
-           py::arg("panels"));
+           py::arg("panels"))
+      .def("packed", &packed, py::arg("format"), py::arg("data"), py::arg("scale"), py::arg("scale_stride"), py::arg("group_shift"),
+           py::arg("row_shift"), py::arg("tables"), "Read the weight, of one pass, in a packed format; addresses of its tables in their order.");
 
   m.def("forward", [](const Problem &p, uintptr_t x, int64_t x_stride, uintptr_t A, uintptr_t B, uintptr_t lora_bias,
                       uintptr_t bias, uintptr_t s, uintptr_t y) {
