@@ -1,7 +1,9 @@
-"""Bytes that autograd keeps for backward, counted by storage."""
+"""Bytes that autograd keeps for backward, counted by storage, and the allocator's settings for a benchmark."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +13,23 @@ import torch
 from torch import Tensor, nn
 
 MIB = 2**20
+# mallopt's numbers and values (malloc.h): all from the heap, which is never given back and grows by 64 MiB at a time
+_KEEP = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 * MIB)}
+
+
+def keep_freed_memory() -> dict[str, int] | str:
+    """Have glibc's malloc keep what is freed, for the whole process: else steps are timed with their page faults.
+
+    By default, whether a step gives memory back and faults it in again depends on the order of its allocations.
+
+    Returns: what was set, for the record; a sentence where this is not glibc.
+    """
+    if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+        return "the system's own: not glibc"
+    for name, (number, value) in _KEEP.items():
+        if libc.mallopt(number, value) != 1:
+            raise OSError(f"mallopt({name}, {value}) is refused")
+    return {name: value for name, (_, value) in _KEEP.items()}
 
 
 @dataclass(frozen=True)

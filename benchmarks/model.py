@@ -7,7 +7,8 @@ The frozen step is forward and backward of the bare model, with dx through every
 PEFT and peftkern run the same adapter (r=16, fp32, every linear layer) on the same weights. Everything is reported as
 a ratio to the frozen step of the same rounds, beside what autograd saved for backward. Before anything is timed, loss
 and adapter gradients of one step are compared with PEFT's under the same dropout mask (``training.check_gradients``),
-and the frozen loss with that of PEFT's model with its adapters disabled.
+and the frozen loss with that of PEFT's model with its adapters disabled. malloc keeps what is freed, for all variants
+alike (``memory.keep_freed_memory``; the record says so): a step then has no page faults.
 
 A CPU without bf16 instructions runs fp32 bases unless --base says otherwise: there PyTorch's own bf16 step takes
 minutes, so a bf16 base gets one warm-up and at most SLOW_ROUNDS rounds (--length 64 makes it bearable), and the output
@@ -184,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run_pairs(options, device)
         return
     packages.require(*packages.REAL_MODEL)
-    machine = record.machine()
+    malloc = memory.keep_freed_memory()
+    machine = record.machine() | {"malloc": malloc}
     record.print_machine(machine)
     ids = smollm2.Plays(smollm2.load_tokenizer()).train_batches(1, options.rows, options.length)[0].to(device)
     results: dict[str, Any] = {}
