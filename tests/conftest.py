@@ -387,3 +387,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     spy_on("apply_adapters")
     spy_on("apply_dora")
     return seen
+
+
+@pytest.fixture
+def one_thread():
+    """With more, torch's own sums over the rows of an expert (batched_mm) differ in their last bit from run to run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

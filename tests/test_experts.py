@@ -275,15 +275,6 @@ STATES = {
 }
 
 
-@pytest.fixture
-def one_thread():
-    """With more, torch's own sums over the rows of an expert (batched_mm) differ in their last bit from run to run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("reason", STATES)
 def test_states_that_are_pefts_own(reason, products, one_thread):
     model = adapted()
