@@ -4,7 +4,7 @@
 //
 // All three are dots of contiguous rows, so no block is packed or transposed. Each thread takes a share of the columns of y and
 // computes the few sums of T for itself. There is no dropout here; a caller that wants it takes fused.h. Rows of x come in sets
-// of four, and K in chunks short enough for a set and for a block of the weight's rows to lie in the L1 cache together.
+// of four, and K in chunks short enough for all sets and some of the weight's rows to lie in the L1 cache together.
 #pragma once
 #include <type_traits>
 
@@ -18,7 +18,8 @@ namespace PEFTKERN_ISA {
 constexpr int64_t kDecodeRows = 16;    // of x, at most
 constexpr int kDecodeSet = 4;          // of them in registers, with
 constexpr int kDecodeColumns = 3;      // columns of y: 12 sums
-constexpr int64_t kDecodeChunk = 512;  // of K
+constexpr int64_t kDecodeChunk = 256;  // of K
+constexpr int64_t kAhead = 512;        // bytes of each row of the weight that are fetched ahead
 
 // Half of two vectors of neighbouring elements, in the cheapest order to widen: pairs of bf16 are split into even and odd ones.
 template <int HALF, class T> static inline vf load_half(const T *source) { return load(source + HALF * W); }
@@ -31,11 +32,16 @@ template <int HALF> static inline vf load_half(const bf16 *source) {
 // `count` elements as fp32, in the order in which load_half gives those of a row of T, padded with zeros.
 template <class T, class Source> static void arrange(const Source *source, int64_t count, float *target) {
   constexpr bool pairs = std::is_same<T, bf16>::value;
-  memset(target, 0, round_up(count, 2 * W) * sizeof(float));
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t lane = i % (2 * W);
-    target[i - lane + (pairs ? lane % 2 * W + lane / 2 : lane)] = widen(source[i]);
+  int64_t i = 0;
+  for (; i + 2 * W <= count; i += 2 * W) {
+    for (int lane = 0; lane < W; ++lane) {
+      target[i + lane] = widen(source[i + (pairs ? 2 * lane : lane)]);
+      target[i + W + lane] = widen(source[i + (pairs ? 2 * lane + 1 : W + lane)]);
+    }
   }
+  if (i == count) return;
+  memset(target + i, 0, 2 * W * sizeof(float));
+  for (int64_t lane = 0; i + lane < count; ++lane) target[i + (pairs ? lane % 2 * W + lane / 2 : lane)] = widen(source[i + lane]);
 }
 
 static inline float sum_of(vf value) {
@@ -48,8 +54,8 @@ static inline float sum_of(vf value) {
 }
 
 template <class X, class A> struct Decode {
-  // sums[i * kDecodeRows + m] += row i of w times row m of x, lane by lane; `ROUND` rounds w to X first.
-  template <class T, int COLUMNS, int ROWS, bool ROUND>
+  // sums[i * kDecodeRows + m] += row i of w times row m of x, lane by lane; `ROUND` rounds w to X first, `STREAM` fetches ahead.
+  template <class T, int COLUMNS, int ROWS, bool ROUND, bool STREAM>
   static inline void dots(const T *w, int64_t ldw, int64_t count, const float *x, int64_t ldx, vf *sums) {
     vf sum[COLUMNS][ROWS];
 #pragma GCC unroll 16
@@ -59,6 +65,8 @@ template <class X, class A> struct Decode {
     }
     int64_t k = 0;
     for (; k + 2 * W <= count; k += 2 * W) {
+#pragma GCC unroll 16
+      for (int i = 0; STREAM && i < COLUMNS; ++i) __builtin_prefetch((const char *)(w + i * ldw + k) + kAhead, 0, 0);
       multiply<COLUMNS, ROWS, ROUND, 0>(w + k, ldw, x + k, ldx, sum);
       multiply<COLUMNS, ROWS, ROUND, 1>(w + k, ldw, x + k, ldx, sum);
     }
@@ -93,29 +101,63 @@ template <class X, class A> struct Decode {
     }
   }
 
-  // Rows of x a set at a time.
-  template <class T, int COLUMNS, bool ROUND>
-  static inline void dots_of_sets(int64_t M, const T *w, int64_t ldw, int64_t count, const float *x, int64_t ldx, vf *sums) {
-    for (int64_t first = 0; first < M; first += kDecodeSet) {
-      const float *rows = x + first * ldx;
-      switch (M - first) {
-        case 1: dots<T, COLUMNS, 1, ROUND>(w, ldw, count, rows, ldx, sums + first); break;
-        case 2: dots<T, COLUMNS, 2, ROUND>(w, ldw, count, rows, ldx, sums + first); break;
-        case 3: dots<T, COLUMNS, 3, ROUND>(w, ldw, count, rows, ldx, sums + first); break;
-        default: dots<T, COLUMNS, 4, ROUND>(w, ldw, count, rows, ldx, sums + first);
-      }
+  // One set of rows of x, or what is left of one.
+  template <class T, int COLUMNS, bool ROUND, bool STREAM>
+  static inline void dots_of_set(int64_t rows, const T *w, int64_t ldw, int64_t count, const float *x, int64_t ldx, vf *sums) {
+    switch (rows) {
+      case 1: return dots<T, COLUMNS, 1, ROUND, STREAM>(w, ldw, count, x, ldx, sums);
+      case 2: return dots<T, COLUMNS, 2, ROUND, STREAM>(w, ldw, count, x, ldx, sums);
+      case 3: return dots<T, COLUMNS, 3, ROUND, STREAM>(w, ldw, count, x, ldx, sums);
+      default: return dots<T, COLUMNS, kDecodeSet, ROUND, STREAM>(w, ldw, count, x, ldx, sums);
     }
   }
 
-  // GROUPS times COLUMNS rows of w against all rows of x: one or two of x take the weight's rows as long streams, which the
-  // processor fetches ahead by itself.
-  template <class T, int COLUMNS, int GROUPS, bool ROUND>
+  // COLUMNS rows of w, at most kDecodeChunk long, as fp32 [COLUMNS, kBlock] in arrange's order; padded, since rows that are a
+  // power of two apart share their cache sets.
+  static constexpr int64_t kBlock = kDecodeChunk + 6 * W;
+  template <class T, int COLUMNS, bool ROUND> static inline void widen_rows(const T *w, int64_t ldw, int64_t count, float *block) {
+    int64_t k = 0;
+    for (; k + 2 * W <= count; k += 2 * W) {
+#pragma GCC unroll 16
+      for (int i = 0; i < COLUMNS; ++i) {
+        __builtin_prefetch((const char *)(w + i * ldw + k) + kAhead, 0, 0);
+        const vf low = load_half<0>(w + i * ldw + k), high = load_half<1>(w + i * ldw + k);
+        store(ROUND ? rounded(low) : low, block + i * kBlock + k), store(ROUND ? rounded(high) : high, block + i * kBlock + k + W);
+      }
+    }
+    for (int i = 0; k < count && i < COLUMNS; ++i) {
+      T lanes[2 * W];
+      memset(lanes, 0, sizeof lanes);
+      memcpy(lanes, w + i * ldw + k, (count - k) * sizeof(T));
+      const vf low = load_half<0>(lanes), high = load_half<1>(lanes);
+      store(ROUND ? rounded(low) : low, block + i * kBlock + k), store(ROUND ? rounded(high) : high, block + i * kBlock + k + W);
+    }
+  }
+
+  // GROUPS times COLUMNS rows of w against all rows of x. One or two of x take them whole; several sets of x take rows that are
+  // stored in 16 bits from a block, where they are widened once.
+  template <class T, int COLUMNS, int GROUPS, bool ROUND, bool STREAM>
   static inline void all_dots(int64_t M, const T *w, int64_t ldw, int64_t K, const float *x, int64_t ldx, vf *sums) {
-    if (M == 1) return dots<T, COLUMNS * GROUPS, 1, ROUND>(w, ldw, K, x, ldx, sums);
-    if (M == 2) return dots<T, COLUMNS * GROUPS, 2, ROUND>(w, ldw, K, x, ldx, sums);
+    if (M == 1) return dots<T, COLUMNS * GROUPS, 1, ROUND, STREAM>(w, ldw, K, x, ldx, sums);
+    if (M == 2) return dots<T, COLUMNS * GROUPS, 2, ROUND, STREAM>(w, ldw, K, x, ldx, sums);
     for (int64_t k = 0; k < K; k += kDecodeChunk) {
+      const int64_t count = smaller(kDecodeChunk, K - k);
       for (int group = 0; group < GROUPS; ++group) {
-        dots_of_sets<T, COLUMNS, ROUND>(M, w + group * COLUMNS * ldw + k, ldw, smaller(kDecodeChunk, K - k), x + k, ldx, sums + group * COLUMNS * kDecodeRows);
+        const T *rows = w + group * COLUMNS * ldw + k;
+        vf *out = sums + group * COLUMNS * kDecodeRows;
+        if (M <= kDecodeSet) {
+          dots_of_set<T, COLUMNS, ROUND, STREAM>(M, rows, ldw, count, x + k, ldx, out);
+        } else if (sizeof(T) < sizeof(float)) {
+          float block[COLUMNS * kBlock];
+          widen_rows<T, COLUMNS, ROUND>(rows, ldw, count, block);
+          for (int64_t m = 0; m < M; m += kDecodeSet) {
+            dots_of_set<float, COLUMNS, false, false>(M - m, block, kBlock, round_up(count, 2 * W), x + m * ldx + k, ldx, out + m);
+          }
+        } else {
+          for (int64_t m = 0; m < M; m += kDecodeSet) {
+            dots_of_set<T, COLUMNS, ROUND, false>(M - m, rows, ldw, count, x + m * ldx + k, ldx, out + m);
+          }
+        }
       }
     }
   }
@@ -129,20 +171,20 @@ template <class X, class A> struct Decode {
   struct Memory { float *x, *x_thin, *t; int64_t ldx, ldt; };
 
   template <int COLUMNS, int GROUPS, bool ROUND>
-  static void columns_of(const Forward &p, const Memory &m, int64_t n) {
+  static void columns_of(const Forward &p, const Memory &m, int64_t n, int64_t apart) {
     vf sums[COLUMNS * GROUPS * kDecodeRows] = {};
-    all_dots<X, COLUMNS, GROUPS, false>(p.M, (const X *)p.weight.data + n * p.weight.stride, p.weight.stride, p.K, m.x, m.ldx, sums);
-    all_dots<A, COLUMNS, GROUPS, ROUND>(p.M, (const A *)p.B + n * p.R, p.R, p.R, m.t, m.ldt, sums);
-    for (int i = 0; i < COLUMNS * GROUPS; ++i) {
-      float column = p.bias ? widen(((const X *)p.bias)[n + i]) : 0.f;
-      if (p.lora_bias) column += p.scaling * widen(((const A *)p.lora_bias)[n + i]);
-      for (int row = 0; row < p.M; ++row) narrow(sum_of(sums[i * kDecodeRows + row]) + column, (X *)p.y + row * p.N + n + i);
+    all_dots<X, COLUMNS, GROUPS, false, true>(p.M, (const X *)p.weight.data + n * p.weight.stride, apart * p.weight.stride, p.K, m.x, m.ldx, sums);
+    all_dots<A, COLUMNS, GROUPS, ROUND, false>(p.M, (const A *)p.B + n * p.R, apart * p.R, p.R, m.t, m.ldt, sums);
+    for (int i = 0; i < COLUMNS * GROUPS; ++i, n += apart) {
+      float column = p.bias ? widen(((const X *)p.bias)[n]) : 0.f;
+      if (p.lora_bias) column += p.scaling * widen(((const A *)p.lora_bias)[n]);
+      for (int row = 0; row < p.M; ++row) narrow(sum_of(sums[i * kDecodeRows + row]) + column, (X *)p.y + row * p.N + n);
     }
   }
 
   template <int COLUMNS, bool ROUND> static void ranks_of(const Forward &p, const Memory &m, const float *x, int64_t r, bool write, float *scaled) {
     vf sums[COLUMNS * kDecodeRows] = {};
-    all_dots<A, COLUMNS, 1, ROUND>(p.M, (const A *)p.A + r * p.K, p.K, p.K, x, m.ldx, sums);
+    all_dots<A, COLUMNS, 1, ROUND, true>(p.M, (const A *)p.A + r * p.K, p.K, p.K, x, m.ldx, sums);
     for (int i = 0; i < COLUMNS; ++i) {
       for (int row = 0; row < p.M; ++row) {
         const float t = sum_of(sums[i * kDecodeRows + row]);
@@ -169,9 +211,12 @@ template <class X, class A> struct Decode {
     for (; r + kDecodeColumns <= p.R; r += kDecodeColumns) ranks_of<kDecodeColumns, ROUND>(p, m, x_thin, r, columns.begin == 0, scaled);
     for (; r < p.R; ++r) ranks_of<1, ROUND>(p, m, x_thin, r, columns.begin == 0, scaled);
     for (int row = 0; row < p.M; ++row) arrange<A>(scaled + row * m.ldt, p.R, m.t + row * m.ldt);
-    int64_t n = columns.begin;
-    for (; n + 2 * kDecodeColumns <= columns.end; n += 2 * kDecodeColumns) columns_of<kDecodeColumns, 2, ROUND>(p, m, n);
-    for (; n < columns.end; ++n) columns_of<1, 1, ROUND>(p, m, n);
+    // Where memory is what bounds a call, a thread reads kStreams far apart, each of them on and on.
+    constexpr int kStreams = 2 * kDecodeColumns;
+    const bool far = p.M <= kDecodeSet || sizeof(X) < sizeof(float);
+    const int64_t steps = (columns.end - columns.begin) / kStreams, apart = far ? steps : 1, next = far ? 1 : kStreams;
+    for (int64_t i = 0; i < steps; ++i) columns_of<kDecodeColumns, 2, ROUND>(p, m, columns.begin + i * next, apart);
+    for (int64_t n = columns.begin + kStreams * steps; n < columns.end; ++n) columns_of<1, 1, ROUND>(p, m, n, 1);
   }
 
   static bool takes(const Forward &p) { return p.M <= kDecodeRows && !p.dropout.threshold && !p.weight.transposed; }
