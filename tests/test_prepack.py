@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -204,21 +205,27 @@ def test_the_bytes_go_with_the_weight():
     assert prepack.held_bytes() == 0
 
 
-def test_two_threads():
-    """Two threads that call, and change the weight in their turns, see the weight of their call."""
-    weights = [packed(), packed()]
-    expected = [step(weight.clone()) for weight in weights]
-    wrong = []
+def test_a_weight_that_changes_while_threads_call():
+    """Every product is that of one of the weights that were there, and afterwards of the last."""
+    weight, values = packed(), [torch.randn(N, K) for _ in range(2)]
+    allowed = [step(value) for value in values]
+    weight.data = values[0]
+    wrong, stop = [], threading.Event()
 
     def work() -> None:
-        for turn in range(20):
-            found = step(weights[turn % 2])
-            if not all(torch.equal(a, b) for a, b in zip(found, expected[turn % 2], strict=True)):
-                wrong.append(turn)
+        while not stop.is_set():
+            for number, result in enumerate(step(weight)):
+                if not any(torch.equal(result, results[number]) for results in allowed):
+                    wrong.append(number)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()
+    for turn in range(200):
+        weight.data = values[turn % 2]
+        time.sleep(0.002)
+    stop.set()
     for thread in threads:
         thread.join()
     assert not wrong
+    assert_follows(weight)
