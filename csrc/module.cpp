@@ -1,5 +1,6 @@
 // The Python module peftkern._C: raw pointers in, nothing of torch inside.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -90,10 +91,20 @@ static std::vector<Segment> segments_of(const py::list &entries) {
 }
 
 static Problem problem(int64_t M, int64_t K, int64_t N, int64_t R, int dtype, int adapter_dtype, bool round_factors,
-                       float scaling, uint32_t threshold, uintptr_t rng_state, int threads, bool one_pass, uintptr_t weight,
-                       int64_t w_stride, bool w_transposed, uintptr_t panels) {
-  return {M, K, N, R, DType(dtype), DType(adapter_dtype), round_factors, scaling, dropout(threshold, rng_state), threads,
-          one_pass, {pointer<const void>(weight), w_stride, w_transposed, pointer<const float>(panels)}};
+                       float scaling, uint32_t threshold, uintptr_t rng_state, int threads, bool one_pass) {
+  return {M, K, N, R, DType(dtype), DType(adapter_dtype), round_factors, scaling, dropout(threshold, rng_state), threads, one_pass, {}};
+}
+
+static void read_dense(Problem &problem, uintptr_t weight, int64_t stride, bool transposed, uintptr_t panels) {
+  problem.weight = {pointer<const void>(weight), stride, transposed, pointer<const float>(panels)};
+}
+
+static void read_packed(Problem &problem, int format, uintptr_t data, uintptr_t scale, int64_t scale_stride, int group_shift,
+                   int row_shift, const std::vector<uintptr_t> &tables) {
+  const auto table = [&](size_t i) { return i < tables.size() ? tables[i] : 0; };
+  problem.weight = {pointer<const void>(data), 0, false, nullptr, WeightFormat(format), problem.K, group_shift, row_shift,
+                    scale_stride, pointer<const void>(scale), pointer<const void>(table(0)), pointer<const float>(table(1)),
+                    pointer<const float>(table(2)), pointer<const float>(table(3))};
 }
 
 }  // namespace peftkern
@@ -105,8 +116,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::class_<Problem>(m, "Problem")
       .def(py::init(&problem), py::arg("M"), py::arg("K"), py::arg("N"), py::arg("R"), py::arg("dtype"),
            py::arg("adapter_dtype"), py::arg("round_factors"), py::arg("scaling"), py::arg("threshold"),
-           py::arg("rng_state"), py::arg("threads"), py::arg("one_pass"), py::arg("weight"), py::arg("w_stride"), py::arg("w_transposed"),
-           py::arg("panels"));
+           py::arg("rng_state"), py::arg("threads"), py::arg("one_pass"))
+      .def("read_dense", &read_dense, py::arg("weight"), py::arg("stride"), py::arg("transposed"), py::arg("panels"),
+           "The weight of one pass: its address, the distance of its rows (of its columns where transposed), its packed copy's address.")
+      .def("read_packed", &read_packed, py::arg("format"), py::arg("data"), py::arg("scale"), py::arg("scale_stride"), py::arg("group_shift"),
+           py::arg("row_shift"), py::arg("tables"), "The weight of one pass in a packed format; addresses of its tables in their order.");
 
   m.def("forward", [](const Problem &p, uintptr_t x, int64_t x_stride, uintptr_t A, uintptr_t B, uintptr_t lora_bias,
                       uintptr_t bias, uintptr_t s, uintptr_t y) {

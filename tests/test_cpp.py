@@ -13,7 +13,7 @@ from conftest import NAMES, ROOT, Case, judge, make, run
 
 import peftkern
 from peftkern import dropout
-from peftkern.backends.cpp import backend as cpp
+from peftkern.backends.cpp import call
 from peftkern.backends.cpp.backend import extension
 from peftkern.ops import dispatch
 from peftkern.testing import dropout_mask
@@ -38,7 +38,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=[True, False], ids=["one_pass", "on_top_of_torch"])
 def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With the product with the frozen weight in the kernels, and without, wherever the default is something else."""
-    monkeypatch.setattr(cpp, "one_pass", lambda *_: request.param)
+    monkeypatch.setattr(call, "one_pass", lambda *_: request.param)
     return request.param
 
 
@@ -230,7 +230,7 @@ def test_a_weight_is_read_where_it_lies(instruction_set, schedule, layout, dtype
 @pytest.mark.parametrize("M", [2, 100])
 def test_one_pass_has_the_same_bits_for_any_number_of_threads(monkeypatch, M, dtype):
     """y and dx, whose sums no thread shares with another."""
-    monkeypatch.setattr(cpp, "one_pass", lambda *_: True)
+    monkeypatch.setattr(call, "one_pass", lambda *_: True)
     case = Case(M, 300, 130, 9, dtype, torch.float32, 0.2)
     tensors = make(case)
     before, found = torch.get_num_threads(), []
@@ -244,7 +244,7 @@ def test_one_pass_has_the_same_bits_for_any_number_of_threads(monkeypatch, M, dt
 @pytest.mark.parametrize("case", [Case(2, 40, 24, 3), Case(70, 40, 24, 3, p=0.3), Case(70, 24, 40, 3)], ids=str)
 def test_nothing_is_written_beside_the_outputs(monkeypatch, case):
     """y, s, dx, dA and dB lie between guards."""
-    monkeypatch.setattr(cpp, "one_pass", lambda *_: True)
+    monkeypatch.setattr(call, "one_pass", lambda *_: True)
     guarded: list[torch.Tensor] = []
     genuine = torch.Tensor.new_empty
 

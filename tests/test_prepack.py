@@ -15,8 +15,8 @@ from torch import nn
 
 import peftkern
 from peftkern import _env
-from peftkern.backends.cpp import backend as cpp
-from peftkern.backends.cpp import prepack
+from peftkern.backends.cpp import call, prepack
+from peftkern.backends.cpp.extension import extension
 
 M, K, N, R = 20, 96, 40, 4
 
@@ -24,9 +24,9 @@ M, K, N, R = 20, 96, 40, 4
 @pytest.fixture(autouse=True)
 def both(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """PEFTKERN_PREPACK=both, on kernels that multiply by the frozen weight themselves."""
-    if cpp.extension()[0] is None:
+    if extension()[0] is None:
         pytest.skip("pure Python install")
-    monkeypatch.setattr(cpp, "one_pass", lambda *_: True)
+    monkeypatch.setattr(call, "one_pass", lambda *_: True)
     policy(monkeypatch, "both")
     prepack.drop()
     yield
@@ -71,7 +71,7 @@ def test_the_same_bits_as_without(dtype):
 
 
 def test_every_instruction_set_has_its_own_panels():
-    C = cpp.extension()[0]
+    C = extension()[0]
     before, weight = C.instruction_set(), packed()
     try:
         for name in C.instruction_sets():
@@ -99,7 +99,7 @@ def test_policies(monkeypatch):
         held[value] = peftkern.env_report()["held_bytes"]
         shown = str(peftkern.explain(torch.randn(M, K), weight, torch.randn(R, K), torch.randn(N, R), backend="cpp"))
         assert (f"packed copies: {value}, {held[value]:,} bytes" in shown) == (value != "off")
-    C = cpp.extension()[0]
+    C = extension()[0]
     padded = -(-N // C.panel_columns()) * C.panel_columns() * K * 4
     assert held["off"] == 0 and held["forward"] == padded and held["both"] > held["forward"]
     policy(monkeypatch, "sometimes")

@@ -2,12 +2,13 @@
 //
 //   y[m, n] = sum_k x[m, k] W[n, k] + sum_r c T[m, r] B[n, r] + column terms,     T = x A^T
 //
-// All three are dots of contiguous rows, so no block is packed or transposed. Each thread takes a share of the columns of y and
-// computes the few sums of T for itself. There is no dropout here; a caller that wants it takes fused.h. Rows of x come in sets
-// of four, and K in chunks short enough for all sets and some of the weight's rows to lie in the L1 cache together.
+// All three are dots of contiguous rows, so no block is transposed; a packed weight's rows are decoded a chunk at a time. Each
+// thread takes a share of the columns of y and computes the few sums of T for itself. There is no dropout here; a caller that
+// wants it takes fused.h. Rows of x come in sets of four, and K in chunks short enough for all sets and some of the weight's rows to lie in the L1 cache together.
 #pragma once
 #include <type_traits>
 
+#include "../include/packed_weight.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "thin_f32.h"
@@ -173,7 +174,16 @@ template <class X, class A> struct Decode {
   template <int COLUMNS, int GROUPS, bool ROUND>
   static void columns_of(const Forward &p, const Memory &m, int64_t n, int64_t apart) {
     vf sums[COLUMNS * GROUPS * kDecodeRows] = {};
-    all_dots<X, COLUMNS, GROUPS, false, true>(p.M, (const X *)p.weight.data + n * p.weight.stride, apart * p.weight.stride, p.K, m.x, m.ldx, sums);
+    if (p.weight.format == WeightFormat::dense) {
+      all_dots<X, COLUMNS, GROUPS, false, true>(p.M, (const X *)p.weight.data + n * p.weight.stride, apart * p.weight.stride, p.K, m.x, m.ldx, sums);
+    } else {  // neighbours: apart is 1
+      alignas(64) float rows[COLUMNS * GROUPS * kBlock];
+      for (int64_t k = 0; k < p.K; k += kDecodeChunk) {
+        const int64_t count = smaller(kDecodeChunk, p.K - k);
+        decode<X>(p.weight, n, k, COLUMNS * GROUPS, count, rows, kBlock);
+        all_dots<float, COLUMNS, GROUPS, false, false>(p.M, rows, kBlock, count, m.x + k, m.ldx, sums);
+      }
+    }
     all_dots<A, COLUMNS, GROUPS, ROUND, false>(p.M, (const A *)p.B + n * p.R, apart * p.R, p.R, m.t, m.ldt, sums);
     for (int i = 0; i < COLUMNS * GROUPS; ++i, n += apart) {
       float column = p.bias ? widen(((const X *)p.bias)[n]) : 0.f;
@@ -195,6 +205,8 @@ template <class X, class A> struct Decode {
   }
 
   template <bool ROUND> static void share_of_columns(const Forward &p, Range columns) {
+    // What the weight is multiplied with has the order of its rows, a packed one's once they are decoded; so has what A is.
+    const bool packed = p.weight.format != WeightFormat::dense, own_thin = sizeof(A) != sizeof(X) || (packed && sizeof(X) == 2);
     Memory m;
     m.ldx = round_up(p.K, kDecodeChunk) + kDecodeChunk / 2 * 3, m.ldt = round_up(p.R, 2 * W);
     Scratch &memory = worker_scratch();
@@ -203,17 +215,18 @@ template <class X, class A> struct Decode {
     float *scaled = memory.take<float>(p.M * m.ldt);
     for (int row = 0; row < p.M; ++row) {
       const X *source = (const X *)p.x + row * p.x_stride;
-      arrange<X>(source, p.K, m.x + row * m.ldx);
-      if (sizeof(A) != sizeof(X)) arrange<A>(source, p.K, m.x_thin + row * m.ldx);
+      if (packed) arrange<float>(source, p.K, m.x + row * m.ldx);
+      else arrange<X>(source, p.K, m.x + row * m.ldx);
+      if (own_thin) arrange<A>(source, p.K, m.x_thin + row * m.ldx);
     }
-    const float *x_thin = sizeof(A) != sizeof(X) ? m.x_thin : m.x;
+    const float *x_thin = own_thin ? m.x_thin : m.x;
     int64_t r = 0;
     for (; r + kDecodeColumns <= p.R; r += kDecodeColumns) ranks_of<kDecodeColumns, ROUND>(p, m, x_thin, r, columns.begin == 0, scaled);
     for (; r < p.R; ++r) ranks_of<1, ROUND>(p, m, x_thin, r, columns.begin == 0, scaled);
     for (int row = 0; row < p.M; ++row) arrange<A>(scaled + row * m.ldt, p.R, m.t + row * m.ldt);
     // Where memory is what bounds a call, a thread reads kStreams far apart, each of them on and on.
     constexpr int kStreams = 2 * kDecodeColumns;
-    const bool far = p.M <= kDecodeSet || sizeof(X) < sizeof(float);
+    const bool far = !packed && (p.M <= kDecodeSet || sizeof(X) < sizeof(float));
     const int64_t steps = (columns.end - columns.begin) / kStreams, apart = far ? steps : 1, next = far ? 1 : kStreams;
     for (int64_t i = 0; i < steps; ++i) columns_of<kDecodeColumns, 2, ROUND>(p, m, columns.begin + i * next, apart);
     for (int64_t n = columns.begin + kStreams * steps; n < columns.end; ++n) columns_of<1, 1, ROUND>(p, m, n, 1);

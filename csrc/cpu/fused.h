@@ -7,7 +7,7 @@
 //
 // A thread takes a share of the rows (of y's columns where rows are few) in blocks of rows. Such a block is packed into tiles
 // (tile.h), widened, once; T and dB are made from it; then panel after panel of kTileColumns columns of the weight is taken
-// from the packed copy (or made, by Load::panel) and stays in the L2 cache while tile after tile of the rows is finished in
+// from the packed copy (or made, by panel_of) and stays in the L2 cache while tile after tile of the rows is finished in
 // registers and written once, in y's dtype. No sum's order depends on how the work is shared, so y, s and dx have the same
 // bits for any number of threads, and from packed panels the same as from the weight where it lies.
 #pragma once
@@ -19,7 +19,7 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-template <class X, class A, class Load = DenseWeight<X>> struct Fused {
+template <class X, class A> struct Fused {
   static constexpr int64_t kChunk = 256;        // columns of x that are packed for T at a time
   static constexpr int64_t kMasked = 128;       // columns of D(x) that lie packed for dA at a time
   static constexpr int64_t kPanelDepth = 2048;  // of a panel that is made: 128 KB
@@ -139,7 +139,7 @@ template <class X, class A, class Load = DenseWeight<X>> struct Fused {
       const int64_t depth = smaller(m.depth, Q - begin);
       const float *panel = m.panel;
       if (o.weight->panels) panel = o.weight->panels + first * Q + begin * kTileColumns;
-      else Load::panel(*o.weight, o.w_by_rows, begin, first, depth, width, m.panel);
+      else panel_of<X>(*o.weight, o.w_by_rows, begin, first, depth, width, m.panel);
       for (int64_t row = 0; row < o.rows; row += kTileRows) {
         if (o.weight->panels) prefetch_share(panel + depth * kTileColumns, depth, row, o.rows);
         float *sums = m.sums + (m.depth < Q ? row * kTileColumns : 0);
@@ -259,7 +259,7 @@ template <class X> static void pack_weight(const PackedWeight &problem) {
     const int64_t P = p.forward ? p.N : p.K, Q = p.forward ? p.K : p.N;
     const Range columns = share(P, kTileColumns, index, count);
     for (int64_t first = columns.begin; first < columns.end; first += kTileColumns) {
-      DenseWeight<X>::panel(p.weight, p.forward, 0, first, Q, smaller(kTileColumns, columns.end - first), p.panels + first * Q);
+      panel_of<X>(p.weight, p.forward, 0, first, Q, smaller(kTileColumns, columns.end - first), p.panels + first * Q);
     }
   }, const_cast<PackedWeight *>(&problem));
 }

@@ -22,12 +22,24 @@ struct Dropout {
   uint64_t seed, offset;
 };
 
-// W [N, K] in `dtype`. Rows lie `stride` apart; where `transposed`, columns do, and rows are what has a unit stride.
+// How `data` of a Weight is to be read: as it is, as indices of 16 values (nf4, fp4), or as numbers with a scale.
+enum class WeightFormat : int { dense = 0, code = 1, int4 = 2, int8 = 3, fp8 = 4 };
+
+// W [N, K]. A dense one is in `dtype`; its rows lie `stride` apart, or, where `transposed`, its columns do, and rows are what
+// has a unit stride. Of the other formats (peftkern/weights has their formulas) everything is contiguous.
 struct Weight {
   const void *data;
   int64_t stride;
   bool transposed;
-  const float *panels;  // op(W) of this call as PackedWeight leaves it, or null; then `data` is not read
+  const float *panels;  // op(W) of this call as PackedWeight leaves it, or null; with it, `data` is read by decode alone
+  WeightFormat format = WeightFormat::dense;
+  int64_t columns = 0;         // K
+  int group_shift = 0;         // log2 of how many neighbours share a scale
+  int row_shift = 0;           // log2 of how many rows do (fp8)
+  int64_t scale_stride = 0;    // from a row's scales to the next's
+  const void *scale = nullptr; // fp32; or, nested, uint8
+  const void *table = nullptr; // code: fp32 [16]; int4: zero points
+  const float *nested_absmax = nullptr, *nested_code = nullptr, *nested_offset = nullptr;
 };
 
 struct Problem {

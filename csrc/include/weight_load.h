@@ -2,12 +2,12 @@
 //
 //   panel    B[q, p] = op(W)[q, first + p], fp32 [depth, kTileColumns], zero behind `width` columns
 //
-// A format is one struct with `panel`; Fused takes it as a template argument. `by_rows` says that the produced column is a row
-// of what is stored (W[p, q], for y): then a block is transposed in registers.
+// `by_rows` says that the produced column is a row of what is stored (W[p, q], for y): then a block is transposed in registers.
+// A dense weight is read where it lies; a packed one is decoded first (packed_weight.h), a few of its rows at a time.
 #pragma once
 #include <utility>
 
-#include "vec.h"
+#include "packed_weight.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
@@ -68,12 +68,22 @@ template <class T> static void block_of(const T *w, int64_t ldw, bool by_rows, i
   else block_of_columns(w + q * ldw + first, ldw, depth, width, block);
 }
 
-// The weight as it lies, in the dtype T of x.
-template <class T> struct DenseWeight {
-  static void panel(const Weight &w, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, float *block) {
-    block_of((const T *)w.data, w.stride, by_rows != w.transposed, q, first, depth, width, block);
+constexpr int64_t kDecodedDepth = 256;  // of a packed weight's rows that are transposed: 16 KB
+
+// X is the dtype of x, and of a dense weight.
+template <class X> static void panel_of(const Weight &w, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, float *block) {
+  if (w.format == WeightFormat::dense) return block_of((const X *)w.data, w.stride, by_rows != w.transposed, q, first, depth, width, block);
+  if (!by_rows) {
+    if (width < kTileColumns) memset(block, 0, depth * kTileColumns * sizeof(float));
+    return decode<X>(w, q, first, depth, width, block, kTileColumns);
   }
-};
+  alignas(64) float rows[kTileColumns * kDecodedDepth];
+  for (int64_t begin = 0; begin < depth; begin += kDecodedDepth) {
+    const int64_t count = smaller(kDecodedDepth, depth - begin);
+    decode<X>(w, first, q + begin, width, count, rows, kDecodedDepth);
+    block_of_rows(rows, kDecodedDepth, count, width, block + begin * kTileColumns);
+  }
+}
 
 }  // namespace PEFTKERN_ISA
 }  // namespace peftkern

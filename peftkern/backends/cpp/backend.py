@@ -7,15 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftkern import _env, dropout
+from peftkern import _env
 from peftkern.backends.base import Backend, Plan, bias_gradients
-from peftkern.backends.cpp import prepack
+from peftkern.backends.cpp import bank, call, prepack
+from peftkern.backends.cpp.call import DECODE_ROWS, DTYPES, address, read_weight, unit_stride
 from peftkern.backends.cpp.extension import extension
 from peftkern.ops.bank_problem import BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
-
-_DECODE_ROWS = 16
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # problem.h, DType
 
 
 class CppBackend(Backend):
@@ -35,7 +33,7 @@ class CppBackend(Backend):
             return f"it runs on the CPU, not on {problem.device_type}"
         if problem.R == 0 and not problem.several_adapters:
             return "r = 0 has no low-rank pair"
-        if problem.dtype not in _DTYPES:
+        if problem.dtype not in DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {problem.dtype}"
         return None
 
@@ -44,8 +42,12 @@ class CppBackend(Backend):
         if module is None:
             return Plan("split", "not built")
         kernels = module.instruction_set()
-        if one_pass(problem.dtype, problem.M):
-            policy = _env.settings().prepack if problem.M > _DECODE_ROWS else "off"
+        if call.one_pass(problem.dtype, problem.M, problem.weight_format):
+            if problem.weight_format != "dense":
+                return Plan(
+                    "one_pass", f"{kernels} kernels that decode the frozen {problem.weight_format} weight in place"
+                )
+            policy = _env.settings().prepack if problem.M > DECODE_ROWS else "off"
             packed = "" if policy == "off" else f", packed copies: {policy}, {prepack.held_bytes():,} bytes held now"
             return Plan("one_pass", f"{kernels} kernels that read the frozen weight in place{packed}")
         return Plan("split", f"vendor GEMM + {kernels} thin products in blocks of rows")
@@ -54,69 +56,66 @@ class CppBackend(Backend):
         return prepack.held_bytes()
 
     def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = _unit_stride(x)
-        weight, bias = operands.weight.materialize(x.dtype), operands.bias
-        if one_pass(x.dtype, x.shape[0]):
-            weight, y = _unit_stride_somewhere(weight), x.new_empty(x.shape[0], weight.shape[0])
-            return y, self._forward(operands, x, y, weight, None if bias is None else bias.contiguous())
-        y = torch.nn.functional.linear(x, weight, bias)
-        return y, self._forward(operands, x, y)
+        x, bias = unit_stride(x), operands.bias
+        if call.one_pass(x.dtype, x.shape[0], operands.weight.format):
+            y = x.new_empty(x.shape[0], operands.weight.shape[0])
+            return y, self._forward(operands, x, y, True, None if bias is None else bias.contiguous())
+        y = torch.nn.functional.linear(x, operands.weight.materialize(x.dtype), bias)
+        return y, self._forward(operands, x, y, False)
 
     def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
-        return self._forward(operands, _unit_stride(x), y)
+        return self._forward(operands, unit_stride(x), y, False)
 
-    def _forward(
-        self, operands: LoRAOperands, x: Tensor, y: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-    ) -> Tensor:
-        """s, and y: written in one pass where the weight is given, else accumulated into."""
+    def _forward(self, operands: LoRAOperands, x: Tensor, y: Tensor, whole: bool, bias: Tensor | None = None) -> Tensor:
+        """s, and y: written in one pass (``whole``), or accumulated into."""
         s = x.new_empty(x.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
         A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
         lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
-        panels = _panels(operands.weight.data, weight, x.shape[0], True)
+        problem = call.problem(operands, x, whole)
+        _held = read_weight(problem, operands.weight, x, True) if whole else None
         extension()[0].forward(
-            _problem(operands, x, weight, weight is not None, panels), x.data_ptr(), x.stride(0), A.data_ptr(),
-            B.data_ptr(), _address(lora_bias), _address(bias), s.data_ptr(), y.data_ptr(),
+            problem, x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(), address(lora_bias), address(bias),
+            s.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return s
 
     def backward(
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
     ) -> Gradients:
-        weight = dx = None
-        whole = one_pass(dy.dtype, dy.shape[0])
+        dx = None
+        whole = call.one_pass(dy.dtype, dy.shape[0], operands.weight.format)
         if needs.x:
-            dy, weight = _unit_stride(dy), operands.weight.materialize(dy.dtype)
+            dy = unit_stride(dy)
             if whole:
-                weight = _unit_stride_somewhere(weight)
-            dx = dy.new_empty(dy.shape[0], weight.shape[1]) if whole else dy @ weight
-        return self._backward(operands, dy, x, s, dx, needs, whole, weight)
+                dx = dy.new_empty(dy.shape[0], operands.weight.shape[1])
+            else:
+                dx = dy @ operands.weight.materialize(dy.dtype)
+        return self._backward(operands, dy, x, s, dx, needs, whole)
 
     def accumulate_backward(
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
     ) -> Gradients:
-        return self._backward(operands, dy, x, s, dx, needs, False, None)
+        return self._backward(operands, dy, x, s, dx, needs, False)
 
-    def _backward(self, operands, dy, x, s, dx, needs: Needs, whole: bool, weight: Tensor | None) -> Gradients:
+    def _backward(self, operands, dy, x, s, dx, needs: Needs, whole: bool) -> Gradients:
         """The gradients; dx is written in one pass (``whole``), or accumulated into."""
         dA = dB = None
         if needs.x or needs.lora_A or needs.lora_B:
-            dy = _unit_stride(dy)
+            dy = unit_stride(dy)
             A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
             dA = torch.empty_like(A) if needs.lora_A else None
             dB = torch.empty_like(B) if needs.lora_B else None
-            x = _unit_stride(x) if x is not None else None
+            x = unit_stride(x) if x is not None else None
             s = s.contiguous() if s is not None else None
-            panels = _panels(operands.weight.data, weight, dy.shape[0], False)
+            problem = call.problem(operands, dy, whole)
+            _held = read_weight(problem, operands.weight, dy, False) if whole and needs.x else None
             extension()[0].backward(
-                _problem(operands, dy, weight, whole, panels), dy.data_ptr(), dy.stride(0), _address(x),
-                0 if x is None else x.stride(0), _address(s), A.data_ptr(), B.data_ptr(), _address(dx), _address(dA),
-                _address(dB),
+                problem, dy.data_ptr(), dy.stride(0), address(x), 0 if x is None else x.stride(0), address(s),
+                A.data_ptr(), B.data_ptr(), address(dx), address(dA), address(dB),
             )  # fmt: skip
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
 
     def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
-        from peftkern.backends.cpp import bank
-
         return bank.forward(operands, x)
 
     def bank_backward(
@@ -128,56 +127,4 @@ class CppBackend(Backend):
         need_x: bool,
         need_pairs: Sequence[bool],
     ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
-        from peftkern.backends.cpp import bank
-
         return bank.backward(operands, dy, x, s, need_x, need_pairs)
-
-
-def one_pass(dtype: torch.dtype, M: int) -> bool:
-    """Whether y and dx are computed here as a whole, rather than on top of torch's product with the frozen weight.
-
-    That is where it was measured ahead (benchmarks/NOTES.md): with AVX2 and without AVX-512. Elsewhere torch's product
-    is as good or better, or nobody has measured.
-    """
-    return extension()[0].instruction_set() == "avx2"
-
-
-def _panels(given: Tensor, weight: Tensor | None, M: int, forward: bool) -> Tensor | None:
-    """The weight's packed copy, where it is used: above a handful of rows, and for the caller's own tensor alone."""
-    if weight is None or weight is not given or M <= _DECODE_ROWS or not one_pass(weight.dtype, M):
-        return None
-    return prepack.panels(extension()[0], weight, _DTYPES[weight.dtype], _weight(weight), forward)
-
-
-def _problem(operands: LoRAOperands, rows: Tensor, weight: Tensor | None, whole: bool, panels: Tensor | None):
-    N, K = operands.weight.shape
-    scaling = operands.scaling
-    if operands.scaling_tensor is not None:
-        scaling *= float(operands.scaling_tensor)
-    return extension()[0].Problem(
-        rows.shape[0], K, N, operands.lora_A.shape[0], _DTYPES[rows.dtype], _DTYPES[operands.lora_A.dtype],
-        operands.precision == "base", scaling, dropout.threshold(operands.dropout_p), _address(operands.rng_state),
-        torch.get_num_threads(), whole, *_weight(weight), _address(panels),
-    )  # fmt: skip
-
-
-def _unit_stride(rows: Tensor) -> Tensor:
-    """Rows whose elements lie next to each other: one copy where they do not (a transposed or expanded tensor)."""
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _unit_stride_somewhere(weight: Tensor) -> Tensor:
-    """A weight whose rows or columns (Conv1D's view) are contiguous: one copy where neither are."""
-    return weight if 1 in weight.stride() or 1 in weight.shape else weight.contiguous()
-
-
-def _weight(weight: Tensor | None) -> tuple[int, int, bool]:
-    """Address, distance of its rows, and whether it is its columns that are contiguous."""
-    if weight is None:
-        return 0, 0, False
-    transposed = weight.stride(1) != 1 and weight.shape[1] != 1
-    return weight.data_ptr(), weight.stride(1 if transposed else 0), transposed
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

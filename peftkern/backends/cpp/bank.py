@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftkern import dropout
-from peftkern.backends.cpp import backend
+from peftkern.backends.cpp import call
+from peftkern.backends.cpp.call import DTYPES, address, read_weight, unit_stride
+from peftkern.backends.cpp.extension import extension
 from peftkern.ops.bank_problem import BankOperands, Segment
+from peftkern.weights import DenseWeight
 
 _Pair = tuple[Tensor, Tensor]
 
 
 def forward(operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
     """y [M, N] and s of all segments."""
-    x = backend._unit_stride(x)
-    weight, bias = operands.weight, operands.bias
-    if backend.one_pass(x.dtype, x.shape[0]):
-        weight, y = backend._unit_stride_somewhere(weight), x.new_empty(x.shape[0], weight.shape[0])
+    x, bias = unit_stride(x), operands.bias
+    problem, _held = _problem(operands, x), None
+    if call.one_pass(x.dtype, x.shape[0]):
+        _held = read_weight(problem, DenseWeight(operands.weight), x, True)
+        y = x.new_empty(x.shape[0], operands.weight.shape[0])
         bias = None if bias is None else bias.contiguous()
     else:
-        y = torch.nn.functional.linear(x, weight, bias)
+        y = torch.nn.functional.linear(x, operands.weight, bias)
     s = x.new_empty(operands.thin_size, dtype=torch.float32)
     factors = [_contiguous(segment) for segment in operands.segments]
     entries = [_entry(segment, pair, None) for segment, pair in zip(operands.segments, factors, strict=True)]
-    backend.extension()[0].bank_forward(
-        _problem(operands, x, weight, True), entries, operands.rows.data_ptr(), x.data_ptr(), x.stride(0),
-        backend._address(bias), s.data_ptr(), y.data_ptr(),
+    extension()[0].bank_forward(
+        problem, entries, operands.rows.data_ptr(), x.data_ptr(), x.stride(0),
+        address(bias), s.data_ptr(), y.data_ptr(),
     )  # fmt: skip
     return y, s
 
@@ -42,23 +47,23 @@ def backward(
     need_pairs: Sequence[bool],
 ) -> tuple[Tensor | None, list[_Pair | None]]:
     """dx, and (dA, dB) of each segment whose pair is needed."""
-    dx, weight = None, operands.weight if need_x else None
-    dy = backend._unit_stride(dy)
-    x = None if x is None else backend._unit_stride(x)
-    if weight is not None and backend.one_pass(dy.dtype, dy.shape[0]):
-        weight = backend._unit_stride_somewhere(weight)
-        dx = dy.new_empty(dy.shape[0], weight.shape[1])
-    elif weight is not None:
-        dx = dy @ weight
+    dx, dy = None, unit_stride(dy)
+    x = None if x is None else unit_stride(x)
+    problem, _held = _problem(operands, dy), None
+    if need_x and call.one_pass(dy.dtype, dy.shape[0]):
+        _held = read_weight(problem, DenseWeight(operands.weight), dy, False)
+        dx = dy.new_empty(dy.shape[0], operands.weight.shape[1])
+    elif need_x:
+        dx = dy @ operands.weight
     factors = [_contiguous(segment) for segment in operands.segments]
     pairs = [
         _gradients(segment, pair) if need else None
         for segment, pair, need in zip(operands.segments, factors, need_pairs, strict=True)
     ]
     entries = list(map(_entry, operands.segments, factors, pairs))
-    backend.extension()[0].bank_backward(
-        _problem(operands, dy, weight, False), entries, operands.rows.data_ptr(), dy.data_ptr(), dy.stride(0),
-        backend._address(x), 0 if x is None else x.stride(0), backend._address(s), backend._address(dx),
+    extension()[0].bank_backward(
+        problem, entries, operands.rows.data_ptr(), dy.data_ptr(), dy.stride(0),
+        address(x), 0 if x is None else x.stride(0), address(s), address(dx),
     )  # fmt: skip
     return dx, pairs
 
@@ -76,16 +81,14 @@ def _entry(segment: Segment, pair: _Pair, gradients: _Pair | None) -> tuple[int 
     A, B = pair
     dA, dB = (0, 0) if gradients is None else (gradients[0].data_ptr(), gradients[1].data_ptr())
     return (
-        A.data_ptr(), B.data_ptr(), segment.R, backend._DTYPES[A.dtype], segment.scaling,
+        A.data_ptr(), B.data_ptr(), segment.R, DTYPES[A.dtype], segment.scaling,
         dropout.threshold(segment.dropout_p), segment.seed, segment.offset, segment.start, segment.length, dA, dB,
     )  # fmt: skip
 
 
-def _problem(operands: BankOperands, rows: Tensor, weight: Tensor | None, forward: bool):
-    N, K = operands.weight.shape
-    dtype = backend._DTYPES[rows.dtype]
-    panels = None if weight is None else backend._panels(operands.weight, weight, rows.shape[0], forward)
-    return backend.extension()[0].Problem(
+def _problem(operands: BankOperands, rows: Tensor) -> Any:
+    (N, K), dtype = operands.weight.shape, DTYPES[rows.dtype]
+    return extension()[0].Problem(
         rows.shape[0], K, N, 0, dtype, dtype, operands.precision == "base", 0.0, 0, 0, torch.get_num_threads(),
-        backend.one_pass(rows.dtype, rows.shape[0]), *backend._weight(weight), backend._address(panels),
+        call.one_pass(rows.dtype, rows.shape[0]),
     )  # fmt: skip

@@ -46,7 +46,8 @@ def _forget(key: tuple[int, bool], entry: _Entry) -> None:
 def panels(extension: Any, weight: Tensor, dtype: int, strides: tuple[int, int, bool], forward: bool) -> Tensor | None:
     """The packed copy of ``weight`` for y or for dx, or None where the policy or a first call says no.
 
-    Args: extension: peftkern._C; weight: [N, K]; dtype: its number in problem.h; strides: what ``_weight`` returns.
+    Args: extension: peftkern._C; weight: [N, K]; dtype: its number in problem.h; strides: its address, the distance of
+        its rows, and whether it is its columns that are contiguous.
     """
     policy = _env.settings().prepack
     if policy == "off" or (policy == "forward" and not forward) or weight.is_inference():

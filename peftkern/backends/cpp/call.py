@@ -1,0 +1,72 @@
+"""What a call tells the kernels of csrc: sizes, addresses, strides, and which of the two schedules it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern import dropout
+from peftkern.backends.cpp import packed, prepack
+from peftkern.backends.cpp.extension import extension
+from peftkern.ops.problem import LoRAOperands
+from peftkern.weights import FrozenWeight
+
+DECODE_ROWS = 16  # decode.h, kDecodeRows
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # problem.h, DType
+
+
+def one_pass(dtype: torch.dtype, M: int, weight_format: str = "dense") -> bool:
+    """Whether y and dx are computed here as a whole, rather than on top of torch's product with the frozen weight.
+
+    That is where it was measured ahead (benchmarks/NOTES.md): with AVX2 and without AVX-512. Elsewhere torch's product
+    is as good or better, or nobody has measured. Torch cannot multiply a packed weight, but with a decoded copy of all
+    of it: for a handful of rows the copy costs many times the product, whatever the processor.
+    """
+    return extension()[0].instruction_set() == "avx2" or (weight_format != "dense" and M <= DECODE_ROWS)
+
+
+def problem(operands: LoRAOperands, rows: Tensor, whole: bool) -> Any:
+    """A Problem of problem.h for one adapter and the rows of x or dy; ``whole``: in one pass."""
+    scaling = operands.scaling
+    if operands.scaling_tensor is not None:
+        scaling *= float(operands.scaling_tensor)
+    (N, K), R = operands.weight.shape, operands.lora_A.shape[0]
+    return extension()[0].Problem(
+        rows.shape[0], K, N, R, DTYPES[rows.dtype], DTYPES[operands.lora_A.dtype], operands.precision == "base",
+        scaling, dropout.threshold(operands.dropout_p), address(operands.rng_state), torch.get_num_threads(), whole,
+    )  # fmt: skip
+
+
+def read_weight(problem: Any, frozen: FrozenWeight, rows: Tensor, forward: bool) -> Any:
+    """Make a problem in one pass read the frozen weight, for y or for dx; what it returns must outlive the call."""
+    if frozen.format != "dense":
+        return packed.attach(problem, frozen)
+    weight, panels = _unit_stride_somewhere(frozen.materialize(rows.dtype)), None
+    strides = _strides(weight)
+    if weight is frozen.data and rows.shape[0] > DECODE_ROWS:  # the caller's own tensor: its packed copy
+        panels = prepack.panels(extension()[0], weight, DTYPES[weight.dtype], strides, forward)
+    problem.read_dense(*strides, address(panels))
+    return weight, panels
+
+
+def unit_stride(rows: Tensor) -> Tensor:
+    """Rows whose elements lie next to each other: one copy where they do not (a transposed or expanded tensor)."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's data lies; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _unit_stride_somewhere(weight: Tensor) -> Tensor:
+    """A weight whose rows or columns (Conv1D's view) are contiguous: one copy where neither are."""
+    return weight if 1 in weight.stride() or 1 in weight.shape else weight.contiguous()
+
+
+def _strides(weight: Tensor) -> tuple[int, int, bool]:
+    """Address, distance of its rows, and whether it is its columns that are contiguous."""
+    transposed = weight.stride(1) != 1 and weight.shape[1] != 1
+    return weight.data_ptr(), weight.stride(1 if transposed else 0), transposed
