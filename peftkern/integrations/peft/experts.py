@@ -35,6 +35,8 @@ class ParamWrapper(PeftParamWrapper):
     PEFT, too, knows its wrappers by this class name.
     """
 
+    peft = PeftParamWrapper
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if _disabled.get() or torch.compiler.is_compiling() or "adapter_names" in kwargs:
             return PeftParamWrapper.forward(self, x, *args, **kwargs)

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftkern import dropout
 from peftkern.functional import apply, apply_adapters, apply_dora, autocast, lora_linear, split_scaling
 from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_input
 from peftkern.ops import dispatch
 from peftkern.ops.problem import LoRAOperands
-from peftkern.weights import DenseWeight
+from peftkern.weights import DenseWeight, FrozenWeight
 
 _disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("peftkern_disabled", default=False)
 _open_blocks = 0  # of disabled(), in any context: torch.compile can guard on a number, not on a context variable
@@ -43,13 +43,15 @@ def _disabled_here() -> bool:
 class PeftkernLoraLinear(lora.Linear):
     """PEFT's LoRA linear with peftkern's forward. Made by ``patch``, never constructed."""
 
+    peft: type[nn.Module] = lora.Linear  # the class it had, whose forward runs where the fast path does not
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or (_open_blocks and _disabled_here()):
-            return lora.Linear.forward(self, x, *args, **kwargs)
+            return self.peft.forward(self, x, *args, **kwargs)
         parts = plain_parts(self)
         if isinstance(parts, str) or why_not_input(parts, x) is not None:
-            return lora.Linear.forward(self, x)
-        weight, bias, adapters = parts
+            return self.peft.forward(self, x)
+        weight, bias, adapters, _ = parts
         if len(adapters) > 1:
             return _several(x, parts)
         A, B, lora_bias, p, scaling, magnitude = adapters[0]
@@ -59,7 +61,8 @@ class PeftkernLoraLinear(lora.Linear):
             return lora_linear(x, weight, A, B, scaling, bias=bias, lora_bias=lora_bias, dropout_p=p)
         c, tensor = split_scaling(scaling, x)
         rng_state = dropout.draw_rng_state(x.device) if p else None
-        operands = LoRAOperands(DenseWeight(weight), A, B, bias, lora_bias, c, tensor, p, rng_state, "base")
+        frozen = weight if isinstance(weight, FrozenWeight) else DenseWeight(weight)
+        operands = LoRAOperands(frozen, A, B, bias, lora_bias, c, tensor, p, rng_state, "base")
         return apply(x, operands)
 
     def _get_name(self) -> str:
@@ -68,6 +71,7 @@ class PeftkernLoraLinear(lora.Linear):
 
 def _several(x: Tensor, parts: Parts) -> Tensor:
     """The sum of several adapters. PEFT casts x to each one's dtype in turn, which the dtype rule makes a widening."""
+    assert isinstance(parts.weight, Tensor)  # the predicate has seen to it
     x, weight, bias = autocast(x, DenseWeight(parts.weight), parts.bias)
     operands = []
     for A, B, lora_bias, p, scaling, _ in parts.adapters:
@@ -79,6 +83,7 @@ def _several(x: Tensor, parts: Parts) -> Tensor:
 
 def _dora(x: Tensor, parts: Parts, magnitude: Tensor) -> Tensor:
     A, B, _, _, scaling, _ = parts.adapters[0]
+    assert isinstance(parts.weight, Tensor)  # the predicate has seen to it
     x, weight, bias = autocast(x, DenseWeight(parts.weight), parts.bias)
     c, tensor = split_scaling(scaling, x)
     return apply_dora(x, LoRAOperands(weight, A, B, bias, None, c, tensor, 0.0, None, "base"), magnitude)

@@ -15,7 +15,9 @@ from torch.nn.modules import module as nn_module
 
 from peftkern import dropout
 from peftkern.functional import looked_through
+from peftkern.integrations.peft import quantised
 from peftkern.ops import dispatch
+from peftkern.weights import FrozenWeight
 
 try:
     from peft.tuners.lora import variants as _variants
@@ -44,11 +46,15 @@ class Adapter(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What the fast path reads of a layer: the frozen weight [N, K], its bias, and the adapters active on it."""
+    """What the fast path reads of a layer: the frozen weight [N, K], its bias, and the adapters active on it.
 
-    weight: Tensor
+    ``compute`` is the dtype the weight is multiplied in; None where that is x's own.
+    """
+
+    weight: Tensor | FrozenWeight
     bias: Tensor | None
     adapters: list[Adapter]
+    compute: torch.dtype | None
 
 
 def why_not(layer: lora.Linear) -> str | None:
@@ -79,16 +85,10 @@ def plain_parts(layer: lora.Linear) -> Parts | str:
     if not state.get("cast_input_dtype_enabled", True):
         return "casting of its input is disabled"
     base = modules["base_layer"]
-    reason = _why_not_plain("base_layer", base, (nn.Linear, Conv1D))
-    if reason is not None:
-        return reason
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
-    if weight.requires_grad:
-        return "its base weight requires grad"
-    if bias is not None and bias.dtype != weight.dtype:
-        return f"its base weight is {weight.dtype} and its base bias {bias.dtype}"
-    if type(base) is Conv1D:
-        weight = weight.t()
+    found = _base_parts(base)
+    if isinstance(found, str):
+        return found
+    weight, bias, compute = found
     active = layer.active_adapters
     present = modules["lora_A"]._modules
     adapters = []
@@ -102,10 +102,30 @@ def plain_parts(layer: lora.Linear) -> Parts | str:
         return f"the active adapter {', '.join(map(repr, active))} is not on this layer" if active else "0 are active"
     if len(adapters) > 1 and any(adapter.magnitude is not None for adapter in adapters):
         return f"{len(adapters)} adapters are active, and one of them uses DoRA"
-    return Parts(weight, bias, adapters)
+    if isinstance(weight, FrozenWeight) and (len(adapters) > 1 or adapters[0].magnitude is not None):
+        return "several adapters, or DoRA, on a quantised base"
+    return Parts(weight, bias, adapters, compute)
 
 
-def _adapter(modules: Mapping[str, Any], state: Mapping[str, Any], name: str, weight: Tensor) -> Adapter | str:
+def _base_parts(base: Any) -> tuple[Tensor | FrozenWeight, Tensor | None, torch.dtype | None] | str:
+    """The frozen weight, its bias and its compute dtype as ``Parts`` has them, or why the base layer must be called."""
+    if quantised.is_quantised(base):
+        found = _why_not_observed("base_layer", base) or quantised.frozen(base)
+        return found if isinstance(found, str) else (found[0], base._parameters["bias"], found[1])
+    reason = _why_not_plain("base_layer", base, (nn.Linear, Conv1D))
+    if reason is not None:
+        return reason
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    if weight.requires_grad:
+        return "its base weight requires grad"
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"its base weight is {weight.dtype} and its base bias {bias.dtype}"
+    return weight.t() if type(base) is Conv1D else weight, bias, weight.dtype
+
+
+def _adapter(
+    modules: Mapping[str, Any], state: Mapping[str, Any], name: str, weight: Tensor | FrozenWeight
+) -> Adapter | str:
     """One adapter of a layer, given the layer's dictionaries, or why the fast path cannot run it."""
     variant = state.get("lora_variant", {}).get(name)
     dora = variant is not None and type(variant) is _DORA
@@ -210,18 +230,21 @@ def why_not_input(parts: Parts, x: Tensor) -> str | None:
         return f"x has shape {tuple(x.shape)}"
     if x.device != weight.device:
         return f"x is on {x.device}"
-    device = x.device.type
-    if not dispatch.autocasting(device):
-        return why_not_dtypes(x.dtype, weight.dtype, parts.adapters)
-    dtype = torch.get_autocast_dtype(device)
+    device, compute = x.device.type, parts.compute
+    dtype = torch.get_autocast_dtype(device) if dispatch.autocasting(device) else None
+    if isinstance(weight, FrozenWeight):
+        reason = quantised.why_not_compute(x, compute, parts.bias, dtype)
+        return reason or why_not_dtypes(x.dtype, x.dtype, parts.adapters)
+    if dtype is None:
+        return why_not_dtypes(x.dtype, compute, parts.adapters)
     return why_not_dtypes(
         x.dtype if x.dtype == torch.float64 else dtype,
-        weight.dtype if weight.dtype == torch.float64 else dtype,
+        compute if compute == torch.float64 else dtype,
         parts.adapters,
     )
 
 
-def why_not_dtypes(x: torch.dtype, compute: torch.dtype, adapters: list[Adapter]) -> str | None:
+def why_not_dtypes(x: torch.dtype, compute: torch.dtype | None, adapters: list[Adapter]) -> str | None:
     """The dtype rule: x in the base's dtype, each adapter in it too, or in fp32 beside a 16-bit base."""
     for adapter in adapters:
         dtype = adapter.lora_A.dtype

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
@@ -17,11 +18,9 @@ from peftkern.integrations.peft.layer import PeftkernLoraLinear
 from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_dtypes
 from peftkern.ops import dispatch
 from peftkern.ops.problem import Problem
+from peftkern.weights import FrozenWeight
 
 logger = logging.getLogger("peftkern")
-
-_FAST: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: PeftkernLoraLinear, PeftParamWrapper: ParamWrapper}
-_PLAIN = {fast: plain for plain, fast in _FAST.items()}
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,9 @@ def patch(model: nn.Module) -> PatchReport:
     Parameters, state_dict keys, hooks on the layers, saving and loading stay PEFT's. Layers are judged again at every
     call: what changes later (merge, several adapters, an unfrozen base) runs PEFT's own forward while it lasts.
 
+    So does PEFT's layer over a plain bitsandbytes ``Linear4bit`` or ``Linear8bitLt``: y and the gradients are those of
+    the dequantised weight. For 8 bits that is more exact than bitsandbytes' own forward, which rounds x to 8 bits too.
+
     Args: model: any module that contains ``peft.tuners.lora.Linear`` (PeftModel, ``add_adapter`` models, wrapped ones).
     Returns: a PatchReport. Calling it again changes nothing and reports anew.
     """
@@ -66,9 +68,9 @@ def patch(model: nn.Module) -> PatchReport:
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        fresh = type(layer) in _FAST
+        before = type(layer)
         reason = _swap(layer)
-        if fresh and type(layer) in _PLAIN:
+        if type(layer) is not before:
             done.append(layer)
         if reason is None:
             try:
@@ -88,18 +90,45 @@ def patch(model: nn.Module) -> PatchReport:
 def _swap(layer: Any) -> str | None:
     """Swap the class where the fast path can ever apply; the reason why the layer is not fast now, or None."""
     kind = type(layer)
-    if kind not in _FAST and kind not in _PLAIN:
+    plain = _class_before(layer) or kind
+    fast = _fast_class(plain)
+    if fast is None:
         return f"{kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
-    layer.__class__ = _FAST.get(kind, kind)
+    layer.__class__ = fast
     if isinstance(layer, ParamWrapper):
         stacked = parameter_parts(layer)
         return stacked if isinstance(stacked, str) else None
     parts = plain_parts(layer)
     if isinstance(parts, str):
         return parts
-    return why_not_dtypes(parts.weight.dtype, parts.weight.dtype, parts.adapters)
+    return why_not_dtypes(_compute(parts), _compute(parts), parts.adapters)
+
+
+def _fast_class(kind: type) -> type | None:
+    """The class that a layer of exactly this class of PEFT's gets."""
+    if kind is lora.Linear:
+        return PeftkernLoraLinear
+    if kind is PeftParamWrapper:
+        return ParamWrapper
+    if kind.__module__ == "peft.tuners.lora.bnb":
+        from peftkern.integrations.peft import quantised_layers as layers  # bitsandbytes is there, since the layer is
+
+        return next(
+            (fast for fast in (layers.PeftkernLinear4bit, layers.PeftkernLinear8bitLt) if fast.peft is kind), None
+        )
+    return None
+
+
+def _class_before(layer: Any) -> type | None:
+    """The class that a patched layer had; None for any other."""
+    return type(layer).__dict__.get("peft") if isinstance(layer, LoraLayer) else None
+
+
+def _compute(parts: Parts) -> torch.dtype:
+    """The dtype of the products as far as it is known without x."""
+    return parts.compute or parts.adapters[0].lora_A.dtype
 
 
 def _rebind(layer: Any) -> None:
@@ -121,15 +150,17 @@ def _expected_backend(layer: Any, M: int = 1024) -> str:
     parts = plain_parts(layer)
     assert isinstance(parts, Parts)  # the caller has just seen to it
     N, K = parts.weight.shape
-    first = parts.adapters[0]
-    R, dtype, adapter_dtype = first.lora_A.shape[0], parts.weight.dtype, first.lora_A.dtype
-    problem = Problem(parts.weight.device.type, M, K, N, R, dtype, adapter_dtype, dropout=first.dropout_p > 0)
+    first, weight = parts.adapters[0], parts.weight
+    R, adapter_dtype = first.lora_A.shape[0], first.lora_A.dtype
+    form = weight.format if isinstance(weight, FrozenWeight) else "dense"
+    problem = Problem(weight.device.type, M, K, N, R, _compute(parts), adapter_dtype, form, dropout=first.dropout_p > 0)
     return dispatch.select(problem, "").name
 
 
 def unpatch(model: nn.Module) -> None:
     """Undo ``patch``: every layer has its very class back."""
     for layer in model.modules():
-        if type(layer) in _PLAIN:
-            layer.__class__ = _PLAIN[type(layer)]
+        before = _class_before(layer)
+        if before is not None:
+            layer.__class__ = before
             _rebind(layer)

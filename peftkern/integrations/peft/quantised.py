@@ -1,0 +1,81 @@
+"""The frozen weight under PEFT's bitsandbytes layers, as the kernels take it. bitsandbytes itself is not imported."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkern.integrations.bitsandbytes import from_bitsandbytes
+from peftkern.weights import FrozenWeight
+
+_BASES = {
+    "bitsandbytes.nn.modules.Linear4bit",
+    "bitsandbytes.nn.modules.LinearNF4",
+    "bitsandbytes.nn.modules.LinearFP4",
+    "bitsandbytes.nn.modules.Linear8bitLt",
+}
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], FrozenWeight]] = weakref.WeakKeyDictionary()
+
+
+def is_quantised(base: Any) -> bool:
+    """Whether a base layer is bitsandbytes' own Linear4bit or Linear8bitLt, and no subclass of somebody else's."""
+    kind = type(base)
+    return f"{kind.__module__}.{kind.__qualname__}" in _BASES
+
+
+def frozen(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
+    """(weight, the dtype it is multiplied in or None for x's own), or why it cannot be taken.
+
+    The weight shares the layer's memory. It is made once and again whenever the layer holds other tensors.
+    """
+    weight = base._parameters["weight"]
+    state = weight.__dict__
+    if "quant_state" in state:
+        found = state["quant_state"]
+        held: tuple[Any, ...] = (found, *_parts_of(found))
+        compute = base.compute_dtype
+        if not base.compute_type_is_set:
+            return "its compute dtype is what bitsandbytes chooses at its first call"
+    else:
+        if base.state.has_fp16_weights:
+            return "its int8 base keeps its weight in fp16"
+        held, compute = (weight.CB, weight.SCB, base.state.CB, base.state.SCB), None
+    key = (weight, weight.data_ptr(), *held)
+    entry = _known.get(base)
+    if entry is None or not _same(entry[0], key):
+        try:
+            entry = _known[base] = (key, from_bitsandbytes(base))
+        except ValueError as error:
+            return f"its base weight cannot be taken: {error}"
+    return entry[1], compute
+
+
+def _parts_of(state: Any) -> tuple[Any, ...]:
+    """What else of a quant_state may be replaced."""
+    if state is None:
+        return ()
+    nested = state.state2
+    return (state.absmax, state.code, state.offset, *(() if nested is None else (nested.absmax, nested.code)))
+
+
+def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two keys hold the same objects, and the same address."""
+    if len(one) != len(other) or one[1] != other[1]:
+        return False
+    return one[0] is other[0] and all(a is b for a, b in zip(one[2:], other[2:], strict=True))
+
+
+def why_not_compute(
+    x: Tensor, compute: torch.dtype | None, bias: Tensor | None, autocast: torch.dtype | None
+) -> str | None:
+    """bitsandbytes casts x to its compute dtype and y back to x's; the fast path has one dtype for all of it."""
+    compute = x.dtype if compute is None else compute
+    if x.dtype != compute or autocast not in (None, compute):
+        beside = "" if autocast is None else f", autocast in {autocast}"
+        return f"x is {x.dtype}, the quantised base computes in {compute}{beside}"
+    if bias is not None and bias.dtype != compute:
+        return f"the quantised base computes in {compute}, its bias is {bias.dtype}"
+    return None
