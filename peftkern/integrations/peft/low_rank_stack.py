@@ -91,7 +91,7 @@ def _linear(input: Tensor, weight: LowRankStack, bias: Tensor | None = None) -> 
     autocasting = dispatch.autocasting(W.device.type)
     if bias is not None and (type(bias) not in (Tensor, Parameter) or (bias.dtype != W.dtype and not autocasting)):
         return NotImplemented
-    if why_not_input(Parts(W, bias, [Adapter(A, B, None, 0.0, c)]), input) is not None:
+    if why_not_input(Parts(W, bias, [Adapter(A, B, None, 0.0, c)], W.dtype), input) is not None:
         return NotImplemented
     if autocasting or isinstance(c, Tensor):
         return lora_linear(input, W, A, B, c, bias=bias)
