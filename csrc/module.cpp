@@ -122,29 +122,38 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("read_packed", &read_packed, py::arg("format"), py::arg("data"), py::arg("scale"), py::arg("scale_stride"), py::arg("group_shift"),
            py::arg("row_shift"), py::arg("tables"), "The weight of one pass in a packed format; addresses of its tables in their order.");
 
-  m.def("forward", [](const Problem &p, uintptr_t x, int64_t x_stride, uintptr_t A, uintptr_t B, uintptr_t lora_bias,
-                      uintptr_t bias, uintptr_t s, uintptr_t y) {
-    py::gil_scoped_release release;
+  py::class_<Forward>(m, "Forward").def(py::init([](const Problem &p, uintptr_t x, int64_t x_stride, uintptr_t A, uintptr_t B,
+                                                     uintptr_t lora_bias, uintptr_t bias, uintptr_t s, uintptr_t y) {
     Forward call;
     static_cast<Problem &>(call) = p;
     call.x = pointer<const void>(x), call.x_stride = x_stride;
     call.A = pointer<const void>(A), call.B = pointer<const void>(B), call.lora_bias = pointer<const void>(lora_bias);
     call.bias = pointer<const void>(bias);
     call.s = pointer<float>(s), call.y = pointer<void>(y);
-    chosen->forward(call);
+    return call;
+  }));
+
+  m.def("forward", [](const Forward &call) {
+    py::gil_scoped_release release;
+    chosen->forward({&call, 1});
   }, "s = D(x) A^T and y = x W^T + bias + c s B^T + c lora_bias; unless in one pass, y holds x W^T + bias beforehand.");
 
+  m.def("forward_shared", [](const std::vector<Forward> &calls) {
+    py::gil_scoped_release release;
+    chosen->forward({calls.data(), int64_t(calls.size())});
+  }, "forward of calls on one x; unless in one pass, their thin products take one pass over it together.");
+
   m.def("backward", [](const Problem &p, uintptr_t dy, int64_t dy_stride, uintptr_t x, int64_t x_stride, uintptr_t s,
-                       uintptr_t A, uintptr_t B, uintptr_t dx, uintptr_t dA, uintptr_t dB) {
+                       uintptr_t A, uintptr_t B, uintptr_t dx, bool onto, uintptr_t dA, uintptr_t dB) {
     py::gil_scoped_release release;
     Backward call;
     static_cast<Problem &>(call) = p;
     call.dy = pointer<const void>(dy), call.dy_stride = dy_stride;
     call.x = pointer<const void>(x), call.x_stride = x_stride, call.s = pointer<const float>(s);
     call.A = pointer<const void>(A), call.B = pointer<const void>(B);
-    call.dx = pointer<void>(dx), call.dA = pointer<void>(dA), call.dB = pointer<void>(dB);
+    call.dx = pointer<void>(dx), call.onto = onto, call.dA = pointer<void>(dA), call.dB = pointer<void>(dB);
     chosen->backward(call);
-  }, "dx = dy W + c D(t A) (unless in one pass, dx holds dy W beforehand), dA = c t^T D(x), dB = c dy^T s with t = dy B; zero addresses are left out.");
+  }, "dx = dy W + c D(t A) (unless in one pass, dx holds dy W beforehand; `onto`: it is added to), dA = c t^T D(x), dB = c dy^T s with t = dy B; zero addresses are left out.");
 
   m.def("bank_forward", [](const Problem &p, const py::list &entries, uintptr_t rows, uintptr_t x, int64_t x_stride, uintptr_t bias,
                            uintptr_t s, uintptr_t y) {

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peftkern.integrations.peft import PatchReport as PatchReport
     from peftkern.integrations.peft import disabled as disabled
     from peftkern.integrations.peft import patch as patch
+    from peftkern.integrations.peft import shared_inputs as shared_inputs
     from peftkern.integrations.peft import unpatch as unpatch
     from peftkern.nn import InjectReport as InjectReport
     from peftkern.nn import eject as eject
@@ -45,6 +46,7 @@ __all__ = [
     "route",
     "save_adapter",
     "serve",
+    "shared_inputs",
     "unpatch",
     "unserve",
 ]
@@ -54,6 +56,7 @@ _LAZY = {
     "PatchReport": "peftkern.integrations.peft",
     "disabled": "peftkern.integrations.peft",
     "patch": "peftkern.integrations.peft",
+    "shared_inputs": "peftkern.integrations.peft",
     "unpatch": "peftkern.integrations.peft",
     "env_report": "peftkern.environment",
     "InjectReport": "peftkern.nn",

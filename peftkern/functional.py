@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from peftkern import autograd, dora, dropout
+from peftkern import autograd, dora, dropout, shared_input
 from peftkern.autograd import LoRAAdaptersFunction
 from peftkern.backends.reference import formula
 from peftkern.ops import dispatch, eager, inputs
@@ -117,6 +117,12 @@ def apply_dora(x: Tensor, operands: LoRAOperands, magnitude: Tensor, backend: st
     else:
         y = dora.products(*arguments)[0]
     return unflattened(y, x)
+
+
+def apply_shared(x: Tensor, members: Sequence[LoRAOperands], backend: str = "") -> list[Tensor]:
+    """``apply`` of several layers with dense weights on one x, as one node. Not for ``looked_through``."""
+    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), members[0].weight.shape[1])
+    return [unflattened(y, x) for y in shared_input.products(flat, members, backend)]
 
 
 def unflattened(y: Tensor, x: Tensor) -> Tensor:

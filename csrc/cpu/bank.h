@@ -14,7 +14,7 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-static void forward(const Forward &call);
+static void forward(const Forwards &calls);
 static void backward(const Backward &call);
 
 // y and s of at most kFewRows rows without dropout; every factor streams through the registers once.
@@ -167,7 +167,7 @@ static inline int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 
 static inline bool is_few(const Segment &segment) { return segment.count <= kFewRows && !segment.dropout.threshold; }
 
 static void bank_forward(const Forward &base, const Bank &bank) {
-  if (base.one_pass) forward(base);  // R is 0: the base alone
+  if (base.one_pass) forward({&base, 1});  // R is 0: the base alone
   struct Few { const Forward &base; const Bank &bank; } few{base, bank};
   int64_t total = 0;
   for (int64_t i = 0; i < bank.size; ++i) total += is_few(bank.segments[i]);
@@ -193,7 +193,7 @@ static void bank_forward(const Forward &base, const Bank &bank) {
     Forward call = base;
     take_segment(segment, &call);
     call.x = x.data(), call.x_stride = x.stride(element), call.y = y.data(), call.s += segment.s_begin;
-    forward(call);
+    forward({&call, 1});
     y.scatter();
   }
 }

@@ -26,50 +26,80 @@ template <class Thin, class A> struct Bodies {
     explicit Sizes(const Problem &p) : Rp(round_up(p.R, W)), Kp(round_up(p.K, Thin::kPad)), Np(round_up(p.N, Thin::kPad)) {}
   };
 
-  static void forward_rows(const Forward &p, Range rows) {
+  // What a thread holds of one of the calls.
+  struct Member { Packed *f, *g; float *t, *column; };
+
+  static Member pack(const Forward &p, Scratch &memory) {
     const Sizes size(p);
-    Scratch &memory = worker_scratch();
-    memory.reserve(Scratch::bytes<Packed>(Thin::pairs(p.K) * size.Rp) + Scratch::bytes<Packed>(Thin::pairs(p.R) * size.Np) +
-                   Scratch::bytes<Element>(Thin::kRows * Thin::kColumns) + Scratch::bytes<float>(Thin::kRows * size.Rp) +
-                   Scratch::bytes<float>(Thin::thin_size(size.Rp)) + Scratch::bytes<uint64_t>(Thin::kRows * kWords) +
-                   Scratch::bytes<float>(size.Np));
-    Packed *f = memory.take<Packed>(Thin::pairs(p.K) * size.Rp), *g = memory.take<Packed>(Thin::pairs(p.R) * size.Np);
-    Element *buffer = memory.take<Element>(Thin::kRows * Thin::kColumns);
-    float *t = memory.take<float>(Thin::kRows * size.Rp), *thin_memory = memory.take<float>(Thin::thin_size(size.Rp));
-    uint64_t *bits = p.dropout.threshold ? memory.take<uint64_t>(Thin::kRows * kWords) : nullptr;
-    float *column = nullptr;
-    Thin::pack_transposed((const A *)p.A, p.R, p.K, f, size.Rp, p.round_factors);
-    Thin::pack_transposed((const A *)p.B, p.N, p.R, g, size.Np, p.round_factors);
-    if (p.lora_bias) {
-      column = memory.take<float>(size.Np);
-      for (int64_t n = 0; n < size.Np; ++n) column[n] = n < p.N ? p.scaling * widen(((const A *)p.lora_bias)[n]) : 0;
+    const Member m = {memory.take<Packed>(Thin::pairs(p.K) * size.Rp), memory.take<Packed>(Thin::pairs(p.R) * size.Np),
+                      memory.take<float>(Thin::kRows * size.Rp), p.lora_bias ? memory.take<float>(size.Np) : nullptr};
+    Thin::pack_transposed((const A *)p.A, p.R, p.K, m.f, size.Rp, p.round_factors);
+    Thin::pack_transposed((const A *)p.B, p.N, p.R, m.g, size.Np, p.round_factors);
+    for (int64_t n = 0; m.column && n < size.Np; ++n) m.column[n] = n < p.N ? p.scaling * widen(((const A *)p.lora_bias)[n]) : 0;
+    return m;
+  }
+
+  // The thin products of all calls in one pass over x: a block is read for each mask while it lies in the cache.
+  static void forward_rows(const Forwards &all, Range rows) {
+    int64_t Rp = 0, bytes = Scratch::bytes<Member>(all.count);
+    for (int64_t i = 0; i < all.count; ++i) {
+      const Forward &p = all.calls[i];
+      const Sizes size(p);
+      Rp = size.Rp > Rp ? size.Rp : Rp;
+      bytes += Scratch::bytes<Packed>(Thin::pairs(p.K) * size.Rp) + Scratch::bytes<Packed>(Thin::pairs(p.R) * size.Np) +
+               Scratch::bytes<float>(Thin::kRows * size.Rp) + Scratch::bytes<float>(size.Np);
     }
+    Scratch &memory = worker_scratch();
+    memory.reserve(bytes + Scratch::bytes<Element>(Thin::kRows * Thin::kColumns) + Scratch::bytes<float>(Thin::thin_size(Rp)) +
+                   Scratch::bytes<uint64_t>(Thin::kRows * kWords));
+    Member *members = memory.take<Member>(all.count);
+    Element *buffer = memory.take<Element>(Thin::kRows * Thin::kColumns);
+    float *thin_memory = memory.take<float>(Thin::thin_size(Rp));
+    uint64_t *bits = memory.take<uint64_t>(Thin::kRows * kWords);
+    for (int64_t i = 0; i < all.count; ++i) members[i] = pack(all.calls[i], memory);
     for (int64_t row = rows.begin; row < rows.end; row += Thin::kRows) {
       const int64_t count = smaller(Thin::kRows, rows.end - row);
-      memset(t, 0, count * size.Rp * sizeof(float));
-      for (int64_t k = 0; k < p.K; k += Thin::kColumns) {
-        const int64_t width = smaller(Thin::kColumns, p.K - k);
-        if (bits) for (int64_t i = 0; i < count; ++i) keep_bits_row(p.dropout, row + i, k, width, bits + i * kWords);
-        int64_t ld;
-        const Element *x = Thin::load_block((const X *)p.x + row * p.x_stride + k, p.x_stride, count, width, bits, kWords, buffer, &ld);
-        Thin::shrink(x, ld, count, width, f + Thin::pairs(k) * size.Rp, size.Rp, t);
+      for (int64_t i = 0; i < all.count; ++i) memset(members[i].t, 0, count * Sizes(all.calls[i]).Rp * sizeof(float));
+      const int64_t K = all.calls[0].K;
+      for (int64_t k = 0; k < K; k += Thin::kColumns) {
+        const int64_t width = smaller(Thin::kColumns, K - k);
+        int64_t ld = 0;
+        const Element *x = nullptr;
+        for (int64_t i = 0; i < all.count; ++i) {
+          const Forward &p = all.calls[i];
+          const bool drops = p.dropout.threshold;
+          if (drops) for (int64_t j = 0; j < count; ++j) keep_bits_row(p.dropout, row + j, k, width, bits + j * kWords);
+          if (drops || !x) x = Thin::load_block((const X *)p.x + row * p.x_stride + k, p.x_stride, count, width, drops ? bits : nullptr, kWords, buffer, &ld);
+          const int64_t Rp_of = Sizes(p).Rp;
+          Thin::shrink(x, ld, count, width, members[i].f + Thin::pairs(k) * Rp_of, Rp_of, members[i].t);
+          if (drops) x = nullptr;
+        }
       }
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t r = 0; r < p.R; ++r) p.s[(row + i) * p.R + r] = t[i * size.Rp + r] *= p.dropout.scale;
+      for (int64_t i = 0; i < all.count; ++i) {
+        const Forward &p = all.calls[i];
+        const Sizes size(p);
+        float *t = members[i].t;
+        for (int64_t j = 0; j < count; ++j) {
+          for (int64_t r = 0; r < p.R; ++r) p.s[(row + j) * p.R + r] = t[j * size.Rp + r] *= p.dropout.scale;
+        }
+        const auto thin = Thin::make_thin(t, count, p.R, size.Rp, thin_memory);
+        Thin::expand(thin, count, p.R, members[i].g, size.Np, p.scaling, members[i].column, nullptr, 0, (X *)p.y + row * p.N, p.N, p.N);
       }
-      const auto thin = Thin::make_thin(t, count, p.R, size.Rp, thin_memory);
-      Thin::expand(thin, count, p.R, g, size.Np, p.scaling, column, nullptr, 0, (X *)p.y + row * p.N, p.N, p.N);
     }
   }
 
-  static void forward(const Forward &problem) {
-    if (problem.one_pass) return Fused<X, A>::forward(problem);
-    const int blocks = static_cast<int>(smaller(problem.threads, (problem.M + Thin::kRows - 1) / Thin::kRows));
+  static void forward(const Forwards &calls) {
+    const Forward &first = calls.calls[0];
+    if (first.one_pass) {
+      for (int64_t i = 0; i < calls.count; ++i) Fused<X, A>::forward(calls.calls[i]);
+      return;
+    }
+    const int blocks = static_cast<int>(smaller(first.threads, (first.M + Thin::kRows - 1) / Thin::kRows));
     parallel_run(blocks, [](void *data, int index, int count) {
-      const Forward &p = *static_cast<const Forward *>(data);
-      const Range rows = share(p.M, Thin::kRows, index, count);
-      if (rows.begin < rows.end) forward_rows(p, rows);
-    }, const_cast<Forward *>(&problem));
+      const Forwards &all = *static_cast<const Forwards *>(data);
+      const Range rows = share(all.calls[0].M, Thin::kRows, index, count);
+      if (rows.begin < rows.end) forward_rows(all, rows);
+    }, const_cast<Forwards *>(&calls));
   }
 
   // Per-thread sums of dA [R, Kp] and dB^T [R, Np]; in one pass of dA^T [K, ld] and dB [N, ld]. They belong to the call, not to

@@ -107,7 +107,7 @@ template <class X, class A> struct Fused {
     int64_t rows, P;
     const Weight *weight; bool w_by_rows;
     const A *g; int64_t ldg; bool g_by_rows;
-    float c; X *z; const uint64_t *bits;
+    float c; X *z; const uint64_t *bits; bool onto;
   };
 
   template <int ROWS> static void finish_tile(const Memory &m, const Product &o, int64_t row, int64_t first, int64_t width, const float *column, const float *sums) {
@@ -122,6 +122,10 @@ template <class X, class A> struct Fused {
       }
       low += load(sums + i * kTileColumns) + column_low, high += load(sums + i * kTileColumns + W) + column_high;
       X *target = o.z + (row + i) * o.P + first;
+      if (o.onto) {
+        low += width >= W ? load(target) : load_tail(target, width);
+        if (width > W) high += width == kTileColumns ? load(target + W) : load_tail(target + W, width - W);
+      }
       if (width == kTileColumns) {
         store(low, target), store(high, target + W);
       } else {
@@ -180,7 +184,7 @@ template <class X, class A> struct Fused {
         }
       }
       pack_t(m, count);
-      const Product product = {count, p.N, &p.weight, true, (const A *)p.B, p.R, true, p.scaling, (X *)p.y + row * p.N, nullptr};
+      const Product product = {count, p.N, &p.weight, true, (const A *)p.B, p.R, true, p.scaling, (X *)p.y + row * p.N, nullptr, false};
       for (int64_t n = columns.begin; n < columns.end; n += kTileColumns) {
         const int64_t width = smaller(kTileColumns, columns.end - n);
         float column[kTileColumns] = {};
@@ -246,7 +250,7 @@ template <class X, class A> struct Fused {
       }
       if (!p.dx) continue;
       pack_t(m, count);
-      const Product product = {count, p.K, &p.weight, false, (const A *)p.A, p.K, false, p.scaling * p.dropout.scale, (X *)p.dx + row * p.K, m.bits};
+      const Product product = {count, p.K, &p.weight, false, (const A *)p.A, p.K, false, p.scaling * p.dropout.scale, (X *)p.dx + row * p.K, m.bits, p.onto};
       for (int64_t k = 0; k < p.K; k += kTileColumns) finish_panel(p, m, product, k, smaller(kTileColumns, p.K - k), nullptr);
     }
   }

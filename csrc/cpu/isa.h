@@ -6,25 +6,25 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-template <class Thin, class A> static void body(const Forward &call) { Bodies<Thin, A>::forward(call); }
+template <class Thin, class A> static void body(const Forwards &call) { Bodies<Thin, A>::forward(call); }
 template <class Thin, class A> static void body(const Backward &call) { Bodies<Thin, A>::backward(call); }
 
-template <class Thin, class Call> static void run(const Call &call) {
-  if (call.adapter_dtype == DType::float32) body<Thin, float>(call);
+template <class Thin, class Call> static void run(const Problem &problem, const Call &call) {
+  if (problem.adapter_dtype == DType::float32) body<Thin, float>(call);
   else body<Thin, typename Thin::Storage>(call);
 }
 
-template <class Call> static void run_any(const Call &call) {
-  if (call.dtype == DType::float32) return run<ThinF32<float>>(call);
-  if (call.dtype == DType::float16) return run<ThinF32<fp16>>(call);
+template <class Call> static void run_any(const Problem &problem, const Call &call) {
+  if (problem.dtype == DType::float32) return run<ThinF32<float>>(problem, call);
+  if (problem.dtype == DType::float16) return run<ThinF32<fp16>>(problem, call);
 #if defined(__AVX512BF16__)
-  if (call.round_factors) return run<ThinBF16>(call);
+  if (problem.round_factors) return run<ThinBF16>(problem, call);
 #endif
-  return run<ThinF32<bf16>>(call);
+  return run<ThinF32<bf16>>(problem, call);
 }
 
-static void forward(const Forward &call) { run_any(call); }
-static void backward(const Backward &call) { run_any(call); }
+static void forward(const Forwards &call) { run_any(call.calls[0], call); }
+static void backward(const Backward &call) { run_any(call, call); }
 
 static void pack_weight_any(const PackedWeight &call) {
   if (call.dtype == DType::float32) pack_weight<float>(call);

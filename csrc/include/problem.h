@@ -63,12 +63,19 @@ struct Forward : Problem {
   void *y;                          // [M, N], contiguous, accumulated into, or written in one pass
 };
 
+// Calls that read the same x: M, K, dtypes, threads, one_pass and x are equal.
+struct Forwards {
+  const Forward *calls;
+  int64_t count;
+};
+
 struct Backward : Problem {
   const void *dy; int64_t dy_stride;  // [M, N], unit stride along N
   const void *x; int64_t x_stride;    // [M, K] or null where dA is not needed
   const float *s;                     // [M, R] or null where dB is not needed
   const void *A, *B;
-  void *dx;                           // [M, K] accumulated into (written in one pass), or null
+  void *dx;                           // [M, K] accumulated into (written in one pass, unless `onto`), or null
+  bool onto;                          // in one pass: dx is accumulated into there too
   void *dA, *dB;                      // [R, K], [N, R] written, or null
 };
 
@@ -104,7 +111,7 @@ struct PackedWeight {
 struct Kernels {
   const char *name;
   int panel_columns;
-  void (*forward)(const Forward &);
+  void (*forward)(const Forwards &);
   void (*backward)(const Backward &);
   // The base with R = 0, and the segments of a bank on top. Unless in one pass, y and dx hold the base's when they begin.
   void (*bank_forward)(const Forward &, const Bank &);

@@ -72,6 +72,17 @@ class Backend(ABC):
     ) -> Gradients:
         """``backward`` on top of a contiguous dx, None unless needs.x: dx += c D(dy B A) in place, the others fresh."""
 
+    def forward_shared(self, members: Sequence[LoRAOperands], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """``forward`` of several layers on one x. In turn, where each has its thin product in its own pass over x."""
+        return [self.forward(operands, x) for operands in members]
+
+    def backward_onto(
+        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor, needs: Needs
+    ) -> Gradients:
+        """``backward`` on top of a contiguous dx: dx += dy W + c D(dy B A) in place; needs.x."""
+        dx.addmm_(dy, operands.weight.materialize(dy.dtype))
+        return self.accumulate_backward(operands, dy, x, s, dx, needs)
+
     def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
         """y [M, N] in x's dtype and s of all segments in fp32 (fp64 for fp64). M >= 1.
 

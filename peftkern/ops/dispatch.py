@@ -154,6 +154,40 @@ def backward_adapters(
     return found
 
 
+def forward_shared(members: Sequence[LoRAOperands], x: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
+    """y [M, N_i] and s [M, R_i] of several layers that read one x."""
+    if x.shape[0] == 0:
+        return [forward(operands, x, backend) for operands in members]
+    chosen = [select(operands.problem(x.shape[0], x.dtype), backend) for operands in members]
+    with without_autocast(x.device.type):
+        if all(one is chosen[0] for one in chosen):
+            return chosen[0].forward_shared(members, x)
+        return [one.forward(operands, x) for one, operands in zip(chosen, members, strict=True)]
+
+
+def backward_shared(
+    members: Sequence[LoRAOperands],
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    thin: Sequence[Tensor | None],
+    needs: Sequence[Needs],
+    backend: str,
+) -> list[Gradients]:
+    """Every layer's gradients; dx, the sum over them, is in the first's alone and made in one buffer."""
+    found: list[Gradients] = []
+    for operands, dy, s, need in zip(members, dys, thin, needs, strict=True):
+        x_read = x if need.lora_A else None
+        dx = found[0].x if found else None
+        if dx is None or dy.shape[0] == 0:
+            one = backward(operands, dy, x_read, s, need, backend)
+        else:
+            chosen = select(operands.problem(dy.shape[0], dy.dtype), backend)
+            with without_autocast(dy.device.type):
+                one = chosen.backward_onto(operands, dy, x_read, s, dx, need)
+        found.append(one._replace(x=None) if found else one)
+    return found
+
+
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
     """A region in which operators take their operands as they are."""
     return torch.autocast(device_type, enabled=False) if autocasting(device_type) else contextlib.nullcontext()

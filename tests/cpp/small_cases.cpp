@@ -100,12 +100,12 @@ bool run(const Case &c, bool judged) {
   static_cast<Problem &>(forward) = problem;
   forward.x = x.data(), forward.x_stride = K, forward.A = A.data(), forward.B = B.data();
   forward.lora_bias = forward.bias = nullptr, forward.s = static_cast<float *>(s.data()), forward.y = y.data();
-  kernels.forward(forward);
+  kernels.forward({&forward, 1});
   Backward backward;
   static_cast<Problem &>(backward) = problem;
   backward.dy = dy.data(), backward.dy_stride = N, backward.x = x.data(), backward.x_stride = K;
   backward.s = static_cast<const float *>(s.data()), backward.A = A.data(), backward.B = B.data();
-  backward.dx = dx.data(), backward.dA = dA.data(), backward.dB = dB.data();
+  backward.dx = dx.data(), backward.onto = false, backward.dA = dA.data(), backward.dB = dB.data();
   kernels.backward(backward);
   if (!judged) return false;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,17 +67,20 @@ class CppBackend(Backend):
     def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
         return self._forward(operands, unit_stride(x), y, False)
 
+    def forward_shared(self, members: Sequence[LoRAOperands], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        fused = any(call.one_pass(x.dtype, x.shape[0], operands.weight.format) for operands in members)
+        if fused or len({operands.lora_A.dtype for operands in members}) > 1:
+            return super().forward_shared(members, x)
+        x = unit_stride(x)
+        ys = [torch.nn.functional.linear(x, one.weight.materialize(x.dtype), one.bias) for one in members]
+        calls = [_forward_call(operands, x, y, False) for operands, y in zip(members, ys, strict=True)]
+        extension()[0].forward_shared([one for one, _, _ in calls])
+        return [(y, s) for y, (_, s, _) in zip(ys, calls, strict=True)]
+
     def _forward(self, operands: LoRAOperands, x: Tensor, y: Tensor, whole: bool, bias: Tensor | None = None) -> Tensor:
         """s, and y: written in one pass (``whole``), or accumulated into."""
-        s = x.new_empty(x.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
-        A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
-        lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
-        problem = call.problem(operands, x, whole)
-        _held = read_weight(problem, operands.weight, x, True) if whole else None
-        extension()[0].forward(
-            problem, x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(), address(lora_bias), address(bias),
-            s.data_ptr(), y.data_ptr(),
-        )  # fmt: skip
+        forward, s, _held = _forward_call(operands, x, y, whole, bias)
+        extension()[0].forward(forward)
         return s
 
     def backward(
@@ -92,13 +96,20 @@ class CppBackend(Backend):
                 dx = dy @ operands.weight.materialize(dy.dtype)
         return self._backward(operands, dy, x, s, dx, needs, whole)
 
+    def backward_onto(
+        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor, needs: Needs
+    ) -> Gradients:
+        if not call.one_pass(dy.dtype, dy.shape[0], operands.weight.format):
+            return super().backward_onto(operands, dy, x, s, dx, needs)
+        return self._backward(operands, dy, x, s, dx, needs, True, onto=True)
+
     def accumulate_backward(
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
     ) -> Gradients:
         return self._backward(operands, dy, x, s, dx, needs, False)
 
-    def _backward(self, operands, dy, x, s, dx, needs: Needs, whole: bool) -> Gradients:
-        """The gradients; dx is written in one pass (``whole``), or accumulated into."""
+    def _backward(self, operands, dy, x, s, dx, needs: Needs, whole: bool, onto: bool = False) -> Gradients:
+        """The gradients; in one pass (``whole``) dx is written, or added to where ``onto``, else accumulated into."""
         dA = dB = None
         if needs.x or needs.lora_A or needs.lora_B:
             dy = unit_stride(dy)
@@ -111,7 +122,7 @@ class CppBackend(Backend):
             _held = read_weight(problem, operands.weight, dy, False) if whole and needs.x else None
             extension()[0].backward(
                 problem, dy.data_ptr(), dy.stride(0), address(x), 0 if x is None else x.stride(0), address(s),
-                A.data_ptr(), B.data_ptr(), address(dx), address(dA), address(dB),
+                A.data_ptr(), B.data_ptr(), address(dx), onto, address(dA), address(dB),
             )  # fmt: skip
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
 
@@ -128,3 +139,19 @@ class CppBackend(Backend):
         need_pairs: Sequence[bool],
     ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
         return bank.backward(operands, dy, x, s, need_x, need_pairs)
+
+
+def _forward_call(
+    operands: LoRAOperands, x: Tensor, y: Tensor, whole: bool, bias: Tensor | None = None
+) -> tuple[Any, Tensor, tuple[Any, ...]]:
+    """The extension's view of one forward, its s, and what has to live until it has run."""
+    s = x.new_empty(x.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
+    A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
+    lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
+    problem = call.problem(operands, x, whole)
+    held = read_weight(problem, operands.weight, x, True) if whole else None
+    made = extension()[0].Forward(
+        problem, x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(), address(lora_bias), address(bias),
+        s.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    return made, s, (A, B, lora_bias, held)

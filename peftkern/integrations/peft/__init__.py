@@ -7,11 +7,13 @@ its text is the reason that the report shows.
     parts.py   what is read of a layer, and the predicate
     layer.py   the class that a patched layer has
     experts.py, low_rank_stack.py   the same for parameters that a module reads itself: MoE experts, routers
+    shared_input.py   the class of layers that look for others with the same x
     swap.py    patch, unpatch and the report
 """
 
 from peftkern.integrations.peft.layer import PeftkernLoraLinear, disabled
 from peftkern.integrations.peft.parts import why_not
+from peftkern.integrations.peft.shared_input import shared_inputs
 from peftkern.integrations.peft.swap import PatchReport, patch, unpatch
 
-__all__ = ["PatchReport", "PeftkernLoraLinear", "disabled", "patch", "unpatch", "why_not"]
+__all__ = ["PatchReport", "PeftkernLoraLinear", "disabled", "patch", "shared_inputs", "unpatch", "why_not"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftkern import dropout
 from peftkern.functional import apply, apply_adapters, apply_dora, autocast, lora_linear, split_scaling
-from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_input
+from peftkern.integrations.peft.parts import Adapter, Parts, plain_parts, why_not_input
 from peftkern.ops import dispatch
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight, FrozenWeight
@@ -35,6 +35,11 @@ def disabled() -> Iterator[None]:
         _disabled.reset(token)
 
 
+def patched_forward_is_off() -> bool:
+    """Whether this context is in a block of ``disabled``."""
+    return bool(_open_blocks) and _disabled_here()
+
+
 @torch.compiler.assume_constant_result
 def _disabled_here() -> bool:
     return _disabled.get()
@@ -46,39 +51,44 @@ class PeftkernLoraLinear(lora.Linear):
     peft: type[nn.Module] = lora.Linear  # the class it had, whose forward runs where the fast path does not
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or (_open_blocks and _disabled_here()):
+        if args or kwargs or patched_forward_is_off():
             return self.peft.forward(self, x, *args, **kwargs)
         parts = plain_parts(self)
         if isinstance(parts, str) or why_not_input(parts, x) is not None:
             return self.peft.forward(self, x)
-        weight, bias, adapters, _ = parts
+        adapters = parts.adapters
         if len(adapters) > 1:
             return _several(x, parts)
-        A, B, lora_bias, p, scaling, magnitude = adapters[0]
-        if magnitude is not None:
-            return _dora(x, parts, magnitude)
-        if dispatch.autocasting(x.device.type):
-            return lora_linear(x, weight, A, B, scaling, bias=bias, lora_bias=lora_bias, dropout_p=p)
-        c, tensor = split_scaling(scaling, x)
-        rng_state = dropout.draw_rng_state(x.device) if p else None
-        frozen = weight if isinstance(weight, FrozenWeight) else DenseWeight(weight)
-        operands = LoRAOperands(frozen, A, B, bias, lora_bias, c, tensor, p, rng_state, "base")
-        return apply(x, operands)
+        if adapters[0].magnitude is not None:
+            return _dora(x, parts, adapters[0].magnitude)
+        return _one(x, parts)
 
     def _get_name(self) -> str:
         return "Linear"  # print(model) looks as PEFT's does
+
+
+def _one(x: Tensor, parts: Parts) -> Tensor:
+    """One vanilla adapter."""
+    weight, bias, ((A, B, lora_bias, p, scaling, _),), _ = parts
+    if dispatch.autocasting(x.device.type):
+        return lora_linear(x, weight, A, B, scaling, bias=bias, lora_bias=lora_bias, dropout_p=p)
+    frozen = weight if isinstance(weight, FrozenWeight) else DenseWeight(weight)
+    return apply(x, operands_of(x, frozen, bias, parts.adapters[0]))
 
 
 def _several(x: Tensor, parts: Parts) -> Tensor:
     """The sum of several adapters. PEFT casts x to each one's dtype in turn, which the dtype rule makes a widening."""
     assert isinstance(parts.weight, Tensor)  # the predicate has seen to it
     x, weight, bias = autocast(x, DenseWeight(parts.weight), parts.bias)
-    operands = []
-    for A, B, lora_bias, p, scaling, _ in parts.adapters:
-        rng_state = dropout.draw_rng_state(x.device) if p else None
-        c, tensor = split_scaling(scaling, x)
-        operands.append(LoRAOperands(weight, A, B, bias, lora_bias, c, tensor, p, rng_state, "base"))
-    return apply_adapters(x, operands)
+    return apply_adapters(x, [operands_of(x, weight, bias, adapter) for adapter in parts.adapters])
+
+
+def operands_of(x: Tensor, weight: FrozenWeight, bias: Tensor | None, adapter: Adapter) -> LoRAOperands:
+    """The operands of an adapter without a magnitude beside a base in x's dtype; draws its RNG state."""
+    A, B, lora_bias, p, scaling, _ = adapter
+    rng_state = dropout.draw_rng_state(x.device) if p else None
+    c, tensor = split_scaling(scaling, x)
+    return LoRAOperands(weight, A, B, bias, lora_bias, c, tensor, p, rng_state, "base")
 
 
 def _dora(x: Tensor, parts: Parts, magnitude: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from peftkern import _env
 from peftkern.integrations.peft.experts import ParameterParts, ParamWrapper, PeftParamWrapper, parameter_parts
 from peftkern.integrations.peft.layer import PeftkernLoraLinear
 from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_dtypes
+from peftkern.integrations.peft.shared_input import SharedInputLoraLinear, forget
 from peftkern.ops import dispatch
 from peftkern.ops.problem import Problem
 from peftkern.weights import FrozenWeight
@@ -50,7 +51,7 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(model: nn.Module, fuse_shared_inputs: bool = False) -> PatchReport:
     """Run every vanilla PEFT LoRA linear of ``model`` through peftkern, in place.
 
     Parameters, state_dict keys, hooks on the layers, saving and loading stay PEFT's. Layers are judged again at every
@@ -59,7 +60,11 @@ def patch(model: nn.Module) -> PatchReport:
     So does PEFT's layer over a plain bitsandbytes ``Linear4bit`` or ``Linear8bitLt``: y and the gradients are those of
     the dequantised weight. For 8 bits that is more exact than bitsandbytes' own forward, which rounds x to 8 bits too.
 
-    Args: model: any module that contains ``peft.tuners.lora.Linear`` (PeftModel, ``add_adapter`` models, wrapped ones).
+    Args:
+        model: any module that contains ``peft.tuners.lora.Linear`` (PeftModel, ``add_adapter`` models, wrapped ones).
+        fuse_shared_inputs: layers that read the very same x one after the other (q, k and v; gate and up) run as one
+            node, found by the first forward (``shared_inputs`` names them). A backward through some of them alone
+            then frees what the others saved: pass retain_graph=True where a graph is run through in parts.
     Returns: a PatchReport. Calling it again changes nothing and reports anew.
     """
     _env.settings()  # a bad variable is an error before anything is changed
@@ -69,7 +74,7 @@ def patch(model: nn.Module) -> PatchReport:
         if not isinstance(layer, LoraLayer):
             continue
         before = type(layer)
-        reason = _swap(layer)
+        reason = _swap(layer, fuse_shared_inputs)
         if type(layer) is not before:
             done.append(layer)
         if reason is None:
@@ -87,16 +92,17 @@ def patch(model: nn.Module) -> PatchReport:
     return report
 
 
-def _swap(layer: Any) -> str | None:
+def _swap(layer: Any, fuse_shared_inputs: bool) -> str | None:
     """Swap the class where the fast path can ever apply; the reason why the layer is not fast now, or None."""
     kind = type(layer)
-    plain = _class_before(layer) or kind
-    fast = _fast_class(plain)
+    fast = _fast_class(_class_before(layer) or kind, fuse_shared_inputs)
     if fast is None:
         return f"{kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
-    layer.__class__ = fast
+    if kind is not fast:
+        forget(layer)
+        layer.__class__ = fast
     if isinstance(layer, ParamWrapper):
         stacked = parameter_parts(layer)
         return stacked if isinstance(stacked, str) else None
@@ -106,10 +112,10 @@ def _swap(layer: Any) -> str | None:
     return why_not_dtypes(_compute(parts), _compute(parts), parts.adapters)
 
 
-def _fast_class(kind: type) -> type | None:
+def _fast_class(kind: type, fuse_shared_inputs: bool) -> type | None:
     """The class that a layer of exactly this class of PEFT's gets."""
     if kind is lora.Linear:
-        return PeftkernLoraLinear
+        return SharedInputLoraLinear if fuse_shared_inputs else PeftkernLoraLinear
     if kind is PeftParamWrapper:
         return ParamWrapper
     if kind.__module__ == "peft.tuners.lora.bnb":
@@ -133,8 +139,9 @@ def _compute(parts: Parts) -> torch.dtype:
 
 def _rebind(layer: Any) -> None:
     """accelerate keeps a bound forward on the instance when it hooks a patched layer: make it PEFT's again."""
+    ours = [kind.forward for kind in (PeftkernLoraLinear, SharedInputLoraLinear, ParamWrapper)]
     for name in ("forward", "_old_forward"):
-        if getattr(layer.__dict__.get(name), "__func__", None) in (PeftkernLoraLinear.forward, ParamWrapper.forward):
+        if getattr(layer.__dict__.get(name), "__func__", None) in ours:
             layer.__dict__[name] = type(layer).forward.__get__(layer)
 
 
@@ -162,5 +169,6 @@ def unpatch(model: nn.Module) -> None:
     for layer in model.modules():
         before = _class_before(layer)
         if before is not None:
+            forget(layer)
             layer.__class__ = before
             _rebind(layer)
