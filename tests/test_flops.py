@@ -55,6 +55,9 @@ def test_a_patched_model_counts_what_peft_counts():
     expected = counted(step, model)[0]
     peftkern.patch(model)
     assert counted(step, model)[0] == expected > 0
+    peftkern.patch(model, fuse_shared_inputs=True)
+    step(model)
+    assert len(peftkern.shared_inputs(model)) == 4 and counted(step, model)[0] == expected
 
 
 @pytest.mark.parametrize("needs", BACKWARD, ids="+".join)

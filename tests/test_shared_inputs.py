@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import threading
@@ -167,77 +168,57 @@ def test_no_rows_and_a_scaling_in_a_tensor(fused):
 # --------------------------------------------------------------------------------------------------------- falls apart
 
 
-def remove_adapter(model):
-    model.k.delete_adapter("default")
+CHANGES = {
+    "adapter missing": lambda model: model.k.delete_adapter("default"),
+    "disabled": lambda model: model.v.enable_adapters(False),
+    "merged": lambda model: model.k.merge(),
+    "hooked": lambda model: model.k.lora_A["default"].register_forward_hook(lambda module, args, y: y * 2),
+    "unfrozen": lambda model: model.q.base_layer.weight.requires_grad_(),
+}
 
 
-def disable(model):
-    model.v.enable_adapters(False)
-
-
-def merge(model):
-    model.k.merge()
-
-
-def hook(model):
-    model.k.lora_A["default"].register_forward_hook(lambda module, args, y: y * 2)
-
-
-def unfreeze(model):
-    model.q.base_layer.weight.requires_grad_()
-
-
-@pytest.mark.parametrize("change", [remove_adapter, disable, merge, hook, unfreeze])
+@pytest.mark.parametrize("change", CHANGES)
 def test_one_member_that_cannot_take_part(change, fused):
     alone, shared = pair()
-    change(alone), change(shared)
+    CHANGES[change](alone), CHANGES[change](shared)
     expected, found = run(alone), run(shared)
     assert found.keys() == expected.keys() and not fused
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 BETWEEN = {
-    "another x": lambda model: lambda x: x + 1,
-    "x changed in place": lambda model: lambda x: x.add_(1),
-    "a factor changed in place": lambda model: (
-        lambda x: (model.k.lora_B["default"].weight.data.mul_(1), nudge(model), x)[2]
-    ),
-    "a scaling changed": lambda model: lambda x: (model.v.set_scale("default", 3.0), x)[1],
-    "disabled": lambda model: lambda x: (model.k.enable_adapters(False), x)[1],
-    "another grad mode": lambda model: lambda x: (torch.set_grad_enabled(False), x)[1],
+    "another x": lambda model, x: x + 1,
+    "x changed in place": lambda model, x: x.add_(1),
+    "a factor changed in place": lambda model, x: (nudge(model.k.lora_B["default"].weight), x)[1],
+    "a scaling changed": lambda model, x: (model.v.set_scale("default", 3.0), x)[1],
+    "disabled": lambda model, x: (model.k.enable_adapters(False), x)[1],
+    "another grad mode": lambda model, x: (torch.set_grad_enabled(False), x)[1],
 }
 
 
-def nudge(model: nn.Module) -> None:
-    with torch.no_grad():
-        model.k.lora_B["default"].weight.add_(0.25)
+@torch.no_grad()
+def nudge(parameter: Tensor) -> None:
+    parameter.add_(0.25)
 
 
 @pytest.mark.parametrize("case", BETWEEN)
 def test_what_changes_between_the_members_calls(case, fused):
-    alone, shared = pair()
     results = []
-    for model in (alone, shared):
-        model.between = BETWEEN[case](model)
-        x = an_x()
+    for model in pair():
+        model.between = functools.partial(BETWEEN[case], model)
         try:
-            y = model(x * 1)
+            results.append(model(an_x() * 1).detach())
         finally:
             torch.set_grad_enabled(True)
-        results.append(y.detach())
     assert torch.equal(*results) and fused == [3]
 
 
 def test_a_patched_layer_inside_disabled_runs_pefts_forward(fused):
     alone, shared = pair()
-
-    def half(x):
-        with peftkern.disabled():
-            return x, shared.k(x), shared.v(x)
-
     x = an_x() * 1
     shared.q(x)
-    _, k, v = half(x)
+    with peftkern.disabled():
+        k, v = shared.k(x), shared.v(x)
     peftkern.unpatch(alone)
     assert torch.equal(k, alone.k(x)) and torch.equal(v, alone.v(x)) and fused == [3]
 

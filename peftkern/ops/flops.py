@@ -15,9 +15,8 @@ _Shape = Sequence[int]
 
 def forward_flops(x_shape: _Shape, *arguments: Any, **unused: Any) -> int:
     """x W^T, s = D(x) A^T and s B^T."""
-    M, K = x_shape
-    R, N = _rank_and_width(arguments)
-    return 2 * M * (N * K + R * K + N * R)
+    (M, K), (R, N) = x_shape, _rank_and_width(arguments)
+    return _forward(M, K, N, R)
 
 
 def backward_flops(
@@ -25,8 +24,31 @@ def backward_flops(
 ) -> int:
     """t = dy B where dx or dA is needed; dx = dy W + t A; dA = t^T D(x); dB = dy^T s."""
     M, N = dy_shape
-    (R, _), (_, K) = _rank_and_width(arguments), arguments[4]
+    R, K = arguments[4]
     need_x, need_A, need_B, *_ = arguments[-5:]
+    return _backward(M, N, K, R, need_x, need_A, need_B)
+
+
+def forward_shared_flops(x_shape: _Shape, weights: Any, lora_A: Any, *arguments: Any, **unused: Any) -> int:
+    """Those of every layer."""
+    M, K = x_shape
+    return sum(_forward(M, K, N, R) for (N, _), (R, _) in zip(weights, lora_A, strict=True))
+
+
+def backward_shared_flops(
+    dy_shapes: Any, x_shape: Any, s_shapes: Any, weights: Any, lora_A: Any, *arguments: Any, **unused: Any
+) -> int:
+    """Those of every layer; the sum that dx is counts nothing."""
+    need_x, *needs = arguments[-5:-2]
+    layers = zip(dy_shapes, lora_A, *needs, strict=True)
+    return sum(_backward(M, N, K, R, need_x, A, B) for (M, N), (R, K), A, B in layers)
+
+
+def _forward(M: int, K: int, N: int, R: int) -> int:
+    return 2 * M * (N * K + R * K + N * R)
+
+
+def _backward(M: int, N: int, K: int, R: int, need_x: bool, need_A: bool, need_B: bool) -> int:
     low_rank = N * R * (need_x or need_A) + R * K * (need_x + need_A) + N * R * need_B
     return 2 * M * (N * K * need_x + low_rank)
 
@@ -72,3 +94,11 @@ def register() -> None:
     register_flop_formula(torch.ops.peftkern.forward_adapters)(forward_adapters_flops)
     register_flop_formula(torch.ops.peftkern.backward_adapters)(backward_adapters_flops)
     register_flop_formula(torch.ops.peftkern.row_norm)(row_norm_flops)
+
+
+def register_shared() -> None:
+    """The same for the operators of layers that read one x."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.peftkern.forward_shared)(forward_shared_flops)
+    register_flop_formula(torch.ops.peftkern.backward_shared)(backward_shared_flops)

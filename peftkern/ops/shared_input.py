@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkern.ops import dispatch, inputs
+from peftkern._on_import import on_import
+from peftkern.ops import dispatch, flops, inputs
 from peftkern.ops.problem import LoRAOperands, Needs
 from peftkern.weights import DenseWeight
 
@@ -86,3 +87,5 @@ torch.library.register_fake("peftkern::backward_shared", _backward_fake, lib=_li
 
 forward = torch.ops.peftkern.forward_shared.default
 backward = torch.ops.peftkern.backward_shared.default
+
+on_import("torch.utils.flop_counter", flops.register_shared)

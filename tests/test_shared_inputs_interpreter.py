@@ -1,0 +1,24 @@
+"""Layers that read one x by the Triton kernels, in the interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from test_shared_input_operators import exact_dx, members, together
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
+    pytest.mark.usefixtures("poisoned"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dx_is_accumulated_in_one_buffer(dtype):
+    layers = members(dtype, M=19, K=40)[:3]
+    _, dx = together(layers, "triton")
+    _, peer = together(layers, "reference")
+    truth = sum(exact_dx(case, t) for case, t in layers)
+    assert (dx.double() - truth).norm() <= 2 * (peer.double() - truth).norm() + 1e-6 * truth.norm()
