@@ -1,9 +1,11 @@
 // The kernels without Python: small odd problems against sums in double, for sanitizers, valgrind, emulators and callgrind.
 //
 //   small_cases                      run every case on the baseline kernels; exit 1 where one is wrong
-//   small_cases M K N R dtype p      run forward and backward of one problem once, for counting instructions
+//   small_cases quick                half of them
+//   small_cases M K N R dtype p packed   run forward and backward of one problem once, for counting instructions; packed: 0, 1
 //
-// Built with the sources of the extension but module.cpp; -DSET=avx2 takes another instruction set's table.
+// A case that multiplies by the weight itself meets it by rows and by columns, where it lies and packed. Built with the sources
+// of the extension but module.cpp; -DSET=avx2 takes another instruction set's table.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -56,7 +58,13 @@ struct Array {
   void *data() const { return memory.get(); }
 };
 
-struct Case { int64_t M, K, N, R; bool narrow; float p; bool one_pass; int threads; };
+enum class Layout { none, rows, columns, packed, packed_columns };  // of the weight; none: its product is given
+struct Case {
+  int64_t M, K, N, R; bool narrow; float p; Layout layout; int threads;
+  bool one_pass() const { return layout != Layout::none; }
+  bool transposed() const { return layout == Layout::columns || layout == Layout::packed_columns; }
+  bool packed() const { return layout == Layout::packed || layout == Layout::packed_columns; }
+};
 
 bool differs(const char *name, const Case &c, const Array &found, const std::vector<double> &wanted) {
   double error = 0, norm = 0;
@@ -67,8 +75,8 @@ bool differs(const char *name, const Case &c, const Array &found, const std::vec
   // One rounding to bf16, or fp32 sums; of the elements' size, or of that of their terms (about 1), which may cancel.
   const double bound = (found.narrow || c.narrow ? 0x1p-8 : 1e-6) * std::sqrt(norm + found.count);
   if (std::sqrt(error) <= bound) return false;
-  std::printf("%s of M=%ld K=%ld N=%ld R=%ld narrow=%d p=%g one_pass=%d is wrong: %g > %g\n", name, long(c.M), long(c.K),
-              long(c.N), long(c.R), c.narrow, c.p, c.one_pass, std::sqrt(error), bound);
+  std::printf("%s of M=%ld K=%ld N=%ld R=%ld narrow=%d p=%g layout=%d is wrong: %g > %g\n", name, long(c.M), long(c.K),
+              long(c.N), long(c.R), c.narrow, c.p, int(c.layout), std::sqrt(error), bound);
   return true;
 }
 
@@ -78,6 +86,7 @@ bool run(const Case &c, bool judged) {
   Array x(M * K, c.narrow), W(N * K, c.narrow), dy(M * N, c.narrow), A(R * K, false), B(N * R, false);
   Array y(M * N, c.narrow), dx(M * K, c.narrow), s(M * R, false), dA(R * K, false), dB(N * R, false);
   x.fill(), W.fill(), dy.fill(), A.fill(), B.fill();
+  const auto weight = [&](int64_t n, int64_t k) { return W.get(c.transposed() ? k * N + n : n * K + k); };
   const uint32_t threshold = uint32_t(65536 * c.p);
   const double scaling = 0.5, scale = threshold ? 65536.0 / (65536 - threshold) : 1.0;
   const Dropout dropout = {threshold, float(scale), 0x9e3779b97f4a7c15u, 0xfedcba9876543210u};
@@ -88,24 +97,36 @@ bool run(const Case &c, bool judged) {
   const auto kept = [&](int64_t m, int64_t k) { return threshold && !(bits[m * words + k / 64] >> (k % 64) & 1) ? 0.0 : scale; };
   std::vector<double> y_base(M * N), dx_base(M * K);
   for (int64_t m = 0; judged && m < M; ++m) {
-    for (int64_t n = 0; n < N; ++n) for (int64_t k = 0; k < K; ++k) y_base[m * N + n] += double(x.get(m * K + k)) * W.get(n * K + k);
-    for (int64_t k = 0; k < K; ++k) for (int64_t n = 0; n < N; ++n) dx_base[m * K + k] += double(dy.get(m * N + n)) * W.get(n * K + k);
+    for (int64_t n = 0; n < N; ++n) for (int64_t k = 0; k < K; ++k) y_base[m * N + n] += double(x.get(m * K + k)) * weight(n, k);
+    for (int64_t k = 0; k < K; ++k) for (int64_t n = 0; n < N; ++n) dx_base[m * K + k] += double(dy.get(m * N + n)) * weight(n, k);
   }
-  for (int64_t i = 0; i < M * N; ++i) y.set(i, c.one_pass ? NAN : float(y_base[i]));
-  for (int64_t i = 0; i < M * K; ++i) dx.set(i, c.one_pass ? NAN : float(dx_base[i]));
+  for (int64_t i = 0; i < M * N; ++i) y.set(i, c.one_pass() ? NAN : float(y_base[i]));
+  const bool onto = c.one_pass() && c.threads == 2;  // dx is added to what another layer has left there
+  for (int64_t i = 0; i < M * K; ++i) dx.set(i, onto ? 0.5f : c.one_pass() ? NAN : float(dx_base[i]));
+  for (int64_t i = 0; onto && i < M * K; ++i) dx_base[i] += 0.5;
 
   Problem problem = {M, K, N, R, c.narrow ? DType::bfloat16 : DType::float32, DType::float32, true, float(scaling), dropout,
-                     c.threads, c.one_pass, {W.data(), K, false, nullptr}};
+                     c.threads, c.one_pass(), {W.data(), c.transposed() ? N : K, c.transposed(), nullptr}};
+  const auto panels = [&](bool forward) {
+    const int64_t P = forward ? N : K, Q = forward ? K : N, width = kernels.panel_columns;
+    std::unique_ptr<float[]> memory(new float[(P + width - 1) / width * width * Q]);
+    kernels.pack_weight({K, N, problem.dtype, problem.weight, forward, c.threads, memory.get()});
+    return memory;
+  };
+  std::unique_ptr<float[]> forward_panels, backward_panels;
+  if (c.packed()) forward_panels = panels(true), backward_panels = panels(false);
   Forward forward;
   static_cast<Problem &>(forward) = problem;
   forward.x = x.data(), forward.x_stride = K, forward.A = A.data(), forward.B = B.data();
   forward.lora_bias = forward.bias = nullptr, forward.s = static_cast<float *>(s.data()), forward.y = y.data();
+  forward.weight.panels = forward_panels.get();
   kernels.forward({&forward, 1});
   Backward backward;
   static_cast<Problem &>(backward) = problem;
   backward.dy = dy.data(), backward.dy_stride = N, backward.x = x.data(), backward.x_stride = K;
   backward.s = static_cast<const float *>(s.data()), backward.A = A.data(), backward.B = B.data();
-  backward.dx = dx.data(), backward.onto = false, backward.dA = dA.data(), backward.dB = dB.data();
+  backward.dx = dx.data(), backward.onto = onto, backward.dA = dA.data(), backward.dB = dB.data();
+  backward.weight.panels = backward_panels.get();
   kernels.backward(backward);
   if (!judged) return false;
 
@@ -130,18 +151,25 @@ bool run(const Case &c, bool judged) {
 }  // namespace
 
 int main(int count, char **arguments) {
-  if (count == 7) {
+  if (count == 8) {
     const auto number = [&](int i) { return std::atol(arguments[i]); };
     const bool narrow = arguments[5][0] == 'b';
-    return run({number(1), number(2), number(3), number(4), narrow, float(std::atof(arguments[6])), true, 1}, false);
+    const Layout layout = number(7) ? Layout::packed : Layout::rows;
+    return run({number(1), number(2), number(3), number(4), narrow, float(std::atof(arguments[6])), layout, 1}, false);
   }
-  const int64_t shapes[][4] = {{1, 1, 1, 1}, {2, 35, 19, 3}, {4, 65, 33, 17}, {7, 33, 65, 2}, {17, 300, 20, 5}, {23, 19, 261, 9}, {70, 40, 36, 16}};
+  const bool quick = count == 2;
+  const int64_t shapes[][4] = {{1, 1, 1, 1}, {1, 70, 37, 4}, {2, 35, 19, 3}, {4, 65, 33, 17}, {7, 33, 65, 2}, {16, 530, 14, 3},
+                               {17, 300, 20, 5}, {23, 19, 261, 9}, {70, 40, 36, 16}};
   bool wrong = false;
+  int number = 0;
   for (const auto &shape : shapes)
-    for (bool narrow : {false, true})
-      for (float p : {0.f, 0.25f})
-        for (bool one_pass : {true, false})
-          for (int threads : {1, 2}) wrong |= run({shape[0], shape[1], shape[2], shape[3], narrow, p, one_pass, threads}, true);
+    for (Layout layout : {Layout::none, Layout::rows, Layout::columns, Layout::packed, Layout::packed_columns})
+      for (bool narrow : {false, true})
+        for (float p : {0.f, 0.25f}) {
+          const int index = number++, threads = 1 + (index + index / 4) % 2;  // another one for the next shape
+          if (quick && (index + index / 2 + index / 20) % 2) continue;  // each dtype with one p, the next shape the other
+          wrong |= run({shape[0], shape[1], shape[2], shape[3], narrow, p, layout, threads}, true);
+        }
   if (!wrong) std::printf("every case is right (%s), masks %016llx\n", kernels.name, (unsigned long long)masks);
   return wrong;
 }
