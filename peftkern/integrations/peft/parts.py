@@ -165,10 +165,9 @@ def _adapter(
         return f"lora_A is {A.dtype} and lora_B {B.dtype}, or its bias is of another dtype"
     if not dora:
         return Adapter(A, B, lora_bias, p, scaling)
-    if p and state["training"]:  # then PEFT runs the base layer a second time, on the dropped x
-        return "it uses DoRA with dropout"
     magnitude = _magnitude(modules["lora_magnitude_vector"]._modules[name], A, B)
-    return magnitude if isinstance(magnitude, str) else Adapter(A, B, lora_bias, 0.0, scaling, magnitude)
+    p = p if state["training"] else 0.0  # DoRA asks the layer whether it trains, then dropout
+    return magnitude if isinstance(magnitude, str) else Adapter(A, B, None, p, scaling, magnitude)
 
 
 def _magnitude(child: Any, A: Tensor, B: Tensor) -> Tensor | str:
