@@ -89,7 +89,7 @@ class Configuration:
         return (
             self.state in ("as built", "unmerged")
             and len(self.used) > 0
-            and (len(self.used) == 1 or not any(adapter.dora for adapter in self.used))
+            and not (any(adapter.dora for adapter in self.used) and (len(self.used) > 1 or self.leading == ()))
             and not self.base_trains
             and self.dtypes_fit
         )
@@ -147,11 +147,14 @@ def configurations(draw: Callable[..., Any], vanilla: bool = False) -> Configura
     states = ["as built"] * 6 + ["unmerged", "merged", "disabled"]
     if vanilla or (bias == "none" and any(adapter.lora_bias for adapter in adapters)):  # PEFT refuses to merge these
         states = ["as built"]
+    leading = draw(st.sampled_from(_LEADING))
+    if vanilla and leading == () and adapters[active[0]].dora:  # PEFT's y has a dimension more
+        leading = (1,)
     use = draw(st.sampled_from(_USES))
     features = st.sampled_from([8, 17, 32, 33, 40, 64, 65, 96])
     return Configuration(
         K=draw(features), N=draw(features), conv1d=conv1d,
-        leading=draw(st.sampled_from(_LEADING)), x_layout=draw(st.sampled_from(_VIEWABLE if conv1d else _LAYOUTS)),
+        leading=leading, x_layout=draw(st.sampled_from(_VIEWABLE if conv1d else _LAYOUTS)),
         dy_layout=draw(st.sampled_from(_LAYOUTS)), x_needs_grad=use == "reentrant" or draw(st.booleans()),
         base_dtype=base_dtype, adapter_dtype=adapter_dtype, x_dtype=x_dtype, autocast=autocast,
         bias=bias, base_trains=not vanilla and draw(st.integers(0, 15)) == 15,

@@ -227,6 +227,8 @@ def why_not_input(parts: Parts, x: Tensor) -> str | None:
     weight = parts.weight
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         return f"x has shape {tuple(x.shape)}"
+    if x.ndim == 1 and parts.adapters[0].magnitude is not None:
+        return "x is one row without dimensions before it, and PEFT's DoRA adds one"
     if x.device != weight.device:
         return f"x is on {x.device}"
     device, compute = x.device.type, parts.compute
