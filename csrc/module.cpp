@@ -202,6 +202,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("panel_columns", [] { return chosen->panel_columns; });
 
+  m.def("keep", [](uint32_t threshold, uintptr_t rng_state, int64_t M, int64_t K, int dtype, uintptr_t x, int64_t x_stride,
+                   uintptr_t kept, int threads) {
+    py::gil_scoped_release release;
+    chosen->keep({dropout(threshold, rng_state), M, K, DType(dtype), pointer<const void>(x), x_stride, pointer<void>(kept), threads});
+  }, "x [M, K] where an element survives, else 0, unscaled, as a contiguous matrix.");
+
   m.def("keep_bits", [](uint32_t threshold, uintptr_t rng_state, int64_t M, int64_t K, uintptr_t bits) {
     chosen->keep_bits(dropout(threshold, rng_state), M, K, pointer<uint64_t>(bits));
   }, "The keep mask of [M, K] as one bit an element, ceil(K / 64) words a row.");

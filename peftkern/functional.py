@@ -103,12 +103,12 @@ def apply_adapters(x: Tensor, adapters: Sequence[LoRAOperands], backend: str = "
 
 
 def apply_dora(x: Tensor, operands: LoRAOperands, magnitude: Tensor, backend: str = "") -> Tensor:
-    """``apply`` with its rows scaled to ``magnitude``: DoRA, without dropout and lora_bias."""
+    """``apply`` with its rows scaled to ``magnitude``: DoRA, without lora_bias. See ``dora`` for what is dropped."""
     W, a = operands.weight, operands
     flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), W.shape[1])
     arguments = (
         flat, W.data, W.scale, W.format, W.group_size, a.lora_A, a.lora_B, a.bias, magnitude,
-        a.scaling, a.scaling_tensor, a.precision, backend,
+        *a[5:], backend,
     )  # fmt: skip
     if looked_through() or (
         torch.is_grad_enabled() and _any_requires_grad(flat, a.lora_A, a.lora_B, a.bias, magnitude)

@@ -17,6 +17,8 @@ from peftkern.backends.cpp import call
 from peftkern.backends.cpp.backend import extension
 from peftkern.ops import dispatch
 from peftkern.testing import dropout_mask
+from peftkern.testing.numerics import assert_as_good_as
+from peftkern.weights import DenseWeight
 
 C = extension()[0]
 pytestmark = [
@@ -69,6 +71,33 @@ def test_mask_bits(instruction_set, M, K, p):
         C.keep_bits(dropout.threshold(p), rng_state.data_ptr(), M, K, words.data_ptr())
         bits = (words.unsqueeze(-1) >> torch.arange(64)) & 1
         assert torch.equal(bits.reshape(M, -1)[:, :K].bool(), dropout_mask(M, K, p, rng_state))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize(("M", "K"), [(1, 1), (3, 64), (2, 65), (19, 513), (40, 1030)])
+def test_kept(instruction_set, threads, M, K, p, dtype):
+    """What is kept, in every instruction set and number of threads: the bits of x, or zero, and nothing beyond."""
+    rng_state, x = torch.tensor([-1, 0x0123456789ABCDEF]), torch.randn(M, K + 3).to(dtype)[:, :K]
+    kept = torch.full((M + 1, K), 9.0, dtype=dtype)
+    C.keep(
+        dropout.threshold(p), rng_state.data_ptr(), M, K, call.DTYPES[dtype], x.data_ptr(), x.stride(0),
+        kept.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    mask = dropout_mask(M, K, p, rng_state)
+    assert torch.equal(kept[:M], torch.where(mask, x, torch.zeros_like(x))) and (kept[M] == 9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("M", [1, 5, 70])
+def test_the_bare_product(instruction_set, schedule, M, dtype):
+    """The product with the frozen weight alone, both ways: no low-rank pair, no address of one."""
+    t = make(Case(M, 257, 65, 1, dtype))
+    for rows, backward in ((t.x, False), (t.dy, True)):
+        found = dispatch.backend_named("cpp").product(DenseWeight(t.weight), rows, backward)
+        peer = rows @ (t.weight if backward else t.weight.T)
+        truth = rows.double() @ (t.weight.double() if backward else t.weight.double().T)
+        assert_as_good_as(found, peer, truth)
 
 
 # Rows around the block of 192 (64, 16), the tile (12, 6) and the handful (4), columns around the chunk of 256 and the

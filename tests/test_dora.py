@@ -6,15 +6,17 @@ import copy
 
 import pytest
 import torch
-from conftest import Case, Target, adapted, assert_equal, linears, logits, make, pooled, step
+from conftest import Case, Target, adapted, linears, logits, make, pooled, step
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
+from peftkern import dropout
 from peftkern.functional import apply_dora
 from peftkern.ops import eager, norm, schema
 from peftkern.ops.problem import LoRAOperands
+from peftkern.testing import dropout_mask
 from peftkern.testing.numerics import assert_as_good_as, relative_error
 from peftkern.weights import DenseWeight
 
@@ -84,19 +86,29 @@ def fresh(leaves: dict[str, Tensor], dtype=None, needs=NAMES) -> dict[str, Tenso
     return {n: v.clone().to(dtype or v.dtype).requires_grad_(n in needs) for n, v in leaves.items()}
 
 
-def ours(v: dict[str, Tensor], W: Tensor, backend: str, scaling=1.75, tensor=None) -> Tensor:
+STATE = torch.tensor([7, 2**40 + 1])
+
+
+def ours(v: dict[str, Tensor], W: Tensor, backend: str, p: float = 0.0, scaling=1.75, tensor=None) -> Tensor:
     operands = LoRAOperands(
-        DenseWeight(W), v["lora_A"], v["lora_B"], v.get("bias"), None, scaling, tensor, 0.0, None, "base"
-    )
+        DenseWeight(W), v["lora_A"], v["lora_B"], v.get("bias"), None, scaling, tensor,
+        p, STATE.to(W.device) if p else None, "base",
+    )  # fmt: skip
     return apply_dora(v["x"], operands, v["magnitude"], backend)
 
 
-def plain(v: dict[str, Tensor], W: Tensor, thin: torch.dtype, wide: torch.dtype = F32) -> Tensor:
-    A, B = v["lora_A"].to(thin), v["lora_B"].to(thin)
+def plain(v: dict[str, Tensor], W: Tensor, thin: torch.dtype, p: float = 0.0, wide: torch.dtype = F32) -> Tensor:
+    """PEFT's formulas: without dropout g h + bias, with it base(x) + (g - 1) D(x) W^T + g c D(x) A^T B^T."""
+    A, B, x = v["lora_A"].to(thin), v["lora_B"].to(thin), v["x"]
     size = torch.linalg.norm(W.to(wide) + 1.75 * v["lora_B"].to(wide) @ v["lora_A"].to(wide), dim=1).detach()
-    h = v["x"] @ W.T + (1.75 * (v["x"] @ A.T @ B.T)).to(v["x"].dtype)
-    y = h * (v["magnitude"].to(wide) / size)
-    return (y if "bias" not in v else y + v["bias"]).to(v["x"].dtype)
+    g = v["magnitude"].to(wide) / size
+    dropped = x
+    if p:
+        keep = dropout_mask(*x.shape, p, STATE.to(x.device))
+        dropped = torch.where(keep, x * dropout.scale(p), torch.zeros_like(x))
+    update = (1.75 * (dropped @ A.T @ B.T)).to(x.dtype)
+    y = x @ W.T + (g - 1) * (dropped @ W.T) + g * update if p else g * (x @ W.T + update)
+    return (y if "bias" not in v else y + v["bias"]).to(x.dtype)
 
 
 def found(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
@@ -110,6 +122,11 @@ CASES = [
     Case(19, 64, 48, 16, BF16, BF16),
     Case(19, 64, 48, 4, F16, F32, bias=True),
     Case(1, 33, 57, 3, F32),
+    Case(37, 40, 24, 4, F32, p=0.1, bias=True),
+    Case(37, 130, 24, 7, BF16, F32, p=0.5, bias=True),
+    Case(19, 64, 48, 16, BF16, BF16, p=0.1),
+    Case(70, 65, 48, 4, F16, F32, p=0.3, bias=True),
+    Case(9, 33, 57, 3, F32, p=0.9),
 ]
 
 
@@ -117,21 +134,22 @@ CASES = [
 def test_y_and_every_gradient_against_fp64(case, target: Target, poisoned):
     leaves, W, dy = leaves_of(case, target.device)
     mine, peer, wide = fresh(leaves), fresh(leaves), fresh(leaves, F64)
-    results = found(ours(mine, W, target.backend), mine, dy)
-    peers = found(plain(peer, W, case.dtype), peer, dy)
-    truth = found(plain(wide, W.double(), F64, F64), wide, dy.double())
+    results = found(ours(mine, W, target.backend, case.p), mine, dy)
+    peers = found(plain(peer, W, case.dtype, case.p), peer, dy)
+    truth = found(plain(wide, W.double(), F64, case.p, F64), wide, dy.double())
     assert results.keys() == truth.keys()
     for name, value in results.items():
         assert value.dtype == (dy if name == "y" else leaves[name]).dtype
         assert_as_good_as(value, peers[name], truth[name], f"{name} of {case}")
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("needs", [("x",), ("lora_A",), ("lora_B",), ("magnitude",), ("bias",)], ids="+".join)
-def test_only_what_needs_a_gradient_gets_one(needs, target: Target):
+def test_only_what_needs_a_gradient_gets_one(needs, p, target: Target):
     leaves, W, dy = leaves_of(CASES[0], target.device)
     every, some = fresh(leaves), fresh(leaves, needs=needs)
-    full, partial = found(ours(every, W, target.backend), every, dy), None
-    y = ours(some, W, target.backend)
+    full, partial = found(ours(every, W, target.backend, p), every, dy), None
+    y = ours(some, W, target.backend, p)
     saved = [tensor for tensor in y.grad_fn.saved_tensors if tensor is not None]
     assert any(tensor.shape == dy.shape for tensor in saved) == ("magnitude" in needs)
     partial = found(y, some, dy)
@@ -140,30 +158,36 @@ def test_only_what_needs_a_gradient_gets_one(needs, target: Target):
         torch.testing.assert_close(partial[name], full[name])
 
 
-def test_gradcheck_with_the_norm_held_constant(monkeypatch):
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_gradcheck_with_the_norm_held_constant(p, monkeypatch):
     leaves, W, _ = leaves_of(Case(5, 7, 4, 3, F64, F64, bias=True))
     constant = norm.row_norm(DenseWeight(W), leaves["lora_A"], leaves["lora_B"], 1.75, None)
     monkeypatch.setattr(eager, "row_norm", lambda *_: constant)
     v = fresh(leaves)
-    assert torch.autograd.gradcheck(lambda *t: ours(dict(zip(v, t, strict=True)), W, ""), tuple(v.values()))
+    assert torch.autograd.gradcheck(lambda *t: ours(dict(zip(v, t, strict=True)), W, "", p), tuple(v.values()))
 
 
-def test_tensor_scaling_no_rows_no_grad_and_opcheck(target: Target):
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_tensor_scaling_no_rows_and_no_grad(p, target: Target):
     leaves, W, dy = leaves_of(CASES[0], target.device)
     v = fresh(leaves)
-    expected = found(ours(v, W, target.backend), v, dy)
+    expected = found(ours(v, W, target.backend, p), v, dy)
     other, scaling = fresh(leaves), torch.tensor(1.75, device=target.device)
-    y = ours(other, W, target.backend, 1.0, scaling)
+    y = ours(other, W, target.backend, p, 1.0, scaling)
     scaling.fill_(9.0)  # backward uses what forward saw
     results = found(y, other, dy)
     for name in expected:
         torch.testing.assert_close(results[name], expected[name])
     with torch.no_grad():
-        assert torch.equal(ours(v, W, target.backend), expected["y"])
+        assert torch.equal(ours(v, W, target.backend, p), expected["y"])
     empty = fresh(leaves) | {"x": v["x"].detach()[:0].requires_grad_()}
-    nothing = found(ours(empty, W, target.backend), empty, dy[:0])
+    nothing = found(ours(empty, W, target.backend, p), empty, dy[:0])
     assert nothing["x"].shape == (0, 40) and not any(value.any() for value in nothing.values())
-    torch.library.opcheck(schema.row_norm, (W, None, "dense", 0, leaves["lora_A"], leaves["lora_B"], 1.75, None))
+
+
+def test_opcheck():
+    t = make(Case(5, 70, 24, 3))
+    torch.library.opcheck(schema.row_norm, (t.weight, None, "dense", 0, t.lora_A, t.lora_B, 1.75, None))
 
 
 # ----------------------------------------------------------------------------------------------------- PEFT's layers
@@ -202,22 +226,6 @@ def test_16_bit(autocast, calls):
         assert_as_good_as(logits(model), peft_logits, exact, "the logits")
     assert {name: value.dtype for name, value in found.items()} == {name: v.dtype for name, v in expected.items()}
     assert_as_good_as(pooled(found, truth), pooled(expected, truth), pooled(truth, truth), "the gradients")
-    assert len(calls) == 28
-
-
-def test_with_dropout_it_is_fast_in_evaluation_alone(calls):
-    """PEFT decides by the layer's own mode, not the dropout's."""
-    plain, patched = dora(lora_dropout=0.3).train(), dora(lora_dropout=0.3).train()
-    report = peftkern.patch(patched)
-    assert set(report.skipped.values()) == {"it uses DoRA with dropout"}
-    assert_equal(step(patched), step(plain))
-    assert not calls
-    plain.eval(), patched.eval()
-    torch.testing.assert_close(logits(patched), logits(plain))
-    assert len(calls) == 14 and len(peftkern.patch(patched).fast) == 14
-    for layer in linears(patched).values():
-        layer.lora_dropout.train()
-    torch.testing.assert_close(logits(patched), logits(plain))
     assert len(calls) == 28
 
 
@@ -275,18 +283,21 @@ def test_a_watched_magnitude_is_called(calls):
     assert seen and not calls
 
 
-def test_compiled_in_one_graph():
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_compiled_in_one_graph(p):
     torch._dynamo.reset()
-    model = dora(target_modules=["up_proj"])
-    layer, x = next(iter(linears(model).values())), torch.randn(3, 32)
+    model = dora(target_modules=["up_proj"], lora_dropout=p).train()
+    layer, x = next(iter(linears(model).values())), torch.randn(3, 32, requires_grad=True)
     peftkern.patch(model)
-    expected = layer(x)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected)
-    loss = compiled(x).square().sum()
-    loss.backward()
-    found = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
-    layer.zero_grad()
-    layer(x).square().sum().backward()
-    for mine, theirs in zip(found, (p.grad for p in layer.parameters() if p.grad is not None), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        x.grad = None
+        torch.manual_seed(3)
+        y = run(x)
+        y.square().sum().backward()
+        gradients = {name: leaf.grad.clone() for name, leaf in layer.named_parameters() if leaf.grad is not None}
+        results.append({"y": y.detach(), "x": x.grad} | gradients)
+    assert results[1].keys() == results[0].keys() and len(results[0]) == 5
+    for name in results[0]:
+        torch.testing.assert_close(results[1][name], results[0][name])

@@ -61,7 +61,9 @@ def test_every_configuration_is_pefts(backend, share, pytestconfig, dispatch_env
 
 
 def test_memory_held_by_autograd_is_x_and_s(pytestconfig):
-    """Of every vanilla layer: nothing that is no parameter but x, s, two RNG integers and a 0-d scaling."""
+    """Of every vanilla layer: nothing that is no parameter but x, and of each adapter s, two RNG integers and a 0-d
+    scaling; of DoRA also two vectors of length N and h, of y's size, which the magnitude's gradient needs.
+    """
 
     @hunting(pytestconfig.getoption("--cases"), share=0.1)
     @given(configurations(vanilla=True))
@@ -75,14 +77,18 @@ def test_memory_held_by_autograd_is_x_and_s(pytestconfig):
 
 
 def expected_bytes(case: Configuration, x: torch.Tensor) -> int:
-    (adapter,) = case.used
-    A, B, lora_bias = adapter.trains
-    if not (A or B or (lora_bias and adapter.lora_bias) or case.bias == "trains" or case.x_needs_grad):
-        return 0
-    M, wide = x.numel() // case.K, 8 if case.x_dtype == F64 else 4
-    rng_state = 16 if case.training and round(65536 * adapter.p) else 0
-    scaling = {"tensor": 4, "fp64 tensor": 8}.get(adapter.scaling, 0)
-    return x.nbytes * A + M * adapter.r * wide * B + rng_state + scaling
+    M, wide, total = x.numel() // case.K, 8 if case.x_dtype == F64 else 4, 0
+    trains = case.bias == "trains" or case.x_needs_grad
+    for adapter in case.used:
+        A, B, lora_bias = adapter.trains
+        trains = trains or A or B or adapter.dora or (lora_bias and adapter.lora_bias)
+        drops = case.training and round(65536 * adapter.p) > 0
+        total += M * adapter.r * wide * (B or (adapter.dora and drops)) + {"tensor": 4, "fp64 tensor": 8}.get(
+            adapter.scaling, 0
+        )
+        total += 16 if drops else 0
+        total += (M * x.itemsize + 2 * wide) * case.N if adapter.dora else 0
+    return trains * (total + x.nbytes * any(adapter.trains[0] for adapter in case.used))
 
 
 def test_the_hunt_finds_a_wrong_gradient(monkeypatch):

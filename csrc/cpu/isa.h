@@ -2,6 +2,7 @@
 // this file; everything they compile lies in a namespace of that name.
 #pragma once
 #include "bank.h"
+#include "keep.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
@@ -45,6 +46,7 @@ static void keep_bits(const Dropout &dropout, int64_t M, int64_t K, uint64_t *bi
 extern const Kernels PEFTKERN_TABLE(PEFTKERN_ISA);
 const Kernels PEFTKERN_TABLE(PEFTKERN_ISA) = {PEFTKERN_NAME(PEFTKERN_ISA), PEFTKERN_ISA::kTileColumns, PEFTKERN_ISA::forward,
                                               PEFTKERN_ISA::backward, PEFTKERN_ISA::bank_forward,
-                                              PEFTKERN_ISA::bank_backward, PEFTKERN_ISA::pack_weight_any, PEFTKERN_ISA::keep_bits};
+                                              PEFTKERN_ISA::bank_backward, PEFTKERN_ISA::pack_weight_any, PEFTKERN_ISA::keep,
+                                              PEFTKERN_ISA::keep_bits};
 
 }  // namespace peftkern

@@ -107,6 +107,16 @@ struct PackedWeight {
   float *panels;
 };
 
+// x [M, K] where an element survives, else 0; without dropout's scale.
+struct Keep {
+  Dropout dropout;
+  int64_t M, K;
+  DType dtype;
+  const void *x; int64_t x_stride;  // unit stride along K
+  void *kept;                       // [M, K], contiguous, written
+  int threads;
+};
+
 // One instruction set's implementation.
 struct Kernels {
   const char *name;
@@ -117,6 +127,7 @@ struct Kernels {
   void (*bank_forward)(const Forward &, const Bank &);
   void (*bank_backward)(const Backward &, const Bank &);
   void (*pack_weight)(const PackedWeight &);
+  void (*keep)(const Keep &);
   // Bit (row, col) of the keep mask, for the tests: bits is [M, ceil(K / 64)].
   void (*keep_bits)(const Dropout &, int64_t M, int64_t K, uint64_t *bits);
 };

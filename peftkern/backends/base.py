@@ -10,8 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from peftkern import dropout
 from peftkern.ops.bank_problem import BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
+from peftkern.weights import FrozenWeight
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,17 @@ class Backend(ABC):
         """``backward`` on top of a contiguous dx: dx += dy W + c D(dy B A) in place; needs.x."""
         dx.addmm_(dy, operands.weight.materialize(dy.dtype))
         return self.accumulate_backward(operands, dy, x, s, dx, needs)
+
+    def product(self, weight: FrozenWeight, rows: Tensor, backward: bool) -> Tensor:
+        """rows W^T, or, in ``backward``, rows W. M >= 1."""
+        W = weight.materialize(rows.dtype)
+        return rows @ W if backward else torch.nn.functional.linear(rows, W)
+
+    def kept(self, x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:
+        """x [M, K] where an element survives, else 0 (for a NaN too), unscaled; fresh and contiguous. M >= 1."""
+        M, K = x.shape
+        keep = dropout.keep_mask(M, K, dropout_p, rng_state)
+        return torch.where(keep, x, x.new_zeros(())).contiguous()
 
     def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
         """y [M, N] in x's dtype and s of all segments in fp32 (fp64 for fp64). M >= 1.

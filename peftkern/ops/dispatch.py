@@ -16,6 +16,7 @@ from peftkern import _env
 from peftkern.backends.base import Backend
 from peftkern.ops.bank_problem import BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
+from peftkern.weights import FrozenWeight
 
 logger = logging.getLogger("peftkern")
 
@@ -186,6 +187,30 @@ def backward_shared(
                 one = chosen.backward_onto(operands, dy, x_read, s, dx, need)
         found.append(one._replace(x=None) if found else one)
     return found
+
+
+def dropped_product(
+    weight: FrozenWeight, rows: Tensor, dropout_p: float, rng_state: Tensor, backward: bool, backend: str
+) -> Tensor:
+    """K(x) W^T [M, N], or K(dy W) [M, K]; K keeps what dropout keeps, unscaled."""
+    if rows.shape[0] == 0:
+        return rows.new_empty(0, weight.shape[1 if backward else 0])
+    chosen = _available(rows.device.type, backend or _env.settings().backend)
+    with without_autocast(rows.device.type):
+        if backward:
+            return chosen.kept(chosen.product(weight, rows, True), dropout_p, rng_state)
+        return chosen.product(weight, chosen.kept(rows, dropout_p, rng_state), False)
+
+
+def _available(device_type: str, requested: str) -> Backend:
+    """A backend for what every backend can do."""
+    if requested == "auto":
+        return next(backend for backend in candidates(device_type) if backend.unavailable() is None)
+    backend = backend_named(requested)
+    reason = backend.unavailable()
+    if reason is not None:
+        raise RuntimeError(f"backend {requested!r} was requested and cannot run this call: {reason}")
+    return backend
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:

@@ -79,6 +79,12 @@ def row_norm_flops(w_data_shape: _Shape, *arguments: Any, **unused: Any) -> int:
     return 2 * N * R * K
 
 
+def dropped_product_flops(rows_shape: _Shape, w_data_shape: _Shape, *arguments: Any, **unused: Any) -> int:
+    """The one product, of the same size in both directions."""
+    N, K = w_data_shape
+    return 2 * rows_shape[0] * N * K
+
+
 def _rank_and_width(arguments: Sequence[Any]) -> tuple[int, int]:
     """(R, N), read off lora_B, which stands behind w_data, w_scale, w_format, group_size and lora_A."""
     N, R = arguments[5]
@@ -94,6 +100,7 @@ def register() -> None:
     register_flop_formula(torch.ops.peftkern.forward_adapters)(forward_adapters_flops)
     register_flop_formula(torch.ops.peftkern.backward_adapters)(backward_adapters_flops)
     register_flop_formula(torch.ops.peftkern.row_norm)(row_norm_flops)
+    register_flop_formula(torch.ops.peftkern.dropped_product)(dropped_product_flops)
 
 
 def register_shared() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkern.ops.problem import LoRAOperands, Needs
+from peftkern.weights import FrozenWeight
 
 _NARROW = (torch.float16, torch.bfloat16)
 _FLOATING = (torch.float32, *_NARROW, torch.float64)
@@ -98,6 +99,20 @@ def check_backward(operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tens
         _explain_rows("x", x, (M, K), dtype, dy)
     if not s_fits:
         _explain_rows("s", s, (M, R), wide, dy)
+
+
+def check_product(weight: FrozenWeight, rows: Tensor, rng_state: Tensor, backward: bool) -> None:
+    """Raise ValueError or TypeError unless rows are [M, K], in ``backward`` [M, N], as the weight is."""
+    weight.check_layout("weight")
+    width, dtype = weight.shape[0 if backward else 1], weight.compute_dtype or rows.dtype
+    if rows.ndim != 2 or rows.shape[1] != width:
+        raise ValueError(f"rows are [M, {width}] for a weight of shape {weight.shape}, got {tuple(rows.shape)}")
+    if rows.dtype != dtype or rows.dtype not in _FLOATING:
+        raise TypeError(f"rows are in the weight's floating dtype, {dtype}, got {rows.dtype}")
+    check_devices({"rows": rows, "weight": weight.data, "rng_state": rng_state})
+    check_rng_state(rng_state, rows.device)
+    if rng_state.stride(0) != 1:
+        raise ValueError(f"rng_state is contiguous for the operator, got stride {rng_state.stride()}")
 
 
 def _explain_rows(name: str, found: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, dy: Tensor) -> None:

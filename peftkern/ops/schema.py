@@ -144,6 +144,28 @@ def _row_norm_fake(w_data, w_scale, w_format, group_size, lora_A, *_) -> Tensor:
     return lora_A.new_empty(weight.shape[0], dtype=wide)
 
 
+# The product of DoRA that is dropped as a whole, unscaled: K(rows) W^T, or, in ``backward``, K(rows W); K keeps what
+# dropout keeps.
+_library.define(
+    "dropped_product(Tensor rows, Tensor w_data, Tensor? w_scale, str w_format, int group_size, float dropout_p, "
+    "Tensor rng_state, bool backward, str backend) -> Tensor"
+)
+
+
+def dropped_product_here(
+    rows, w_data, w_scale, w_format, group_size, dropout_p, rng_state, backward, backend
+) -> Tensor:
+    weight = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size)
+    inputs.check_product(weight, rows, rng_state, backward)
+    return dispatch.dropped_product(weight, rows, dropout_p, rng_state, backward, backend)
+
+
+def _dropped_product_fake(rows, w_data, w_scale, w_format, group_size, _, rng_state, backward, backend) -> Tensor:
+    weight = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size)
+    inputs.check_product(weight, rows, rng_state, backward)
+    return rows.new_empty(rows.shape[0], weight.shape[1 if backward else 0])
+
+
 _library.impl("forward", forward_here, "CompositeExplicitAutograd")
 _library.impl("backward", backward_here, "CompositeExplicitAutograd")
 torch.library.register_fake("peftkern::forward", _forward_fake, lib=_library)
@@ -154,12 +176,15 @@ torch.library.register_fake("peftkern::forward_adapters", _forward_adapters_fake
 torch.library.register_fake("peftkern::backward_adapters", _backward_adapters_fake, lib=_library)
 _library.impl("row_norm", row_norm_here, "CompositeExplicitAutograd")
 torch.library.register_fake("peftkern::row_norm", _row_norm_fake, lib=_library)
+_library.impl("dropped_product", dropped_product_here, "CompositeExplicitAutograd")
+torch.library.register_fake("peftkern::dropped_product", _dropped_product_fake, lib=_library)
 
 forward = torch.ops.peftkern.forward.default
 backward = torch.ops.peftkern.backward.default
 forward_adapters = torch.ops.peftkern.forward_adapters.default
 backward_adapters = torch.ops.peftkern.backward_adapters.default
 row_norm = torch.ops.peftkern.row_norm.default
+dropped_product = torch.ops.peftkern.dropped_product.default
 
 
 def _register_sharding() -> None:

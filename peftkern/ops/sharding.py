@@ -11,7 +11,7 @@ One layout per mesh dimension, chosen by the frozen weight, which is never moved
 Biases are Shard(0) in ``column``; in ``row`` the first rank adds them. Parameters' gradients leave as their parameter
 lies. Dropout counts rows and columns of the whole x: in ``column`` every rank sees it; in ``row`` a rank counts its own
 columns, in a stream of its own, so the mask is not the one of an unsharded call; ``batch`` is not taken with dropout.
-The operators for several adapters and row norms are refused.
+The operators for several adapters and for DoRA are refused.
 """
 
 from __future__ import annotations
@@ -180,5 +180,5 @@ def register() -> None:
     """Tell torch.library, once DTensor has been imported."""
     torch.library.register_torch_dispatch("peftkern::forward", DTensor, forward)
     torch.library.register_torch_dispatch("peftkern::backward", DTensor, backward)
-    for name in ("forward_adapters", "backward_adapters", "row_norm"):
+    for name in ("forward_adapters", "backward_adapters", "row_norm", "dropped_product"):
         torch.library.register_torch_dispatch(f"peftkern::{name}", DTensor, refused)

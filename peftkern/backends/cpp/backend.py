@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern import _env
+from peftkern import _env, dropout
 from peftkern.backends.base import Backend, Plan, bias_gradients
 from peftkern.backends.cpp import bank, call, prepack
 from peftkern.backends.cpp.call import DECODE_ROWS, DTYPES, address, read_weight, unit_stride
 from peftkern.backends.cpp.extension import extension
 from peftkern.ops.bank_problem import BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
+from peftkern.weights import FrozenWeight
 
 
 class CppBackend(Backend):
@@ -125,6 +126,31 @@ class CppBackend(Backend):
                 A.data_ptr(), B.data_ptr(), address(dx), onto, address(dA), address(dB),
             )  # fmt: skip
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
+
+    def product(self, weight: FrozenWeight, rows: Tensor, backward: bool) -> Tensor:
+        if rows.dtype not in DTYPES or not call.one_pass(rows.dtype, rows.shape[0], weight.format):
+            return super().product(weight, rows, backward)
+        rows = unit_stride(rows)
+        made = rows.new_empty(rows.shape[0], weight.shape[1 if backward else 0])
+        problem = call.base_problem(weight.shape, rows, True)
+        _held = read_weight(problem, weight, rows, not backward)
+        module = extension()[0]
+        if backward:
+            module.backward(problem, rows.data_ptr(), rows.stride(0), 0, 0, 0, 0, 0, made.data_ptr(), False, 0, 0)
+        else:
+            module.forward(module.Forward(problem, rows.data_ptr(), rows.stride(0), 0, 0, 0, 0, 0, made.data_ptr()))
+        return made
+
+    def kept(self, x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:
+        if x.dtype not in DTYPES:
+            return super().kept(x, dropout_p, rng_state)
+        x = unit_stride(x)
+        kept = x.new_empty(x.shape)
+        extension()[0].keep(
+            dropout.threshold(dropout_p), rng_state.data_ptr(), *x.shape, DTYPES[x.dtype], x.data_ptr(), x.stride(0),
+            kept.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return kept
 
     def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
         return bank.forward(operands, x)

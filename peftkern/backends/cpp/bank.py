@@ -87,8 +87,5 @@ def _entry(segment: Segment, pair: _Pair, gradients: _Pair | None) -> tuple[int 
 
 
 def _problem(operands: BankOperands, rows: Tensor) -> Any:
-    (N, K), dtype = operands.weight.shape, DTYPES[rows.dtype]
-    return extension()[0].Problem(
-        rows.shape[0], K, N, 0, dtype, dtype, operands.precision == "base", 0.0, 0, 0, torch.get_num_threads(),
-        call.one_pass(rows.dtype, rows.shape[0]),
-    )  # fmt: skip
+    whole = call.one_pass(rows.dtype, rows.shape[0])
+    return call.base_problem(operands.weight.shape, rows, whole, operands.precision == "base")

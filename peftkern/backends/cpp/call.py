@@ -39,6 +39,14 @@ def problem(operands: LoRAOperands, rows: Tensor, whole: bool) -> Any:
     )  # fmt: skip
 
 
+def base_problem(shape: tuple[int, ...], rows: Tensor, whole: bool, round_factors: bool = True) -> Any:
+    """``problem`` of a weight [N, K] without a low-rank pair."""
+    (N, K), dtype = shape, DTYPES[rows.dtype]
+    return extension()[0].Problem(
+        rows.shape[0], K, N, 0, dtype, dtype, round_factors, 0.0, 0, 0, torch.get_num_threads(), whole
+    )
+
+
 def read_weight(problem: Any, frozen: FrozenWeight, rows: Tensor, forward: bool) -> Any:
     """Make a problem in one pass read the frozen weight, for y or for dx; what it returns must outlive the call."""
     if frozen.format != "dense":

@@ -17,6 +17,7 @@ from peftkern.backends.triton.arch import Arch, arch_of
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 _OLDEST = (3, 6)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -65,7 +66,7 @@ class TritonBackend(Backend):
             return f"Triton kernels do not run on {problem.device_type} tensors"
         if problem.several_adapters:
             return "the kernels look no adapter up by row"
-        if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if problem.dtype not in _DTYPES:
             return f"the kernels compute in float32, bfloat16 or float16, not {problem.dtype}"
         if problem.adapter_dtype not in (torch.float32, problem.dtype):
             return f"adapters are {problem.dtype} or float32, not {problem.adapter_dtype}"
@@ -121,6 +122,16 @@ class TritonBackend(Backend):
                 _run([*plan.steps, *plan.beside])
             _run(plan.after)
         return plan.gradients
+
+    def kept(self, x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:
+        if x.dtype not in _DTYPES:
+            return super().kept(x, dropout_p, rng_state)
+        from peftkern.backends.triton import launch
+
+        kept = x.new_empty(x.shape)
+        with _on(x.device):
+            launch.kept(x, kept, dropout_p, rng_state).run()
+        return kept
 
 
 @functools.lru_cache(maxsize=64)

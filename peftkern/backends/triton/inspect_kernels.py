@@ -65,7 +65,7 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One combination of the slots. ``body`` is a schedule (its ``fused``), "shrink" or "grad"."""
+    """One combination of the slots. ``body`` is a schedule (its ``fused``), "shrink", "grad" or "kept"."""
 
     body: str
     dtype: torch.dtype = torch.bfloat16
@@ -143,6 +143,9 @@ def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
     if v.body == "grad with t":
         made, _ = launch.grad(direction, None, None, empty(v.M, v.N), T, v.bias, arch, t_out=T)
         return made, str(grad_tile(v.dtype, R, True, arch))
+    if v.body == "kept":
+        made = launch.kept(X, empty(v.M, Q), operands.dropout_p, empty(2, dtype=torch.int64))
+        return made, "{BLOCK_M}x{BLOCK_COLS}".format(**made.arguments)
     choice = Choice(v.body, v.tile) if v.tile else select.choose(v.launch, arch)
     dependent = choice.schedule == SPLIT and arch.dependent_launch
     return launch.fused(direction, X, T, empty(v.M, P), choice, arch, dependent), str(choice.tile)
@@ -234,7 +237,7 @@ def failure(row: Row, variant: Variant) -> str | None:
         threads = 32 * tile.num_warps * tile.resident
         if row.shared_memory * tile.resident > row.shared_memory_limit or row.registers * threads > _REGISTERS:
             return f"{tile.resident} programs do not fit on one unit"
-    if narrow and row.mma == "none":
+    if narrow and row.mma == "none" and variant.body != "kept":
         return "no matrix instruction"
     if tile and narrow and tile.BLOCK_M >= 64 and row.mma != _LARGE[row.target]:
         return f"{row.mma} where {_LARGE[row.target]} was expected"
@@ -270,6 +273,7 @@ def variants(arch: Arch) -> Iterator[Variant]:
         yield replace(thin, body="grad", R=512)
         if grad_gives_t(dtype, thin.R, precision, arch):
             yield replace(thin, body="grad with t", dropout=False)
+        yield Variant("kept", dtype, dropout=True)
 
 
 def _hardest(base: Variant, arch: Arch) -> Iterator[Variant]:

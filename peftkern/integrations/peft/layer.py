@@ -84,7 +84,7 @@ def _several(x: Tensor, parts: Parts) -> Tensor:
 
 
 def operands_of(x: Tensor, weight: FrozenWeight, bias: Tensor | None, adapter: Adapter) -> LoRAOperands:
-    """The operands of an adapter without a magnitude beside a base in x's dtype; draws its RNG state."""
+    """The operands of an adapter, but for its magnitude, beside a base in x's dtype; draws its RNG state."""
     A, B, lora_bias, p, scaling, _ = adapter
     rng_state = dropout.draw_rng_state(x.device) if p else None
     c, tensor = split_scaling(scaling, x)
@@ -92,8 +92,6 @@ def operands_of(x: Tensor, weight: FrozenWeight, bias: Tensor | None, adapter: A
 
 
 def _dora(x: Tensor, parts: Parts, magnitude: Tensor) -> Tensor:
-    A, B, _, _, scaling, _ = parts.adapters[0]
     assert isinstance(parts.weight, Tensor)  # the predicate has seen to it
     x, weight, bias = autocast(x, DenseWeight(parts.weight), parts.bias)
-    c, tensor = split_scaling(scaling, x)
-    return apply_dora(x, LoRAOperands(weight, A, B, bias, None, c, tensor, 0.0, None, "base"), magnitude)
+    return apply_dora(x, operands_of(x, weight, bias, parts.adapters[0]), magnitude)

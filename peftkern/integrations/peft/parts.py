@@ -165,10 +165,9 @@ def _adapter(
         return f"lora_A is {A.dtype} and lora_B {B.dtype}, or its bias is of another dtype"
     if not dora:
         return Adapter(A, B, lora_bias, p, scaling)
-    if p and state["training"]:  # then PEFT runs the base layer a second time, on the dropped x
-        return "it uses DoRA with dropout"
     magnitude = _magnitude(modules["lora_magnitude_vector"]._modules[name], A, B)
-    return magnitude if isinstance(magnitude, str) else Adapter(A, B, lora_bias, 0.0, scaling, magnitude)
+    p = p if state["training"] else 0.0  # DoRA asks the layer whether it trains, then dropout
+    return magnitude if isinstance(magnitude, str) else Adapter(A, B, None, p, scaling, magnitude)
 
 
 def _magnitude(child: Any, A: Tensor, B: Tensor) -> Tensor | str:
@@ -228,6 +227,8 @@ def why_not_input(parts: Parts, x: Tensor) -> str | None:
     weight = parts.weight
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         return f"x has shape {tuple(x.shape)}"
+    if x.ndim == 1 and parts.adapters[0].magnitude is not None:
+        return "x is one row without dimensions before it, and PEFT's DoRA adds one"
     if x.device != weight.device:
         return f"x is on {x.device}"
     device, compute = x.device.type, parts.compute

@@ -6,6 +6,7 @@ compiles the same object for chips that are not here, and ``peftkern.testing.tra
 
 from peftkern.backends.triton.launch.decode import decode
 from peftkern.backends.triton.launch.gradients import Gradient, grad, reduce
+from peftkern.backends.triton.launch.kept import kept
 from peftkern.backends.triton.launch.operands import Direction, Launch, VendorProduct, loads, near
 from peftkern.backends.triton.launch.produce import fused, shrink
 
@@ -17,6 +18,7 @@ __all__ = [
     "decode",
     "fused",
     "grad",
+    "kept",
     "loads",
     "near",
     "reduce",
