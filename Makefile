@@ -1,10 +1,12 @@
 # make demo   fine-tune a real language model with plain PEFT, then with peftkern
+# make demo QUANT=nf4   the same on a base in 4 bits (or fp4), beside the dense one
 # make demo-many   train three adapters in one batch, serve them in one batch, sweep 8 trials in one batch
 # make test   lint, import contracts, types and every test that this machine can run
 # make versions   the tests of PEFT and the Trainer with the oldest supported pair of PEFT and transformers
 # make sanitize   the extension's tests under AddressSanitizer and UBSan
 PYTHON ?= python3
 STEPS ?=
+QUANT ?=
 OUT ?= demo_out
 
 # The one place that pins torch. It is installed before anything that depends on it.
@@ -19,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
-	$(BIN)/python -m benchmarks.demo --out $(OUT) $(if $(STEPS),--steps $(STEPS))
+	$(BIN)/python -m benchmarks.demo --out $(OUT) $(if $(STEPS),--steps $(STEPS)) $(if $(QUANT),--quant $(QUANT))
 
 demo-many: .venv/ready
 	$(BIN)/python -m benchmarks.demo_many $(if $(STEPS),--steps $(STEPS))

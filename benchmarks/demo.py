@@ -1,10 +1,14 @@
 """The demo: a real language model fine-tuned by plain PEFT and then by peftkern, on whatever this machine has.
 
-    python -m benchmarks.demo [--steps 60] [--out demo_out]
+    python -m benchmarks.demo [--steps 60] [--out demo_out] [--quant nf4]
+
+With --quant the model is fine-tuned by peftkern on a dense base and then on one whose linear layers bitsandbytes has
+quantised (QLoRA), after the losses there were held to those of PEFT over bitsandbytes.
 
 The base is bf16 where the machine multiplies bf16 in hardware, else fp32. Without --steps there are 60, or as many as
 fit into five minutes of training.
-Writes report.json, report.png and the trained adapter into the output folder, each whole or not at all.
+Writes report.json, report.png and the trained adapter into the output folder, each whole or not at all; with --quant
+their names end in it.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks import demo_report, harness, packages, record, smollm2
+from benchmarks import demo_report, harness, memory, packages, record, smollm2
 
 if TYPE_CHECKING:
     from benchmarks.finetune import Job, Run
@@ -53,6 +57,7 @@ def agreement(job: Job, batches: Sequence[Tensor]) -> dict[str, Any]:
 
     plain = finetune.train(finetune.build(job, 0.0), batches, job, "p=0 PEFT")
     own = finetune.train(finetune.patched(finetune.build(job, 0.0))[0], batches, job, "p=0 ours")
+    ours, theirs = own.median_seconds, plain.median_seconds
     largest = max(abs(a - b) / abs(a) for a, b in zip(plain.losses, own.losses, strict=True))
     bound = agreement_bound(job)
     if not largest <= bound:
@@ -65,7 +70,9 @@ def agreement(job: Job, batches: Sequence[Tensor]) -> dict[str, Any]:
         "peftkern": own.losses,
         "largest_relative_difference": largest,
         "bound": bound,
-        "seconds": plain.median_seconds + own.median_seconds,
+        "peft_seconds": theirs,
+        "peftkern_seconds": ours,
+        "seconds": 2 * ours if job.quant else theirs + ours,  # about what a step of both runs takes
     }
 
 
@@ -91,7 +98,7 @@ def logits_in_fresh_process(ids: Tensor, adapter: Path, job: Job) -> Tensor:
         ids_file, logits_file = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"ids": ids.cpu()}, ids_file)
         dtype = str(job.dtype).removeprefix("torch.")
-        arguments = [adapter, job.cache, job.device, dtype, ids_file, logits_file]
+        arguments = [adapter, job.cache, job.device, dtype, job.quant or "dense", ids_file, logits_file]
         command = [sys.executable, "-m", "benchmarks.reload_adapter", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -103,7 +110,7 @@ def reload_check(model: Any, ids: Tensor, adapter: Path, job: Job) -> dict[str, 
     """Compare the reloaded adapter's logits with PEFT's and peftkern's in this process, all relative.
 
     The size of the base's roundings is measured: the same model one precision up (fp32 for bf16, fp64 for fp32) is the
-    truth that both errors are taken against. ``model`` is left in that precision.
+    truth that both errors are taken against, a quantised base dequantised. ``model`` may be left in that precision.
 
     Raises: Disagreement where the fresh process computes something else than PEFT does here, or where peftkern's error
         is more than twice PEFT's.
@@ -113,9 +120,10 @@ def reload_check(model: Any, ids: Tensor, adapter: Path, job: Job) -> dict[str, 
 
     fused = finetune.logits(model, ids)
     fresh = logits_in_fresh_process(ids, adapter, job)
+    exact = finetune.dequantised(model, job) if job.quant else model
     with peftkern.disabled():
         plain = finetune.logits(model, ids)
-        truth = finetune.logits(model.to(torch.float32 if job.dtype == torch.bfloat16 else torch.float64), ids)
+        truth = finetune.logits(exact.to(torch.float32 if job.dtype == torch.bfloat16 else torch.float64), ids)
 
     def distance(value: Tensor, other: Tensor) -> float:
         return ((value - other).norm() / other.norm()).item()
@@ -132,9 +140,10 @@ def reload_check(model: Any, ids: Tensor, adapter: Path, job: Job) -> dict[str, 
     return found
 
 
-def _run_record(run: Run, before: float, job: Job) -> dict[str, Any]:
+def _run_record(run: Run, job: Job) -> dict[str, Any]:
     from benchmarks.finetune import WARMUP_STEPS
 
+    assert run.frozen is not None
     first, last = demo_report.first_and_last(run.losses)
     q1, median, q3 = harness.quartiles(run.seconds[WARMUP_STEPS:] or run.seconds)
     return {
@@ -142,14 +151,29 @@ def _run_record(run: Run, before: float, job: Job) -> dict[str, Any]:
         "seconds": run.seconds,
         "first_loss": first,
         "last_loss": last,
-        "held_out_before": before,
+        "held_out_before": run.before,
         "held_out_after": run.held_out,
         "median_seconds": median,
         "seconds_quartiles": [q1, q3],
         "fastest_seconds": min(run.seconds),
         "tokens_per_second": job.tokens / median,
         "saved_mib": run.saved_mib,
+        "frozen_linears_mib": run.frozen.linears / memory.MIB,
+        "frozen_linears_elements": run.frozen.elements,
+        "frozen_mib": run.frozen.total / memory.MIB,
     }
+
+
+def contenders(job: Job) -> dict[str, tuple[Job, bool]]:
+    """The two runs, by name: the job of each, and whether its model is patched."""
+    if job.quant:
+        return {f"{job.base} base": (job.dense, True), f"{job.quant} base": (job, True)}
+    return {"PEFT": (job, False), "peftkern": (job, True)}
+
+
+def named(stem: str, quant: str, suffix: str = "") -> str:
+    """The name of a file or folder that the demo writes."""
+    return f"{stem}-{quant}{suffix}" if quant else f"{stem}{suffix}"
 
 
 def fine_tune(job: Job, out: Path) -> dict[str, Any]:
@@ -171,21 +195,24 @@ def fine_tune(job: Job, out: Path) -> dict[str, Any]:
         job = dataclasses.replace(job, steps=min(MOST_STEPS, fitting))
 
     runs: dict[str, Run] = {}
-    print(f"2. {job.steps} steps with dropout 0.05 under plain PEFT", flush=True)
-    model = finetune.build(job, 0.05)
-    before = finetune.held_out_loss(model, held_out)
-    samples = {"prompt": PROMPT, "before": finetune.continuation(model, tokenizer, PROMPT)}
-    runs["PEFT"] = finetune.train(model, batches[: job.steps], job, "PEFT")
-    runs["PEFT"].held_out = finetune.held_out_loss(model, held_out)
-
-    print(f"3. the same {job.steps} steps after peftkern.patch(model)", flush=True)
-    model, layers = finetune.patched(finetune.build(job, 0.05))
-    runs["peftkern"] = finetune.train(model, batches[: job.steps], job, "peftkern")
-    runs["peftkern"].held_out = finetune.held_out_loss(model, held_out)
+    samples = {"prompt": PROMPT}
+    for number, (name, (own_job, patch)) in enumerate(contenders(job).items(), 2):
+        how = "under peftkern" if patch else "under plain PEFT"
+        print(f"{number}. {job.steps} steps with dropout 0.05 {how}{f', {name}' if job.quant else ''}", flush=True)
+        model = finetune.build(own_job, 0.05)
+        if patch:
+            model, layers = finetune.patched(model)
+        before = finetune.held_out_loss(model, held_out)
+        if own_job == job and "before" not in samples:
+            samples["before"] = finetune.continuation(model, tokenizer, PROMPT)
+        runs[name] = finetune.train(model, batches[: job.steps], job, name)
+        runs[name].before, runs[name].frozen = before, memory.frozen_bytes(model)
+        runs[name].held_out = finetune.held_out_loss(model, held_out)
     samples["after"] = finetune.continuation(model, tokenizer, PROMPT)
 
     print("4. save the adapter, load it with plain PEFT in a fresh process", flush=True)
-    save_adapter(model, out / "adapter")
+    adapter = out / named("adapter", job.quant)
+    save_adapter(model, adapter)
     return {
         "machine": record.machine(),
         "job": {
@@ -197,12 +224,13 @@ def fine_tune(job: Job, out: Path) -> dict[str, Any]:
             "seed": job.seed,
             "held_out_play": smollm2.HELD_OUT_PLAY,
             "base": job.base,
+            "quant": job.quant,
         },
         "agreement": agreed,
-        "runs": {name: _run_record(run, before, job) for name, run in runs.items()},
+        "runs": {name: _run_record(run, job) for name, run in runs.items()},
         "layers": layers.to_dict(),
         "layers_text": str(layers),
-        "reload": reload_check(model, held_out[0], out / "adapter", job),
+        "reload": reload_check(model, held_out[0], adapter, job),
         "samples": samples,
     }
 
@@ -226,7 +254,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("demo_out"), help="folder of report.json, report.png, adapter/"
     )
+    parser.add_argument(
+        "--quant", default="", help=f"quantise the base's linear layers to one of {', '.join(smollm2.FOUR_BIT)}"
+    )
     options = parser.parse_args(arguments)
+    if options.quant and options.quant not in smollm2.FOUR_BIT:
+        parser.exit(2, f"the demo quantises to {' or '.join(smollm2.FOUR_BIT)}, not to {options.quant!r}\n")
     if options.steps is not None and options.steps < 1:
         parser.error("--steps is at least 1")
     return options
@@ -235,23 +268,26 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo and write its report."""
     options = _parse(arguments)
-    packages.require("tqdm", *packages.REAL_MODEL)
+    packages.require("tqdm", *packages.REAL_MODEL, *(["bitsandbytes"] if options.quant else []))
     from benchmarks.finetune import Job
 
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    job = Job(device, options.out / smollm2.CACHE.name, options.steps or 0, smollm2.native_dtype(device))
+    dtype, quant = smollm2.native_dtype(device), options.quant
+    job = Job(device, options.out / smollm2.CACHE.name, options.steps or 0, dtype, quant=quant)
     record.print_machine(record.machine())
     why = "bf16" if job.base == "bf16" else "no bf16"
     print(f"base model in {job.base}: this machine has {why} instructions", flush=True)
     report = fine_tune(job, options.out)
     report["seconds_in_all"] = time.monotonic() - start
     show(report)
-    record.write_json(options.out / "report.json", report)
+    written = [named("report", quant, ".json")]
+    record.write_json(options.out / written[0], report)
     picture = demo_report.figure(report)
     if picture is not None:
-        record.write_png(options.out / "report.png", picture)
-    print(f"\nwritten to {options.out}: report.json, {'report.png, ' if picture else ''}adapter/")
+        written.append(named("report", quant, ".png"))
+        record.write_png(options.out / written[1], picture)
+    print(f"\nwritten to {options.out}: {', '.join(written)}, {named('adapter', quant)}/")
     print(f"{report['seconds_in_all']:.0f} s in all")
 
 

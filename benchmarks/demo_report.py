@@ -28,15 +28,18 @@ def curve_table(losses: Mapping[str, Sequence[float]], points: int = 8) -> str:
 
 
 def summary_table(report: Mapping[str, Any]) -> str:
-    """The final table: PEFT beside peftkern."""
-    peft, own = report["runs"]["PEFT"], report["runs"]["peftkern"]
+    """The final table: PEFT beside peftkern, or the dense base beside the quantised one."""
+    (one, first), (other, second) = report["runs"].items()
 
     def row(label: str, key: str, form: str, compare: str = "") -> dict[str, str]:
-        return {"": label, "PEFT": format(peft[key], form), "peftkern": format(own[key], form), " ": compare}
+        return {"": label, one: format(first[key], form), other: format(second[key], form), " ": compare}
 
-    faster = peft["median_seconds"] / own["median_seconds"]
-    quickest = peft["fastest_seconds"] / own["fastest_seconds"]
-    smaller = peft["saved_mib"] / own["saved_mib"]
+    def less(key: str) -> str:
+        factor = first[key] / second[key]
+        return f"{factor:.2f}x less" if factor >= 1 else f"{factor:.2f}x"
+
+    faster = first["median_seconds"] / second["median_seconds"]
+    quickest = first["fastest_seconds"] / second["fastest_seconds"]
     rows = [
         row("training loss, first steps", "first_loss", ".3f"),
         row("training loss, last steps", "last_loss", ".3f"),
@@ -45,11 +48,14 @@ def summary_table(report: Mapping[str, Any]) -> str:
         row("median s/step", "median_seconds", ".3f", f"{faster:.2f}x faster" if faster >= 1 else f"{faster:.2f}x"),
         row("fastest s/step", "fastest_seconds", ".3f", f"{quickest:.2f}x"),
         row("tokens/s", "tokens_per_second", ".0f"),
-        row(
-            "MiB saved for backward", "saved_mib", ".0f", f"{smaller:.2f}x less" if smaller >= 1 else f"{smaller:.2f}x"
-        ),
+        row("MiB saved for backward", "saved_mib", ".0f", less("saved_mib")),
     ]
-    return record.table(rows, ("PEFT", "peftkern"))
+    if report["job"]["quant"]:
+        rows += [
+            row("MiB of frozen linear layers", "frozen_linears_mib", ".1f", less("frozen_linears_mib")),
+            row("MiB of the frozen model", "frozen_mib", ".1f", less("frozen_mib")),
+        ]
+    return record.table(rows, (one, other))
 
 
 def first_and_last(losses: Sequence[float]) -> tuple[float, float]:
@@ -57,8 +63,33 @@ def first_and_last(losses: Sequence[float]) -> tuple[float, float]:
     return _mean(losses[:_SMOOTH]), _mean(losses[-_SMOOTH:])
 
 
+def _explanation_of_quantised(report: Mapping[str, Any]) -> str:
+    job, agreed, place = report["job"], report["agreement"], report["machine"]["device"]
+    quantised, steps = report["runs"][f"{job['quant']} base"], len(agreed["peft"])
+    largest, bound = agreed["largest_relative_difference"], agreed["bound"]
+    bits = 8 * quantised["frozen_linears_mib"] * 2**20 / quantised["frozen_linears_elements"]
+    return f"""What you see
+  A language model (SmolLM2-135M-Instruct) was fine-tuned twice on Shakespeare's plays, {job["steps"]} steps of
+  {job["tokens"]} tokens each, on {place}, in {job["base"]}, both times by peftkern: on its dense
+  weights, and with its linear layers in {job["quant"]} (double quantised, by bitsandbytes), which is QLoRA. Those
+  stay frozen; what is trained is a small low-rank adapter beside each of them (r=16, alpha=32, dropout 0.05).
+  - The quantised linear layers hold {bits:.2f} bit per weight with all scales and tables, {16 / bits:.2f}x less than
+    bf16. The embedding, which is the output layer too, stays dense.
+  - Without dropout, the first {steps} steps on the quantised base have the losses of PEFT over bitsandbytes:
+    they differ by at most {largest:.1e} (relative); one rounding to {job["base"]} and 1e-6 are {bound:.1e}.
+    A step took PEFT {agreed["peft_seconds"]:.2f} s and peftkern {agreed["peftkern_seconds"]:.2f} s there.
+  - The held-out loss is measured on {job["held_out_play"].title()}, which neither run was trained on.
+  - "MiB saved for backward" is what autograd keeps from the forward pass for the backward pass.
+  - The adapter that was trained on the quantised base was saved, and loaded by plain PEFT over bitsandbytes in a
+    fresh process that never imported peftkern: {_reload_sentence(report["reload"], job["base"])}
+  Timings are of this machine and this minute; python -m benchmarks.quant measures interleaved, with spread.
+{_busy(report)}"""
+
+
 def explanation(report: Mapping[str, Any]) -> str:
     """What one sees, for a newcomer."""
+    if report["job"]["quant"]:
+        return _explanation_of_quantised(report)
     job, agreed, place = report["job"], report["agreement"], report["machine"]["device"]
     largest, bound = agreed["largest_relative_difference"], agreed["bound"]
     return f"""What you see
@@ -99,23 +130,29 @@ def figure(report: Mapping[str, Any]) -> Any | None:
     plt = record.pyplot()
     if plt is None:
         return None
-    colours = {"PEFT": record.COLOURS["peft"], "peftkern": record.COLOURS["peftkern"]}
-    picture, (left, time, space) = plt.subplots(1, 3, figsize=(12, 4.2), width_ratios=(2.4, 1, 1), layout="constrained")
+    job = report["job"]
+    one, other = report["runs"]
+    colours = {one: record.COLOURS["peft"], other: record.COLOURS["peftkern"]}
+    columns = 4 if job["quant"] else 3
+    picture, (left, time, space, *held) = plt.subplots(
+        1, columns, figsize=(12, 4.2), width_ratios=(2.4, *[1] * (columns - 1)), layout="constrained"
+    )
     for name, run in report["runs"].items():
         steps = range(1, len(run["losses"]) + 1)
-        dashes = (0, (4, 2)) if name == "peftkern" else "solid"
+        dashes = (0, (4, 2)) if name == other else "solid"
         left.plot(steps, run["losses"], color=colours[name], label=f"{name}: training", linestyle=dashes, linewidth=1.6)
         last = len(run["losses"])
         left.plot(
             [0, last], [run["held_out_before"], run["held_out_after"]], color=colours[name], linestyle="none",
-            marker="o" if name == "PEFT" else "x", markersize=8, label=f"{name}: held-out, before and after",
+            marker="o" if name == one else "x", markersize=8, label=f"{name}: held-out, before and after",
         )  # fmt: skip
     left.set(xlabel="training step", ylabel="loss (nats per token)", title="Losses")
     left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(fontsize=8, frameon=False)
     _bars(time, report["runs"], "median_seconds", "Time", "seconds per step (median, quartiles)", colours)
     _bars(space, report["runs"], "saved_mib", "Memory", "MiB saved for backward", colours)
-    job = report["job"]
+    for axes in held:
+        _bars(axes, report["runs"], "frozen_mib", "Base", "MiB of the frozen model", colours)
     picture.suptitle(
         f"LoRA fine-tuning of SmolLM2-135M on Shakespeare: {job['rows']}x{job['length']} tokens a step, "
         f"{report['machine']['device']}, {report['machine']['threads']} threads",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,17 @@ from torch import Tensor
 
 import peftkern
 from benchmarks import harness, memory, smollm2
+from peftkern.integrations.bitsandbytes import from_bitsandbytes
 
 WARMUP_STEPS = 2  # not counted in the median time of a step
 
 
 @dataclass(frozen=True)
 class Job:
-    """One fine-tuning job. ``dtype`` is the base's; the seed fixes the initial adapter, the batches and the dropout."""
+    """One fine-tuning job. ``dtype`` is the base's; the seed fixes the initial adapter, the batches and the dropout.
+
+    ``quant``: one of smollm2.FOUR_BIT where the linear layers are quantised; ``dtype`` is then what they compute in.
+    """
 
     device: str
     cache: Path
@@ -30,11 +34,17 @@ class Job:
     length: int = 256
     learning_rate: float = 5e-4
     seed: int = 0
+    quant: str = ""
 
     @property
     def base(self) -> str:
-        """The base's dtype in short, for tables."""
+        """The dtype in short, for tables."""
         return {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
+
+    @property
+    def dense(self) -> Job:
+        """The same job with a base that is not quantised."""
+        return replace(self, quant="")
 
     @property
     def tokens(self) -> int:
@@ -44,12 +54,17 @@ class Job:
 
 @dataclass
 class Run:
-    """What one training run left behind; times in seconds, memory in MiB."""
+    """What one training run left behind; times in seconds, memory in MiB.
+
+    ``before`` and ``held_out`` are the held-out loss before and after, ``frozen`` what the base holds.
+    """
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     held_out: float = float("nan")
+    before: float = float("nan")
     saved_mib: float = float("nan")
+    frozen: memory.Frozen | None = None
 
     @property
     def median_seconds(self) -> float:
@@ -58,10 +73,30 @@ class Run:
 
 
 def build(job: Job, dropout_p: float) -> Any:
-    """The model in the job's dtype with PEFT's default fp32 adapter (B = 0), the same one at every call."""
-    torch.manual_seed(job.seed)
+    """The model as the job wants it, with PEFT's default fp32 adapter (B = 0), the same one at every call."""
     model = smollm2.load_model(job.dtype, job.device, job.cache)
+    if job.quant:
+        smollm2.quantise(model, job.quant, job.dtype)
+    torch.manual_seed(job.seed)
     return get_peft_model(model, smollm2.lora_config(dropout_p))
+
+
+@torch.no_grad()
+def dequantised(model: Any, job: Job) -> Any:
+    """The job's model under plain PEFT with dense linear layers that hold the same values, and the same adapter.
+
+    Args: model: of ``build`` with a quantised base, patched or not; before bitsandbytes has computed with it without
+        gradients, when it may repack its weights.
+    """
+    twin = build(job.dense, 0.0)
+    theirs = dict(model.named_modules())
+    for name, module in twin.named_modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer.weight.copy_(from_bitsandbytes(theirs[name].base_layer).materialize(job.dtype))
+    adapter = {key: value for key, value in model.state_dict().items() if "lora_" in key}
+    found = twin.load_state_dict(adapter, strict=False)
+    assert not found.unexpected_keys, found.unexpected_keys
+    return twin
 
 
 def patched(model: Any) -> tuple[Any, peftkern.PatchReport]:

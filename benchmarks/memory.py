@@ -1,14 +1,18 @@
-"""Bytes that autograd keeps for backward, counted by storage."""
+"""Bytes that autograd keeps for backward, counted by storage, and bytes that a frozen base holds."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from peftkern.integrations.bitsandbytes import from_bitsandbytes
 
 MIB = 2**20
 
@@ -31,6 +35,29 @@ class _Held:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()
+
+
+class Frozen(NamedTuple):
+    """Bytes that a model's frozen base holds: its linear layers with all their scales and tables, and everything."""
+
+    linears: int
+    elements: int  # of the linear layers
+    total: int
+
+
+def frozen_bytes(model: nn.Module) -> Frozen:
+    """What the frozen parameters of a PEFT model hold, with what bitsandbytes keeps beside its 4-bit layers."""
+    linears = elements = 0
+    total = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if base is not None:
+            quantised = from_bitsandbytes(base) if hasattr(base.weight, "quant_state") else None
+            held = base.weight.nbytes if quantised is None else quantised.nbytes
+            total += held - base.weight.nbytes
+            linears += held
+            elements += math.prod(base.weight.shape if quantised is None else quantised.shape)
+    return Frozen(linears, elements, total)
 
 
 def saved_for_backward(forward: Callable[[], object], model: nn.Module | None = None) -> SavedBytes:

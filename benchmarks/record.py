@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import io
+import itertools
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from benchmarks.harness import METHOD
 from peftkern.environment import env_report
 
 COLOURS = {"frozen": "silver", "peft": "tab:orange", "naive": "tab:orange", "peftkern": "tab:green"}
+_MORE_COLOURS = ("tab:blue", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -151,7 +153,7 @@ def ratio_figure(groups: Mapping[str, Sequence[Mapping[str, Any]]], title: str, 
         return None
     names = list(dict.fromkeys(row["name"] for rows in groups.values() for row in rows))
     others = [name for name in names if name not in COLOURS]
-    colours = COLOURS | dict(zip(others, ("tab:blue", "tab:red", "tab:purple", "tab:brown"), strict=False))
+    colours = COLOURS | dict(zip(others, itertools.cycle(_MORE_COLOURS), strict=False))
     count = sum(len(rows) + 1 for rows in groups.values())
     figure, axes = plt.subplots(figsize=(9, 1.4 + 0.27 * count))
     position, ticks, seen = 0.0, [], set()

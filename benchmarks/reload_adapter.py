@@ -1,8 +1,9 @@
 """Load a saved adapter with plain PEFT, in a process that never imports peftkern, and write its logits.
 
-    python -m benchmarks.reload_adapter ADAPTER_FOLDER MODEL_CACHE DEVICE DTYPE IDS_FILE LOGITS_FILE
+    python -m benchmarks.reload_adapter ADAPTER_FOLDER MODEL_CACHE DEVICE DTYPE BASE IDS_FILE LOGITS_FILE
 
-The demo runs this to show that what peftkern trained is an ordinary PEFT adapter.
+BASE is "dense", or what bitsandbytes quantises the linear layers to. The demo runs this to show that what peftkern
+trained is an ordinary PEFT adapter.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from benchmarks import smollm2
 
 def main(arguments: list[str]) -> None:
     """Read token ids, write the logits that the reloaded model gives."""
-    adapter, cache, device, dtype, ids_file, logits_file = arguments
+    adapter, cache, device, dtype, quant, ids_file, logits_file = arguments
     from peft import PeftModel
     from safetensors.torch import load_file, save_file
 
     base = smollm2.load_model(getattr(torch, dtype), device, Path(cache))
+    if quant != "dense":
+        smollm2.quantise(base, quant, getattr(torch, dtype))
     model = PeftModel.from_pretrained(base, adapter).eval()
     ids = load_file(ids_file, device=device)["ids"]
     with torch.no_grad():

@@ -20,6 +20,7 @@ from benchmarks import packages
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 CACHE = Path("demo_out") / "smollm2-135m-bf16"
+FOUR_BIT = ("nf4", "fp4")  # what ``quantise`` can make of the linear layers
 HELD_OUT_PLAY = "macbeth"
 _CHARACTERS_PER_TOKEN = 8  # generous: a window of text always has enough tokens (about 3 are seen)
 
@@ -81,6 +82,27 @@ def load_model(dtype: torch.dtype, device: str = "cpu", cache: Path = CACHE) -> 
     model = AutoModelForCausalLM.from_pretrained(_cached(cache), dtype=dtype).to(device)
     model.config.use_cache = False
     return model.requires_grad_(False).train()
+
+
+def quantise(model: Any, kind: str, compute: torch.dtype) -> Any:
+    """Put bitsandbytes' 4-bit layers in the place of every linear layer but lm_head, which is the embedding.
+
+    Args: model: of ``load_model``, changed in place; kind: one of FOUR_BIT, double quantised, in blocks of 64; compute:
+        the dtype that the weights are multiplied in.
+    Returns: the model, as PEFT wants to find one that was loaded in 4 bits.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in list(model.model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is torch.nn.Linear:
+                N, K = linear.weight.shape
+                layer = Linear4bit(K, N, linear.bias is not None, compute, quant_type=kind, device="meta")
+                layer.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type=kind)
+                layer.bias = linear.bias
+                setattr(parent, name, layer.to(linear.weight.device))  # which quantises
+    model.is_loaded_in_4bit = True
+    return model
 
 
 def load_tokenizer(cache: Path = CACHE) -> Any:

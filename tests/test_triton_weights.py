@@ -6,13 +6,17 @@ import os
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from conftest import Case, make, run
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from peftkern.backends.triton import launch, select
-from peftkern.backends.triton.tiles import Choice, TileConfig
+from peftkern.backends.triton.kernels.matrix import store_block
+from peftkern.backends.triton.launch.operands import packed
+from peftkern.backends.triton.tiles import FAR, Choice, TileConfig
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import FrozenWeight
 
@@ -50,6 +54,68 @@ def test_a_loader_is_the_formats_definition(name, options, shape):
         made.run()
         assert torch.equal(decoded.weight.data, weight.materialize(dtype))
         assert set(map(id, made.reads)) == set(map(id, weight.tensors))
+
+
+@triton.jit
+def one_tile(
+    W, w_operands, OUT, n0, k0, N, K, LOAD_W: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """OUT [BLOCK_N, BLOCK_K] = the tile at n0, k0."""
+    if BACKWARD:
+        value = LOAD_W(W, w_operands, n0, k0, N, K, BLOCK_N, BLOCK_K, True, tl.float32)
+    else:
+        value = tl.trans(LOAD_W(W, w_operands, k0, n0, K, N, BLOCK_K, BLOCK_N, False, tl.float32))
+    store_block(OUT, (BLOCK_K, 1), value, 0, 0, BLOCK_N, BLOCK_K, BLOCK_N, BLOCK_K)
+
+
+def at_the_end(corner: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """A matrix that ends with ``corner``, after so many rows and columns of anything."""
+    whole = torch.empty(rows + corner.shape[0], columns + corner.shape[1], dtype=corner.dtype)
+    whole[rows:, columns:] = corner
+    return whole
+
+
+def flat_weight(N: int, K: int, n0: int, k0: int) -> tuple[FrozenWeight, torch.Tensor]:
+    """An nf4 weight and its values from n0 and k0 on, by the format's definition in 64 bits."""
+    code, _, nested_code, offset = FrozenWeight.quantize(torch.ones(1, 64), "nf4").tables
+    place = (torch.arange(n0, N) * K).unsqueeze(1) + torch.arange(k0, K)
+    block = place // 64
+    data, scale = torch.empty(-(-N * K // 2), dtype=torch.uint8), torch.empty(-(-N * K // 64), dtype=torch.uint8)
+    nested_absmax = torch.empty(-(-len(scale) // 256))
+    data[place // 2] = torch.randint(256, place.shape, dtype=torch.uint8)
+    scale[block] = torch.randint(256, place.shape, dtype=torch.uint8)
+    nested_absmax[block // 256] = torch.rand(place.shape)
+    codes = torch.where(place % 2 == 0, data[place // 2] >> 4, data[place // 2] & 15).int()
+    values = code[codes] * (nested_code[scale[block].int()] * nested_absmax[block // 256] + offset)
+    tables = (code, nested_absmax, nested_code, offset)
+    return FrozenWeight.from_operands("nf4", data, scale, 64, tables, (N, K)), values
+
+
+@pytest.mark.parametrize("K", [FAR - 16, FAR - 3], ids=["whole bytes", "any"])
+@pytest.mark.parametrize("name", ["nf4", "int8", "int4", "fp8"])
+def test_row_8_offsets_beyond_2_31(name, K):
+    """The last tile of a weight of 2^32 elements, in the longest rows; only the pages that are written take memory."""
+    N, BLOCK_N, BLOCK_K = 512, 256, 128
+    n0, k0 = N - BLOCK_N, K // BLOCK_K * BLOCK_K
+    torch.manual_seed(0)
+    if name == "nf4":
+        weight, values = flat_weight(N, K, n0, k0)
+    else:
+        options = {"scaling": "block"} if name == "fp8" else {"group_size": 16}
+        small = FrozenWeight.quantize(torch.randn(N - n0, K - k0), name, **options)
+        group, block = small.group_size, 128 if name == "fp8" else 1
+        data = at_the_end(small.data.view(torch.uint8), n0, k0 // 2 if name == "int4" else k0).view(small.data.dtype)
+        scale, *tables = (at_the_end(part, n0 // block, k0 // group) for part in small.tensors[1:])
+        weight = FrozenWeight.from_operands(name, data, scale, group, tuple(tables), (N, K))
+        values = small.materialize(F32)
+    for backward in (False, True):
+        out = torch.full((BLOCK_N, BLOCK_K), float("nan"))
+        loaded = packed(weight, backward)
+        one_tile[(1,)](
+            **loaded, OUT=out, n0=n0, k0=k0, N=N, K=K, BACKWARD=backward, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K
+        )  # fmt: skip
+        assert torch.equal(out[:, : K - k0], values) and (out[:, K - k0 :] == 0).all()
 
 
 def test_every_byte_of_fp8():

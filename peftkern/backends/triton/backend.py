@@ -74,6 +74,11 @@ class TritonBackend(Backend):
             return "r = 0 has no low-rank pair"
         if problem.R > tiles.MAX_R:
             return f"r = {problem.R} is larger than {tiles.MAX_R}"
+        longest = max(problem.K, problem.N)
+        if longest >= tiles.FAR:
+            return f"rows of {longest} elements are {tiles.FAR} or more: offsets within a tile have 32 bits"
+        if problem.M >= 2**31:
+            return f"M = {problem.M} rows are more than 32 bits count"
         from peftkern.backends.triton import launch
 
         if not launch.loads(problem.weight_format):

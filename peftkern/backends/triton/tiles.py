@@ -12,6 +12,7 @@ from peftkern.ops.problem import Problem
 
 MAX_R = 512
 ONE_PASS_R = 64  # the largest rank whose T is accumulated beside Z
+FAR = 2**23  # a stride from here on, times a tile's 256 rows, is more than the kernels' 32-bit offsets within a tile
 COUNTERS = 2**16  # int32 counters of a launch's protocol: two, and one a block
 RECOMPUTE, SHARED, SPLIT, LIBRARY = SCHEDULES
 

@@ -1,4 +1,4 @@
-"""The frozen weight under PEFT's bitsandbytes layers, as the kernels take it. bitsandbytes itself is not imported."""
+"""The frozen weight under PEFT's bitsandbytes and torchao layers, as the kernels take it. Neither is imported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.integrations.bitsandbytes import from_bitsandbytes
+from peftkern.integrations.torchao import from_torchao
 from peftkern.weights import FrozenWeight
 
 _BASES = {
@@ -16,13 +17,17 @@ _BASES = {
     "bitsandbytes.nn.modules.LinearNF4",
     "bitsandbytes.nn.modules.LinearFP4",
     "bitsandbytes.nn.modules.Linear8bitLt",
+    "torchao.quantization.Int8Tensor",  # the weight of a plain nn.Linear
 }
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], FrozenWeight]] = weakref.WeakKeyDictionary()
 
 
 def is_quantised(base: Any) -> bool:
-    """Whether a base layer is bitsandbytes' own Linear4bit or Linear8bitLt, and no subclass of somebody else's."""
+    """Whether a base layer is bitsandbytes' own Linear4bit or Linear8bitLt, or an nn.Linear with torchao's int8 weight,
+    and no subclass of somebody else's."""
     kind = type(base)
+    if kind is nn.Linear:
+        kind = type(base._parameters["weight"])
     return f"{kind.__module__}.{kind.__qualname__}" in _BASES
 
 
@@ -32,10 +37,14 @@ def frozen(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     The weight shares the layer's memory. It is made once and again whenever the layer holds other tensors.
     """
     weight = base._parameters["weight"]
-    state = weight.__dict__
-    if "quant_state" in state:
+    state, data = weight.__dict__, weight
+    if "qdata" in state:
+        data, zeros = weight.qdata, weight.zero_point
+        held: tuple[Any, ...] = (data, weight.scale, zeros, weight.act_quant_kwargs, weight.act_pre_scale)
+        compute = None
+    elif "quant_state" in state:
         found = state["quant_state"]
-        held: tuple[Any, ...] = (found, *_parts_of(found))
+        held = (found, *_parts_of(found))
         compute = base.compute_dtype
         if not base.compute_type_is_set:
             return "its compute dtype is what bitsandbytes chooses at its first call"
@@ -43,11 +52,11 @@ def frozen(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
         if base.state.has_fp16_weights:
             return "its int8 base keeps its weight in fp16"
         held, compute = (weight.CB, weight.SCB, base.state.CB, base.state.SCB), None
-    key = (weight, weight.data_ptr(), *held)
+    key = (weight, data.data_ptr(), *held)
     entry = _known.get(base)
     if entry is None or not _same(entry[0], key):
         try:
-            entry = _known[base] = (key, from_bitsandbytes(base))
+            entry = _known[base] = (key, from_bitsandbytes(base) if data is weight else from_torchao(weight))
         except ValueError as error:
             return f"its base weight cannot be taken: {error}"
     return entry[1], compute

@@ -57,8 +57,9 @@ def patch(model: nn.Module, fuse_shared_inputs: bool = False) -> PatchReport:
     Parameters, state_dict keys, hooks on the layers, saving and loading stay PEFT's. Layers are judged again at every
     call: what changes later (merge, several adapters, an unfrozen base) runs PEFT's own forward while it lasts.
 
-    So does PEFT's layer over a plain bitsandbytes ``Linear4bit`` or ``Linear8bitLt``: y and the gradients are those of
-    the dequantised weight. For 8 bits that is more exact than bitsandbytes' own forward, which rounds x to 8 bits too.
+    So does PEFT's layer over a plain bitsandbytes ``Linear4bit`` or ``Linear8bitLt``, or over torchao's weight-only
+    int8: y and the gradients are those of the dequantised weight. For 8 bits that is more exact than bitsandbytes' own
+    forward, which rounds x to 8 bits too, and than torchao's, which rounds the scales to x's dtype.
 
     Args:
         model: any module that contains ``peft.tuners.lora.Linear`` (PeftModel, ``add_adapter`` models, wrapped ones).
@@ -124,6 +125,10 @@ def _fast_class(kind: type, fuse_shared_inputs: bool) -> type | None:
         return next(
             (fast for fast in (layers.PeftkernLinear4bit, layers.PeftkernLinear8bitLt) if fast.peft is kind), None
         )
+    if kind.__module__ == "peft.tuners.lora.torchao":
+        from peftkern.integrations.peft.torchao_layer import PeftkernTorchaoLinear
+
+        return PeftkernTorchaoLinear if PeftkernTorchaoLinear.peft is kind else None
     return None
 
 

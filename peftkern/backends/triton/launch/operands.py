@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from peftkern import dropout
 from peftkern.backends.triton.kernels import adapter, epilogue, weight_load
 from peftkern.backends.triton.kernels import dropout as drop
-from peftkern.backends.triton.tiles import COUNTERS
+from peftkern.backends.triton.tiles import COUNTERS, FAR
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import FrozenWeight
 
@@ -138,9 +138,6 @@ class Direction:
         if tma and describable(W):
             W, strides = TensorDescriptor.from_tensor(W, list(block)), ()
         return {"LOAD_W": weight_load.dense, "W": W, "w_operands": strides}
-
-
-FAR = 2**23  # a stride from here on, times a tile's rows, is more than the kernels' 32-bit offsets within a tile
 
 
 def near(tensor: Tensor) -> Tensor:

@@ -1,0 +1,183 @@
+"""PEFT's layers over torchao's int8 weights, patched: the same as dequantising first, or PEFT's own forward."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from conftest import ALL_LINEAR, llama, randomise
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import peftkern
+from peftkern.integrations.peft import why_not
+from peftkern.integrations.torchao import from_torchao
+from peftkern.testing.numerics import assert_as_good_as
+
+pytest.importorskip("torchao")
+from torchao.quantization import (  # noqa: E402
+    Float8WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    PerTensor,
+    quantize_,
+)
+from torchao.quantization.granularity import PerGroup  # noqa: E402
+
+F32, BF16 = torch.float32, torch.bfloat16
+IDS = torch.arange(24).view(2, 12) % 64
+LAYERS = 14
+GRAINS = {"row": {}, "tensor": {"granularity": PerTensor()}, "group": {"granularity": PerGroup(16)}}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass")
+
+
+def quantised(dtype: torch.dtype, bias: bool = False, grain: str = "row") -> nn.Module:
+    model = llama(dtype, bias=bias)
+    quantize_(model.model, Int8WeightOnlyConfig(**GRAINS[grain]))
+    return model
+
+
+def qlora(dtype: torch.dtype = F32, bias: bool = False, grain: str = "row", **options) -> nn.Module:
+    """PEFT's own model over a quantised tiny Llama, with adapters that are not zero."""
+    settings = dict(r=4, lora_alpha=8, target_modules=ALL_LINEAR, task_type="CAUSAL_LM") | options
+    return randomise(get_peft_model(quantised(dtype, bias, grain), LoraConfig(**settings)))
+
+
+def dequantised(model: nn.Module, dtype: torch.dtype, decoded: torch.dtype) -> nn.Module:
+    """The same under plain PEFT with dense linears in ``dtype``, of the values that the weights have in ``decoded``."""
+    twin = llama(dtype, bias=model.base_model.model.config.attention_bias)
+    twin = get_peft_model(twin, copy.copy(model.peft_config["default"]))
+    theirs = dict(model.named_modules())
+    with torch.no_grad():
+        for name, module in twin.named_modules():
+            if hasattr(module, "base_layer"):
+                base = theirs[name].base_layer
+                module.base_layer.weight.copy_(base.weight.dequantize().to(decoded))
+                if base.bias is not None:
+                    module.base_layer.bias.copy_(base.bias)
+        wanted = {n: p for n, p in model.named_parameters() if "base_layer" not in n}
+        for name, parameter in twin.named_parameters():
+            if name in wanted:
+                parameter.copy_(wanted[name])
+                parameter.data = parameter.data.to(torch.promote_types(wanted[name].dtype, dtype))
+    return twin
+
+
+def loss_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("grain", GRAINS)
+def test_loss_and_gradients_are_those_of_the_dequantised_model(grain, dtype, bias, calls):
+    """Judged against fp64, beside plain PEFT over dense linears that hold the same values in the base's dtype."""
+    model = qlora(dtype, bias, grain)
+    plain, truth = dequantised(model, dtype, dtype), dequantised(model, torch.float64, dtype)
+    report = peftkern.patch(model)
+    assert len(report.fast) == LAYERS and not report.skipped, str(report)
+    (loss, own), (plain_loss, peer), (true_loss, true) = map(loss_and_gradients, (model, plain, truth))
+    assert len(calls) == LAYERS
+    assert own.keys() == peer.keys() == true.keys() and len(own) == 2 * LAYERS
+    bound = 2 * (plain_loss.double() - true_loss).abs() / true_loss + 1e-6
+    assert (loss.double() - true_loss).abs() / true_loss <= bound + torch.finfo(dtype).eps / 2
+    every = [torch.cat([found[name].flatten().double() for name in own]) for found in (own, peer, true)]
+    assert_as_good_as(*every, f"gradients of {grain}")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("grain", GRAINS)
+def test_the_weight_is_torchaos_and_shared(grain, dtype):
+    layer = nn.Linear(64, 48, dtype=dtype)
+    quantize_(layer, Int8WeightOnlyConfig(**GRAINS[grain]))
+    weight = from_torchao(layer.weight)
+    assert torch.equal(weight.materialize(dtype), layer.weight.dequantize()) and weight.dtype == dtype
+    assert weight.data.data_ptr() == layer.weight.qdata.data_ptr()
+
+
+def reason(model: nn.Module) -> set[str | None]:
+    return {why_not(module) for module in model.modules() if hasattr(module, "lora_A")}
+
+
+def over(config, K: int = 64) -> nn.Module:
+    model = nn.Sequential(nn.Linear(K, 48))
+    quantize_(model, config)
+    return randomise(get_peft_model(model, LoraConfig(r=4, target_modules=["0"])))
+
+
+def test_what_is_not_covered_is_pefts_with_its_reason(calls):
+    model = over(Int8DynamicActivationInt8WeightConfig())
+    assert "the inputs of this weight" in next(iter(peftkern.patch(model).skipped.values()))
+    assert model(torch.randn(5, 64)).isfinite().all()
+    model = over(Float8WeightOnlyConfig())
+    assert "a weight of type Float8Tensor" in next(iter(peftkern.patch(model).skipped.values()))
+    model = over(Int8WeightOnlyConfig())
+    layer = model.base_model.model[0]
+    layer.base_layer.weight.zero_point.fill_(1)
+    assert "zero points" in next(iter(peftkern.patch(model).skipped.values()))
+    model = qlora(use_dora=True)
+    assert set(peftkern.patch(model).skipped.values()) == {"several adapters, or DoRA, on a quantised base"}
+    assert not calls
+    with pytest.raises(TypeError, match="not Parameter"):
+        from_torchao(nn.Linear(4, 4).weight)
+
+
+def test_a_weight_that_is_replaced_is_seen(calls):
+    model = over(Int8WeightOnlyConfig())
+    assert peftkern.patch(model).fast
+    layer, x = model.base_model.model[0], torch.randn(3, 64)
+
+    def expected() -> torch.Tensor:
+        with peftkern.disabled():
+            return layer(x)
+
+    for change in (
+        lambda: layer.base_layer.weight.qdata.fill_(5),
+        lambda: layer.base_layer.weight.scale.mul_(2),
+        lambda: setattr(layer.base_layer, "weight", over(Int8WeightOnlyConfig()).base_model.model[0].base_layer.weight),
+    ):
+        before = layer(x)
+        change()
+        assert not torch.allclose(layer(x), before, atol=1e-3)
+        assert torch.allclose(layer(x), expected(), atol=1e-4)
+    assert len(calls) == 9
+
+
+def test_patch_is_reversible_and_prints_as_pefts(calls):
+    model = qlora()
+    before, text = [type(module) for module in model.modules()], repr(model)
+    peftkern.patch(model)
+    assert repr(model) == text and [type(module) for module in model.modules()] != before
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    x = torch.randn(3, 32)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x)) and len(calls) == 2
+    peftkern.unpatch(model)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_save_and_load_are_pefts_and_a_merge_says_what_it_does(tmp_path, calls):
+    model = qlora()
+    peftkern.patch(model)
+    y = model(input_ids=IDS).logits
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(quantised(F32), tmp_path)
+    assert len(peftkern.patch(again).fast) == LAYERS
+    assert torch.equal(again(input_ids=IDS).logits, y)
+    with pytest.warns(UserWarning, match="quantises the sum again"), pytest.raises(ValueError, match="re-quantize"):
+        model.merge_adapter()  # PEFT was not told how
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    layer.get_apply_tensor_subclass = Int8WeightOnlyConfig
+    with pytest.warns(UserWarning, match="quantises the sum again"):
+        layer.merge()
+    assert why_not(layer) == "its adapter is merged"
+    calls.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merged = layer(torch.randn(3, 32))
+    assert merged.isfinite().all() and not calls
