@@ -83,7 +83,7 @@ def multi_lora_linear(
         raise ValueError(f"adapter id {max(spans)} is out of range for {E} adapters")
     if rng_states is not None and len(rng_states) != E:
         raise ValueError(f"rng_states has {len(rng_states)} entries for {E} adapters")
-    states = rng_states or _draw_states(p)
+    states = rng_states or draw_states(p)
     settings = BankSettings(
         scaling, [value if dropout.threshold(value) else 0.0 for value in p],
         [int(number) for state in states for number in state], plan.rows,
@@ -147,7 +147,7 @@ def _naming(e: int, check, *arguments) -> None:
         raise type(error)(f"adapter {e}: {error}") from None
 
 
-def _draw_states(p: Sequence[float]) -> Sequence[tuple[int, int]]:
+def draw_states(p: Sequence[float]) -> Sequence[tuple[int, int]]:
     """Seeds and offsets from torch's generator on the CPU, where anything is dropped."""
     if not any(map(dropout.threshold, p)):
         return [(0, 0)] * len(p)

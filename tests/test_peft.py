@@ -265,16 +265,6 @@ def test_the_fast_path_comes_back_when_the_reason_goes(calls):
     assert len(calls) == 28
 
 
-def test_mixed_batches_by_adapter_names(calls):
-    models = adapted().eval(), adapted().eval()
-    peftkern.patch(models[1])
-    for model in models:
-        model.add_adapter("second", LoraConfig(r=2, lora_alpha=4, target_modules=ALL_LINEAR))
-        randomise(model)
-    plain, patched = (logits(model, adapter_names=["second", "__base__"]) for model in models)
-    assert torch.equal(plain, patched) and not calls
-
-
 @pytest.mark.filterwarnings("ignore:.*tie")  # PEFT remarks on tied embeddings
 def test_conv1d_is_fast_and_embeddings_are_left_alone_with_their_reason(calls):
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftkern import dropout
 from peftkern.functional import apply, apply_adapters, apply_dora, autocast, lora_linear, split_scaling
+from peftkern.integrations.peft.mixed_batch import mixed_batch
 from peftkern.integrations.peft.parts import Adapter, Parts, plain_parts, why_not_input
 from peftkern.ops import dispatch
 from peftkern.ops.problem import LoRAOperands
@@ -52,7 +53,8 @@ class PeftkernLoraLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or patched_forward_is_off():
-            return self.peft.forward(self, x, *args, **kwargs)
+            y = mixed_batch(self, x, kwargs["adapter_names"]) if _only_names(args, kwargs) else None
+            return self.peft.forward(self, x, *args, **kwargs) if y is None else y
         parts = plain_parts(self)
         if isinstance(parts, str) or why_not_input(parts, x) is not None:
             return self.peft.forward(self, x)
@@ -65,6 +67,11 @@ class PeftkernLoraLinear(lora.Linear):
 
     def _get_name(self) -> str:
         return "Linear"  # print(model) looks as PEFT's does
+
+
+def _only_names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call that is not PEFT's plain one is that of a mixed batch."""
+    return not args and len(kwargs) == 1 and "adapter_names" in kwargs and not patched_forward_is_off()
 
 
 def _one(x: Tensor, parts: Parts) -> Tensor:

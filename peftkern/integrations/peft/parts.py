@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,9 +63,9 @@ def why_not(layer: lora.Linear) -> str | None:
     return parts if isinstance(parts, str) else None
 
 
-def plain_parts(layer: lora.Linear) -> Parts | str:
+def plain_parts(layer: lora.Linear, mixed: Sequence[str] | None = None) -> Parts | str:
     """The parts of a layer whose forward is base(x) + sum of B(A(dropout(x))) scaling and nothing else, or the reason
-    why not.
+    why not. ``mixed`` are the adapters of a mixed batch, which the layer has; without it, those that are active.
 
     Runs at every call, so it reads the modules' dictionaries: nn.Module's attribute lookup costs ten times as much.
     """
@@ -89,7 +89,7 @@ def plain_parts(layer: lora.Linear) -> Parts | str:
     if isinstance(found, str):
         return found
     weight, bias, compute = found
-    active = layer.active_adapters
+    active = layer.active_adapters if mixed is None else mixed
     present = modules["lora_A"]._modules
     adapters = []
     for name in active:
@@ -98,6 +98,8 @@ def plain_parts(layer: lora.Linear) -> Parts | str:
             if isinstance(adapter, str):
                 return adapter if len(active) == 1 else f"adapter {name!r}: {adapter}"
             adapters.append(adapter)
+    if mixed is not None:
+        return Parts(weight, bias, adapters, compute)
     if not adapters:
         return f"the active adapter {', '.join(map(repr, active))} is not on this layer" if active else "0 are active"
     if len(adapters) > 1 and any(adapter.magnitude is not None for adapter in adapters):
@@ -247,8 +249,8 @@ def why_not_input(parts: Parts, x: Tensor) -> str | None:
 
 def why_not_dtypes(x: torch.dtype, compute: torch.dtype | None, adapters: list[Adapter]) -> str | None:
     """The dtype rule: x in the base's dtype, each adapter in it too, or in fp32 beside a 16-bit base."""
-    for adapter in adapters:
-        dtype = adapter.lora_A.dtype
+    dtypes: set[torch.dtype | None] = {adapter.lora_A.dtype for adapter in adapters} or {compute}
+    for dtype in dtypes:
         if x != compute or not (dtype == compute or (dtype == torch.float32 and compute in _NARROW)):
             return f"x is {x}, the base {compute}, the adapter {dtype}"
     return None

@@ -1,0 +1,67 @@
+"""PEFT's mixed batches: ``adapter_names`` says which adapter each sequence takes; one call of the bank a layer."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkern.bank_autograd import BankSettings
+from peftkern.integrations.peft.parts import Adapter, plain_parts, why_not_input
+from peftkern.multi_lora import apply, draw_states
+from peftkern.segments import Plan, plan_rows
+
+BASE = "__base__"  # PEFT's name for no adapter
+
+
+class _Rows(NamedTuple):
+    """The rows of a batch by adapter: an id in ``plan`` is a position in ``names``."""
+
+    names: tuple[str, ...]
+    plan: Plan
+
+
+@functools.lru_cache(maxsize=16)
+def _rows(names: tuple[str, ...], tokens: int, device: torch.device) -> _Rows:
+    """Worked out once a batch, by its first layer, and not again while the same names come with as many tokens."""
+    used = tuple(dict.fromkeys(name for name in names if name != BASE))
+    numbers = {name: i for i, name in enumerate(used)} | {BASE: -1}
+    with torch.inference_mode(False):  # the next batch may be one of training
+        ids = torch.tensor([numbers[name] for name in names], dtype=torch.int64, device="cpu")
+        return _Rows(used, plan_rows(ids.repeat_interleave(tokens), device))
+
+
+def mixed_batch(layer: Any, x: Tensor, names: Any) -> Tensor | None:
+    """y of a layer for the adapters that the sequences of x [batch, ..., K] name, or None where PEFT has to run.
+
+    That is also where PEFT raises: names that are not as many as the sequences, merged adapters, DoRA. A name that
+    the layer does not have is the base, as in PEFT. Differences: an update is added to y before it is rounded to
+    its dtype, and dropout, where the layer trains, draws from another stream.
+    """
+    if torch.compiler.is_compiling() or not isinstance(names, (list, tuple)) or not x.numel() or x.ndim < 2:
+        return None
+    if len(names) != len(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None  # a graph would hold on to rows that the cache may drop
+    used, plan = _rows(tuple(names), x.shape[1:-1].numel(), x.device)
+    present = layer._modules["lora_A"]._modules
+    spans = [span for span in plan.spans if used[span.id] in present]
+    parts = plain_parts(layer, [used[span.id] for span in spans])
+    if isinstance(parts, str) or not isinstance(parts.weight, Tensor) or not all(map(_is_plain, parts.adapters)):
+        return None
+    if why_not_input(parts, x) is not None:
+        return None
+    p = [adapter.dropout_p for adapter in parts.adapters]
+    settings = BankSettings(
+        [adapter.scaling for adapter in parts.adapters], p,  # type: ignore[misc]  # numbers: see _is_plain
+        [number for state in draw_states(p) for number in state],
+        plan.rows, [span.start for span in spans], [span.length for span in spans], "base", "",
+    )  # fmt: skip
+    factors = [factor for adapter in parts.adapters for factor in adapter[:2]]
+    return apply(x, parts.weight, parts.bias, settings, factors)
+
+
+def _is_plain(adapter: Adapter) -> bool:
+    """Whether a bank can hold the adapter: two factors and a number."""
+    return adapter.magnitude is None and adapter.lora_bias is None and not isinstance(adapter.scaling, Tensor)
