@@ -35,6 +35,6 @@ static void keep_bits(const Dropout &dropout, int64_t M, int64_t K, uint64_t *bi
 #define NAME(isa) TEXT(isa)
 extern const Kernels TABLE(PEFTKERN_ISA);
 const Kernels TABLE(PEFTKERN_ISA) = {NAME(PEFTKERN_ISA), PEFTKERN_ISA::kTileColumns, PEFTKERN_ISA::forward, PEFTKERN_ISA::backward,
-                                     nullptr, nullptr, PEFTKERN_ISA::pack, PEFTKERN_ISA::keep_bits};
+                                     nullptr, nullptr, PEFTKERN_ISA::pack, nullptr, PEFTKERN_ISA::keep_bits};
 
 }  // namespace peftkern
