@@ -1,25 +1,17 @@
 """Rows of bad_inputs.md: what a user must get from a bad input or a fault. The row's number is in each test's name.
 
 Rows 16, 17 (autocast), 22 and 23 are in test_torch_integration.py, rows 21 and 25 in test_lora_linear.py, row 24 in
-test_products.py.
+test_products.py, row 33 in test_missing_backends.py.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import NAMES, ROOT, TRAINABLE, Case, Target, check, judge, make, run
+from conftest import NAMES, TRAINABLE, Case, Target, check, judge, make, run
 from torch import Tensor
 
 import peftkern
-from peftkern.backends.cpp.backend import CppBackend
-from peftkern.backends.triton.backend import TritonBackend
 from peftkern.ops import dispatch
 from peftkern.ops.problem import Problem
 from peftkern.testing.numerics import assert_as_good_as
@@ -29,7 +21,6 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F32)]
 dtypes = pytest.mark.parametrize(("dtype", "adapter"), DTYPES)
 nan, inf = float("nan"), float("inf")
-EXTENSION = list((ROOT / "peftkern").glob("_C*.so"))
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 5)], ids=str)
@@ -349,68 +340,3 @@ def test_row_20_s_and_t_beyond_the_range_of_fp16(adapter, precision, p, target: 
         survivors = kept.sum(1, keepdim=True).expand(4, 64) if large == "forward" else kept * 64
         result = found["y" if large == "forward" else "x"]
         assert torch.equal(result, (survivors * (4.0 if p else 2.0)).half()), large
-
-
-# -------------------------------------------------------------------------------------------------------------- row 33
-
-
-def gone(monkeypatch, backend: type, reason: str | None, broken: bool) -> None:
-    monkeypatch.setattr(backend, "unavailable", lambda self: reason)
-    monkeypatch.setattr(backend, "broken", property(lambda self: broken))
-
-
-@pytest.mark.parametrize(
-    ("device", "backend", "broken", "warned"),
-    [("cuda", TritonBackend, False, 1), ("cpu", CppBackend, False, 0), ("cpu", CppBackend, True, 1)],
-    ids=["no triton on a GPU", "no extension", "broken extension"],
-)
-def test_row_33_falls_back_with_one_warning(device, backend, broken, warned, dispatch_env, monkeypatch, caplog):
-    dispatch_env(PEFTKERN_BACKEND="auto")
-    gone(monkeypatch, backend, "simulated: out of order", broken)
-    with caplog.at_level(logging.WARNING, logger="peftkern"):
-        for M in range(1, 5):
-            assert dispatch.select(Problem(device, M, 24, 16, 4, F32, F32), "").name == "reference"
-    assert [record.getMessage().count("simulated: out of order") for record in caplog.records] == [1] * warned
-    for variable, argument in (("auto", backend.name), (backend.name, "")):  # asked for by name, it fails loudly
-        dispatch_env(PEFTKERN_BACKEND=variable)
-        with pytest.raises(RuntimeError, match="simulated: out of order"):
-            dispatch.select(Problem(device, 1, 24, 16, 4, F32, F32), argument)
-    assert peftkern.env_report()["backends"][backend.name] == "simulated: out of order"
-
-
-def test_row_33_same_numerics_after_a_fallback(dispatch_env, monkeypatch):
-    gone(monkeypatch, CppBackend, "simulated: out of order", True)
-    dispatch_env(PEFTKERN_BACKEND="auto")
-    check(Case(34, 48, 40, 8, BF16, F32, 0.2, bias=True), Target("auto", "cpu"))
-
-
-def test_row_33_a_bad_variable_names_the_values(dispatch_env):
-    dispatch_env(PEFTKERN_BACKEND="cuda")
-    with pytest.raises(ValueError, match="PEFTKERN_BACKEND='cuda' is not one of auto, triton, cpp, reference"):
-        peftkern.lora_linear(*(torch.eye(4) for _ in range(4)))
-
-
-@pytest.mark.parametrize("missing", [["triton"], ["peftkern._C"], ["triton", "peftkern._C", "peft", "transformers"]])
-def test_row_33_works_where_packages_are_missing(missing):
-    program = f"""
-import json, sys, torch
-sys.modules.update(dict.fromkeys({missing!r}))  # importing any of these is a ModuleNotFoundError
-import peftkern
-layer = peftkern.nn.LoRALinear(8, 6, 2, 4, lora_dropout=0.5)
-layer(torch.ones(3, 8)).sum().backward()
-assert layer.lora_B.grad.shape == (6, 2)
-print(json.dumps(peftkern.env_report()["backends"]))
-"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PEFTKERN_BACKEND": "auto"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    backends = json.loads(done.stdout)
-    assert backends["reference"] == "ready"
-    assert (backends["cpp"] == "ready") == (bool(EXTENSION) and "peftkern._C" not in missing)
-    assert "triton" not in missing or backends["triton"] == "triton is not installed"
-
-
-def test_row_33_a_built_extension_is_ready():
-    """It may not silently be left out: where the file is, the backend runs."""
-    assert not EXTENSION or peftkern.env_report()["backends"]["cpp"] == "ready"
