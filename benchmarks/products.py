@@ -3,12 +3,16 @@
     python -m benchmarks.products [--shape llama3-8b.qo] [--rows 2048] [--dtype bf16] [--p 0.05] [--quick]
 
 Without --shape a CPU runs SmolLM2's layers, two of Llama-3-8B and an odd one, a GPU all of them; without --rows a CPU
-takes the most rows that stay within --max-flops. Each variant is checked against fp64 before it is timed.
+takes the most rows that stay within --max-flops. Each variant is checked against fp64 before it is timed. Beside the
+ratios to the frozen linear stands the one to the fastest other variant, round by round, with the interval in which its
+median lies with 99 % confidence (the sign test's: eight rounds at least). What is slower than that other by more than
+3 % with that confidence is listed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,8 @@ CPU_SHAPES = (
 )
 GPU_ROWS = (16, 256, 2048, 8192)
 CPU_MAX_ROWS = 1024
+CONFIDENCE = 0.99
+ALLOWED = 1.03  # of the fastest other variant's time
 
 
 class _Variant:
@@ -79,8 +85,28 @@ def measure_variants(
             for name, (forward, inputs) in variants.items()
         ]
         timings = harness.measure(cases, rounds, label=f"{cell.title}, {phase}")
-        rows += [_row(cell, phase, timing) for timing in timings]
+        rows += [_row(cell, phase, timing) | _against_others(timing, timings) for timing in timings]
     return rows
+
+
+def _against_others(own: harness.Timing, timings: Sequence[harness.Timing]) -> dict[str, Any]:
+    """A variant beside the fastest that is neither itself nor the first one, the frozen linear; empty without one."""
+    others = [timing for timing in timings[1:] if timing is not own]
+    if not others:
+        return {"other": None, "ratio_other": None, "low": None, "high": None}
+    other = min(others, key=lambda timing: timing.median)
+    ratios = own.ratios(other)
+    low, high = harness.median_interval(ratios, CONFIDENCE) or (None, None)
+    return {"other": other.name, "ratio_other": statistics.median(ratios), "low": low, "high": high}
+
+
+def slower(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The cells and phases in which peftkern is slower than the fastest other by more than is allowed, for sure."""
+    return [
+        f"{row['layer']} M={row['M']} {row['phase']}: {row['ratio_other']:.2f}x of {row['other']}"
+        for row in rows
+        if row["name"] == "peftkern" and row["low"] is not None and row["low"] > ALLOWED
+    ]
 
 
 def measure_cell(cell: Cell, names: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
@@ -119,6 +145,8 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
         line |= {
             "(quartiles)": f"{own['ratio_q1']:.2f}-{own['ratio_q3']:.2f}",
             "(fastest)": f"{own['ratio_best']:.2f}x",
+            "of best other": f"{own['ratio_other']:.2f}x of {own['other']}",
+            f"({CONFIDENCE:.0%})": "" if own["low"] is None else f"{own['low']:.2f}-{own['high']:.2f}",
         }
         lines.append(line | {"by arithmetic": f"{own['arithmetic']:.3f}x"})
     return record.table(lines, tuple(lines[0])[1:])
@@ -188,6 +216,11 @@ def run(
         torch.compiler.reset()
     if not rows:
         raise SystemExit("no cell within --max-flops: choose fewer --rows or a smaller --shape")
+    behind = slower(rows)
+    print(
+        f"slower than the fastest other by more than {ALLOWED - 1:.0%} at {CONFIDENCE:.0%} confidence: "
+        f"{len(behind)} of {len(rows) // len(names)}" + "".join(f"\n  {line}" for line in behind)
+    )
     machine["load_average_at_end"] = record.load_average()
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

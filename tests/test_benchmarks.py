@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -145,7 +146,24 @@ def test_products_rows():
     rows = products.measure_cell(cell, ("frozen", "naive", "addmm_", "peftkern"), rounds=2)
     assert len(rows) == 3 * 4
     assert {"layer", "M", "K", "N", "r", "p", "phase", "name", "median", "ratio", "arithmetic"} <= rows[0].keys()
-    assert "forward+backward" in products.text(rows)
+    assert "forward+backward" in products.text(rows) and products.slower(rows) == []  # two rounds say nothing
+
+
+def test_products_say_what_is_slower_for_sure():
+    from benchmarks import harness, products
+
+    def timing(name: str, samples: list[float]) -> harness.Timing:
+        return harness.Timing(name, statistics.median(samples), 0, 0, 0, 0, 0, 0, samples)
+
+    def own(against: float) -> dict:
+        seconds = [1.0 + i / 1000 for i in range(10)]
+        timings = [timing("frozen", seconds), timing("naive", [2 * s for s in seconds]), timing("addmm_", seconds)]
+        timings.append(timing("peftkern", [against * s for s in seconds]))
+        verdict = products._against_others(timings[-1], timings)
+        return {"layer": "l", "M": 1, "phase": "forward", "name": "peftkern"} | verdict
+
+    assert products.slower([own(1.02), own(0.5)]) == []
+    assert products.slower([own(1.05)]) == ["l M=1 forward: 1.05x of addmm_"]
 
 
 def test_layer_checks_and_measures():
