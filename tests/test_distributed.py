@@ -12,7 +12,8 @@ from conftest import Case as Call
 from conftest import adapted, assert_close, assert_equal, linears, make, step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -323,6 +324,48 @@ def check_fsdp2_with_leaves_of_their_own_is_pefts() -> None:
             results.append(my_step(model))
         assert not calls.count
     assert_equal(results[1], results[0])
+
+
+def fsdp1(unit: str, patched: bool) -> tuple[int, dict[str, Tensor]]:
+    """How many layers were fast, and a step with this rank's shards of the gradients."""
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    model = adapted().train()
+    if patched:
+        peftkern.patch(model)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    policy = fsdp_auto_wrap_policy(model) if unit == "leaves" else ModuleWrapPolicy({LlamaDecoderLayer})
+    wrapped = FullyShardedDataParallel(
+        model, use_orig_params=True, device_id=torch.device("cpu"), auto_wrap_policy=None if unit == "root" else policy,
+        ignored_states=frozen if unit == "blocks, frozen apart" else None,
+    )  # fmt: skip
+    with counted() as calls:
+        found = my_step(wrapped)
+    return calls.count, found
+
+
+@pytest.mark.filterwarnings("ignore:.*requires_grad")
+def check_fsdp1_with_original_parameters() -> None:
+    """A unit's frozen weights are views of what trains: PEFT's forward, unless they are left out of the units."""
+    expected = mean_step()["loss"]
+    for unit in ("root", "blocks", "leaves", "blocks, frozen apart"):
+        (_, plain), (fast, found) = fsdp1(unit, False), fsdp1(unit, True)
+        torch.testing.assert_close(found["loss"], expected)
+        assert sum(value.numel() for value in found.values()) > 100, unit
+        if unit == "blocks, frozen apart":
+            assert fast == 14
+            assert_close_shards(found, plain)
+        else:
+            assert not fast, unit
+            assert_equal(found, plain)
+
+
+def assert_close_shards(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """``assert_close`` of what is not empty on this rank."""
+    assert found.keys() == expected.keys()
+    here = [name for name, value in expected.items() if value.numel()]
+    assert_close({name: found[name] for name in here}, {name: expected[name] for name in here})
 
 
 CHECKS = {name: check for name, check in globals().items() if name.startswith("check_") and name != "check_sharded"}

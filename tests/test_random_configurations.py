@@ -57,7 +57,7 @@ def test_every_configuration_is_pefts(backend, share, pytestconfig, dispatch_env
     judge()
     print(dict(seen))
     assert seen["cases"] >= profile.max_examples
-    assert min(seen["vanilla"], seen["other"]) >= profile.max_examples // 4  # of each kind enough to mean something
+    assert min(seen["vanilla"], seen["other"]) >= profile.max_examples // 8  # of each kind enough to mean something
 
 
 def test_memory_held_by_autograd_is_x_and_s(pytestconfig):
