@@ -247,9 +247,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--format", action="append", choices=FORMATS, help="repeatable; all of them without it")
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[smollm2.native_dtype(device)]
     found.set_defaults(dtype=dtype, max_flops=2.0**33 if device == "cpu" else 0.0)
-        max_flops=2.0**33 if device == "cpu" else 0.0,
-        dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[smollm2.native_dtype(device)],
-    )
     return found
 
 
