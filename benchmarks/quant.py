@@ -69,8 +69,8 @@ def plus_pair(base: Tensor, o: Operands) -> Tensor:
     return base.addmm_(F.linear(o.x, o.A.to(dtype)), o.B.to(dtype).T, alpha=SCALING)
 
 
-def own(weight: FrozenWeight, name: str, o: Operands) -> Contender:
-    """peftkern on a weight."""
+def own(weight: FrozenWeight, dense: Tensor, name: str, o: Operands) -> Contender:
+    """peftkern on a weight; ``dense``: the same, dequantised."""
 
     def forward(o: Operands) -> Tensor:
         return peftkern.lora_linear(o.x, weight, o.A, o.B, SCALING)
@@ -78,13 +78,13 @@ def own(weight: FrozenWeight, name: str, o: Operands) -> Contender:
     plan = peftkern.explain(o.x, weight, o.A, o.B, SCALING)
     in_place = plan.backend != "reference" and "decoded once" not in plan.tile and plan.schedule != "split"
     copies = 0 if weight.format == "dense" or in_place else 1
-    return Contender(name, weight.materialize(o.x.dtype), weight.nbytes, forward, copies)
+    return Contender(name, dense, weight.nbytes, forward, copies)
 
 
-def materialised(weight: FrozenWeight, o: Operands) -> Contender:
+def materialised(weight: FrozenWeight, dense: Tensor) -> Contender:
     """Decoded by PyTorch at every call, for y and again for dx, so that nothing dense is kept."""
     forward = lambda o: plus_pair(_Materialised.apply(o.x, weight), o)  # noqa: E731
-    return Contender(f"materialise {weight.format}", weight.materialize(o.x.dtype), weight.nbytes, forward, 1)
+    return Contender(f"materialise {weight.format}", dense, weight.nbytes, forward, 1)
 
 
 class _Materialised(torch.autograd.Function):
@@ -133,10 +133,11 @@ def torchao_int8(o: Operands) -> Contender | str:
 
 def contenders(o: Operands, formats: Sequence[str]) -> tuple[list[Contender], dict[str, str]]:
     """Everything that is compared on these operands, and why the rest is not."""
-    found = [own(DenseWeight(o.W), "peftkern", o)]
+    found = [own(DenseWeight(o.W), o.W, "peftkern", o)]
     for name in formats:
         weight = FrozenWeight.quantize(o.W, name)
-        found += [own(weight, f"peftkern {name}", o), materialised(weight, o)]
+        dense = weight.materialize(o.x.dtype)
+        found += [own(weight, dense, f"peftkern {name}", o), materialised(weight, dense)]
     absent = {}
     for name, make in (("bitsandbytes nf4", bitsandbytes_nf4), ("torchao int8", torchao_int8)):
         made = make(o)
@@ -156,12 +157,14 @@ def measure_cell(cell: Cell, formats: Sequence[str], rounds: int) -> tuple[list[
     o = linear.operands(cell)
     truth = (o.x.double() @ o.W.double().T + SCALING * (o.x.double() @ o.A.double().T) @ o.B.double().T).detach()
     found, absent = contenders(o, formats)
-    dense = linear.Checker(cell, o)
+    checkers = {id(o.W): linear.Checker(cell, o)}
     floor = Contender("frozen", o.W, o.W.nbytes, lambda o: F.linear(o.x, o.W))
-    cases = [_case(cell, o, floor, lambda: dense.check("frozen"), (o.x,))]
+    cases = [_case(cell, o, floor, lambda: checkers[id(o.W)].check("frozen"), (o.x,))]
     errors: dict[str, float | None] = {"frozen": None}
     for contender in found:
-        checker = linear.Checker(cell, o._replace(W=contender.weight))
+        if id(contender.weight) not in checkers:
+            checkers[id(contender.weight)] = linear.Checker(cell, o._replace(W=contender.weight))
+        checker = checkers[id(contender.weight)]
         y = _without_gradients(contender, o)
         reason = checker.judge(contender.forward(o)) or checker.judge_output(y)
         errors[contender.name] = relative_error(y, truth)
@@ -232,6 +235,7 @@ def cells(options: argparse.Namespace, device: str) -> list[Cell]:
         Cell(layer.name, M, layer.K, layer.N, options.r, 0.0, dtype, adapter, device)
         for layer in map(problems.layer, shapes)
         for M in rows
+        if options.full or not options.max_flops or 2 * M * layer.K * layer.N <= options.max_flops
     ]
 
 
@@ -241,7 +245,8 @@ def parser() -> argparse.ArgumentParser:
     found = products.parser("quant", __doc__, rounds=7)
     found.add_argument("--full", action="store_true", help=f"M up to {FULL_ROWS[-1]}, and four shapes")
     found.add_argument("--format", action="append", choices=FORMATS, help="repeatable; all of them without it")
-    found.set_defaults(dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[smollm2.native_dtype(device)])
+    dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[smollm2.native_dtype(device)]
+    found.set_defaults(dtype=dtype, max_flops=2.0**33 if device == "cpu" else 0.0)
     return found
 
 
@@ -260,6 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += found
         print(f"{cell.title}, r={cell.r}, {options.dtype}, {options.adapter} adapter: {found[0]['phase']}")
         print(f"{text(found, absent)}\n", flush=True)
+    if not rows:
+        raise SystemExit("no cell within --max-flops: choose fewer --rows, a smaller --shape, or --full")
     machine["load_average_at_end"] = record.load_average()
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

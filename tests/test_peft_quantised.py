@@ -225,16 +225,17 @@ def test_patch_is_reversible_and_copies_are_patched(kind, calls):
     assert [type(module) for module in model.modules()] == before
 
 
-def test_save_load_and_merge_are_pefts(tmp_path, calls):
-    model = qlora("nf4")
+@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4), ("int8", 8)])
+def test_row_30_save_load_and_merge_are_pefts(kind, bits, tmp_path, calls):
+    model = qlora(kind)
     peftkern.patch(model)
     y = model(input_ids=IDS).logits
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(quantise(llama(), "nf4", F32), tmp_path)
+    again = PeftModel.from_pretrained(quantise(llama(), kind, F32), tmp_path)
     assert len(peftkern.patch(again).fast) == LAYERS
     assert torch.equal(again(input_ids=IDS).logits, y)
     calls.clear()
-    with pytest.warns(UserWarning, match="Merge lora module to 4-bit linear"):
+    with pytest.warns(UserWarning, match=f"Merge lora module to {bits}-bit linear"):
         model.merge_adapter()  # PEFT requantises, with its own warning
     assert reason(model) == {"its adapter is merged"}
     merged = model(input_ids=IDS).logits

@@ -48,7 +48,7 @@ def test_bytes_moved_are_those_of_the_products():
     o = linear.operands(one)
     weight = FrozenWeight.quantize(o.W, "int8")
     assert weight.nbytes == 128 * 32 + 4 * 32
-    made = quant.materialised(weight, o)
+    made = quant.materialised(weight, o.W)
     assert made.moved(one) == weight.nbytes + 2 * 16384 + 1024 + 256 + 2560
     in_place = quant.Contender("in place", o.W, weight.nbytes, made.forward)
     assert in_place.moved(one) == weight.nbytes + 1024 + 256 + 2560
@@ -63,9 +63,9 @@ def test_a_decoded_copy_is_counted_where_a_backend_makes_one(dispatch_env):
     o = linear.operands(cell(3))
     weight = FrozenWeight.quantize(o.W, "nf4")
     built = extension()[0] is not None
-    assert quant.own(weight, "nf4", o).dense_copies == int(not built)  # a handful of rows is decoded in place
+    assert quant.own(weight, o.W, "nf4", o).dense_copies == int(not built)  # a handful of rows is decoded in place
     dispatch_env(PEFTKERN_BACKEND="reference")
-    assert quant.own(weight, "nf4", o).dense_copies == 1
+    assert quant.own(weight, o.W, "nf4", o).dense_copies == 1
 
 
 def test_a_wrong_product_is_not_timed(monkeypatch):
@@ -101,6 +101,7 @@ def test_the_default_and_the_whole_sweep():
         return quant.cells(quant.parser().parse_args(arguments), "cpu")
 
     assert [c.M for c in chosen()] == [1, 4, 16, 64, 256] and {c.layer for c in chosen()} == {"llama3-8b.qo"}
+    assert chosen("--rows", "512") == [] and len(chosen("--rows", "512", "--max-flops", "0")) == 1
     assert max(c.M for c in chosen("--full")) == 8192 and len({c.layer for c in chosen("--full")}) == 4
     assert [c.adapter_dtype for c in chosen("--dtype", "bf16", "--adapter", "base", "--rows", "1")] == [torch.bfloat16]
 

@@ -27,7 +27,7 @@ def is_quantised(base: Any) -> bool:
     and no subclass of somebody else's."""
     kind = type(base)
     if kind is nn.Linear:
-        kind = type(base._parameters["weight"])
+        kind = type(base._parameters.get("weight"))
     return f"{kind.__module__}.{kind.__qualname__}" in _BASES
 
 
