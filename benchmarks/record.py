@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.harness import METHOD
 from peftkern.environment import env_report
 
+_OTHERS = ("tab:blue", "tab:red", "tab:purple", "tab:brown", "tab:cyan", "tab:pink", "tab:olive", "black")
 COLOURS = {"frozen": "silver", "peft": "tab:orange", "naive": "tab:orange", "peftkern": "tab:green"}
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -151,7 +152,7 @@ def ratio_figure(groups: Mapping[str, Sequence[Mapping[str, Any]]], title: str, 
         return None
     names = list(dict.fromkeys(row["name"] for rows in groups.values() for row in rows))
     others = [name for name in names if name not in COLOURS]
-    colours = COLOURS | dict(zip(others, ("tab:blue", "tab:red", "tab:purple", "tab:brown"), strict=False))
+    colours = COLOURS | dict(zip(others, _OTHERS, strict=False))
     count = sum(len(rows) + 1 for rows in groups.values())
     figure, axes = plt.subplots(figsize=(9, 1.4 + 0.27 * count))
     position, ticks, seen = 0.0, [], set()
