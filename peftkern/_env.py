@@ -12,6 +12,8 @@ variable                  values                                   default
                           run beside dx, on a second stream
 ``PEFTKERN_PREPACK``      ``off | forward | both``: C++ keeps     ``off``
                           frozen weights packed for y, or y and dx
+``PEFTKERN_CHECK_IDS``    ``0 | 1``: adapter ids on a device     ``0``
+                          are read, and refused out of range
 ``PEFTKERN_CACHE``        a folder: the user's tuned tables         ``~/.cache/peftkern``
 ========================  =======================================  ========
 
@@ -40,6 +42,7 @@ class Settings:
     batch_invariant: bool
     overlap: bool
     prepack: str
+    check_ids: bool
 
 
 def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
@@ -65,6 +68,7 @@ def settings() -> Settings:
         batch_invariant=_switch("PEFTKERN_BATCH_INVARIANT", "0"),
         overlap=_switch("PEFTKERN_OVERLAP", "1"),
         prepack=_choice("PEFTKERN_PREPACK", "off", PREPACK),
+        check_ids=_switch("PEFTKERN_CHECK_IDS", "0"),
     )
 
 

@@ -15,7 +15,10 @@ from peftkern.ops import bank_schema
 
 
 class BankSettings(NamedTuple):
-    """What a call has beside its differentiable tensors; sequences hold one entry per segment, ``rng`` two integers."""
+    """What a call has beside its differentiable tensors; sequences hold one entry per segment, ``rng`` two integers.
+
+    ``rows`` and ``inside`` are those of ``segments.Plan``.
+    """
 
     scaling: list[float]
     dropout_p: list[float]
@@ -25,6 +28,7 @@ class BankSettings(NamedTuple):
     counts: list[int]
     precision: str
     backend: str
+    inside: Tensor | None = None
 
 
 class BankFunction(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 from peftkern import dropout, functional
 from peftkern.bank_autograd import BankFunction, BankSettings
 from peftkern.ops import bank_schema, inputs
-from peftkern.segments import Plan, plan_rows
+from peftkern.segments import Plan, on_device, plan_on_device, plan_rows
 from peftkern.weights import DenseWeight
 
 _Factors = Tensor | Sequence[Tensor]
@@ -45,8 +45,9 @@ def multi_lora_linear(
         lora_A, lora_B: stacked [E, R, K] and [E, N, R], or E tensors [R_e, K] and E tensors [N, R_e] of own ranks; in
             x's dtype or float32. A rank of 0 is the base alone.
         scaling: E finite numbers, or a tensor float [E] on the CPU.
-        ids: int64 or int32 [M] on the CPU, from -1 (the base) to E - 1; or their plan (``segments.plan_rows``), which
-            layers can share.
+        ids: int64 or int32 [M], from -1 (the base) to E - 1; or their plan (``segments.plan_rows``), which layers can
+            share. On the CPU they are checked; on x's device they are not read by the host, but bounded there
+            (``segments.plan_on_device``), and every adapter costs as if all rows were its own.
         ranks: the true ranks of stacked factors, E integers; what lies beyond is not read, and its gradient is zero.
         bias: [N].
         dropout_p: one probability, or E of them; training: dropout is off when False.
@@ -74,7 +75,7 @@ def multi_lora_linear(
             raise ValueError(f"adapter {e}: dropout_p={value} is not a probability")
     if precision not in (None, "base", "fp32"):
         raise ValueError(f"precision={precision!r} is not one of None, 'base', 'fp32'")
-    plan = ids if isinstance(ids, Plan) else plan_rows(ids.reshape(-1), x.device)
+    plan = ids if isinstance(ids, Plan) else _plan(ids.reshape(-1), x, E)
     M = x.shape[:-1].numel()
     if not isinstance(ids, Plan) and ids.numel() != M:
         raise ValueError(f"there are {ids.numel()} adapter ids for the {M} rows of x {tuple(x.shape)}")
@@ -88,7 +89,7 @@ def multi_lora_linear(
         scaling, [value if dropout.threshold(value) else 0.0 for value in p],
         [int(number) for state in states for number in state], plan.rows,
         [spans[e].start if e in spans else 0 for e in range(E)],
-        [spans[e].length if e in spans else 0 for e in range(E)], precision or "base", backend or "",
+        [spans[e].length if e in spans else 0 for e in range(E)], precision or "base", backend or "", plan.inside,
     )  # fmt: skip
     return apply(x, weight, bias, settings, [factor for pair in zip(A, B, strict=True) for factor in pair])
 
@@ -109,6 +110,14 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None, settings: BankSettings
     else:
         y = bank_schema.forward(flat, weight, bias, factors[::2], factors[1::2], *settings)[0]
     return functional.unflattened(y, x)
+
+
+def _plan(ids: Tensor, x: Tensor, E: int) -> Plan:
+    if not on_device(ids):
+        return plan_rows(ids, x.device)
+    if ids.device != x.device:
+        raise ValueError(f"adapter ids are on the CPU or where x is, got ids on {ids.device}, x on {x.device}")
+    return plan_on_device(ids, range(E))
 
 
 def _split(lora_A: _Factors, lora_B: _Factors, ranks: Sequence[int] | None) -> tuple[list[Tensor], list[Tensor]]:

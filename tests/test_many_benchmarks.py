@@ -77,7 +77,10 @@ def test_the_demo_refuses_losses_that_differ(setting, monkeypatch) -> None:
 @pytest.mark.parametrize("cell", [many.Cell(1, "equal", "uniform", 8), many.Cell(6, "mixed", "zipf", 40)], ids=str)
 def test_every_way_of_the_benchmark_is_right(cell: many.Cell) -> None:
     found = many.measure(cell, 160, 144, torch.bfloat16, 1)
-    assert [row["name"] for row in found] == ["base", "vendor", "peftkern", "loop", "masked"]
+    assert [row["name"] for row in found] == [
+        "base", "vendor", "peftkern", "patched", "peft", "loop", "masked", "grouped_mm", "merged",
+    ]  # fmt: skip
+    assert all(row["ratio"] > 0 for row in found)
 
 
 def test_the_benchmark_refuses_a_wrong_way(monkeypatch) -> None:
@@ -86,7 +89,35 @@ def test_the_benchmark_refuses_a_wrong_way(monkeypatch) -> None:
         many.measure(many.Cell(6, "mixed", "zipf", 40), 160, 144, torch.bfloat16, 1)
 
 
+def test_the_patched_layer_of_the_benchmark_is_fast_and_pefts_is_its_own(monkeypatch) -> None:
+    from peftkern.integrations.peft import mixed_batch
+
+    calls: list[int] = []
+    genuine = mixed_batch.apply
+    monkeypatch.setattr(mixed_batch, "apply", lambda *given: calls.append(1) or genuine(*given))
+    operands = many.Operands.make(many.Cell(6, "mixed", "zipf", 40), 160, 144, torch.bfloat16)
+    operands.peft()
+    assert not calls
+    operands.patched()
+    assert calls
+
+
+def test_the_benchmark_keeps_its_time_and_leaves_a_record(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(
+        many, "telling_cells", lambda: [many.Cell(2, "equal", "uniform", 8), many.Cell(3, "mixed", "one", 8)]
+    )
+    clock = iter([0.0, 1.0, 100.0])
+    monkeypatch.setattr(many.time, "monotonic", lambda: next(clock))
+    many.main(["--layer", "64x48", "--rounds", "1", "--minutes", "1", "--out", str(tmp_path)])
+    assert "no time for E=3 mixed one M=8" in capsys.readouterr().out
+    lines = (tmp_path / "many.csv").read_text().splitlines()
+    assert lines[0].startswith("cell,name,median") and len(lines) == 1 + 9
+    assert (tmp_path / "many.json").exists() and not (tmp_path / "many.csv").read_text().count("samples")
+
+
 def test_cells_and_popularity() -> None:
+    telling = many.telling_cells()
+    assert {cell.E for cell in telling} == {1, 8, 32, 64} and sum(not cell.decoding for cell in telling) == 3
     found = many.cells([1, 8])
     assert len(found) == 2 + 12 and len({str(cell) for cell in found}) == len(found)
     assert torch.equal(many.Cell(8, "equal", "uniform", 16).ids().bincount(), torch.full((8,), 2))

@@ -293,7 +293,7 @@ def test_operators_pass_opcheck(backend: str) -> None:
     starts, counts = [1, 0, 0, 2], [1, 0, 0, 2]
     shared = (
         batch.W, batch.bias, batch.A, batch.B, batch.scaling, [0.0] * 4, [0] * 8, plan.rows, starts, counts, "base",
-        backend,
+        backend, None,
     )  # fmt: skip
     torch.library.opcheck(bank_schema.forward, (batch.x, *shared))
     s = bank_schema.forward(batch.x, *shared)[1]

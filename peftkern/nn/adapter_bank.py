@@ -16,6 +16,7 @@ from peftkern.nn import initialization, routing
 from peftkern.nn.adapter_config import LoRAConfig
 from peftkern.nn.adapter_files import AdapterFile, LoRATensors, key_of, read_adapter, write_adapter
 from peftkern.nn.targets import matches
+from peftkern.segments import on_device
 
 if TYPE_CHECKING:
     from peftkern.nn.multi_lora_linear import MultiLoRALinear
@@ -259,6 +260,8 @@ class AdapterBank:
     def resolve(self, ids: routing.Ids) -> tuple[Tensor, dict[int, Adapter]]:
         """Ids of names and numbers, int64 on the CPU, and the adapters that they name, as they are now.
 
+        Ids on a device stay where they are, and every adapter goes with them.
+
         Raises: ValueError, TypeError: see ``route``.
         """
         with _lock:
@@ -266,6 +269,8 @@ class AdapterBank:
             found = _tensor(ids) if isinstance(ids, Tensor) else torch.tensor(self._numbers(ids), dtype=torch.int64)
         if found.ndim not in (1, 2):
             raise ValueError(f"adapter ids are [batch] or [batch, tokens], got {list(found.shape)}")
+        if on_device(found):
+            return found, table
         used = [id for id in found.unique().tolist() if id != -1]
         for id in used:
             if id not in table:
@@ -294,7 +299,7 @@ class AdapterBank:
 def _tensor(ids: Tensor) -> Tensor:
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"adapter ids are int64 or int32, not {ids.dtype}")
-    return ids.detach().to("cpu", torch.int64, copy=True)
+    return ids.detach().to(torch.int64, copy=True)
 
 
 def _check_plain(config: LoRAConfig) -> None:

@@ -66,7 +66,7 @@ class MultiLoRALinear(nn.Module):
         if route is None or route.bank is not self.bank:
             return BankSettings([], [], [], torch.empty(0, dtype=torch.int64), [], [], "base", ""), []
         plan = route.plan(x.shape[:-1], x.device)
-        settings = BankSettings([], [], [], plan.rows, [], [], "base", "")
+        settings = BankSettings([], [], [], plan.rows, [], [], "base", "", plan.inside)
         factors: list[Tensor] = []
         for span in plan.spans:
             adapter = route.adapters[span.id]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftkern.segments import Plan, plan_rows
+from peftkern.segments import Plan, on_device, plan_on_device, plan_rows
 
 if TYPE_CHECKING:
     from peftkern.nn.adapter_bank import Adapter, AdapterBank
@@ -26,8 +26,10 @@ def route(ids: Ids, bank: AdapterBank | None = None) -> Route:
 
     Args:
         ids: one entry per sequence [batch], or per token [batch, tokens]: adapters' names, None for the base, or their
-            ids (``bank.id_of(name)``), -1 for the base; or an int64 or int32 tensor of ids. A tensor on a GPU is read
-            once, here.
+            ids (``bank.id_of(name)``), -1 for the base; or an int64 or int32 tensor of ids, which is copied. One on a
+            GPU stays there, and nothing waits for it: a graph that captures the route too is replayed with other ids.
+            The rows of an id that is no adapter's are then the base's, or with PEFTKERN_CHECK_IDS=1 an error. No kernel
+            looks adapters up by row yet, so each costs as if all rows were its own: a list is faster, if there is one.
         bank: whose adapters are meant; without it, the only bank that is alive in the process.
     Returns: a Route: a context manager, and what the ``route`` argument of ``MultiLoRALinear`` takes. It holds on to
         its adapters: one that is removed or replaced meanwhile is used until the route is dropped.
@@ -52,7 +54,7 @@ def current_route() -> Route | None:
 class Route:
     """A batch's adapters, as they are when it is made. Made by ``route``; see there.
 
-    Attributes: ``ids`` int64 [batch] or [batch, tokens] on the CPU; ``adapters`` by id.
+    Attributes: ``ids`` [batch] or [batch, tokens], int64 on the CPU or as they were on a device; ``adapters`` by id.
     Backward needs no route, but a checkpointed layer that runs again in it does: call ``backward()`` within the block.
     """
 
@@ -76,7 +78,8 @@ class Route:
         """
         key = (leading, device)
         if key not in self._plans:
-            self._plans[key] = plan_rows(self._by_row(leading), device)
+            ids = self._by_row(leading)
+            self._plans[key] = plan_on_device(ids, tuple(self.adapters)) if on_device(ids) else plan_rows(ids, device)
         return self._plans[key]
 
     def _by_row(self, leading: torch.Size) -> Tensor:

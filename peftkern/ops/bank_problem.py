@@ -34,13 +34,18 @@ class Segment(NamedTuple):
 
 
 class BankOperands(NamedTuple):
-    """The operands that forward and backward share: weight [N, K], bias [N] or None, rows int64 on x's device."""
+    """The operands that forward and backward share: weight [N, K], bias [N] or None, rows int64 on x's device.
+
+    Where ``inside``, bool like rows, is there, the adapters' ids are on a device: a segment's length is the most rows
+    that it can have, and those that are its own, which come first, are inside.
+    """
 
     weight: Tensor
     bias: Tensor | None
     segments: Sequence[Segment]
     rows: Tensor
     precision: str
+    inside: Tensor | None = None
 
     @property
     def thin_size(self) -> int:
@@ -51,11 +56,20 @@ class BankOperands(NamedTuple):
         """The rows of x that belong to a segment, in its order."""
         return self.rows[segment.start : segment.start + segment.length]
 
+    def inside_of(self, segment: Segment) -> Tensor | None:
+        """bool [length, 1]: which of ``rows_of`` are the segment's; None where all of them are."""
+        if self.inside is None:
+            return None
+        return self.inside[segment.start : segment.start + segment.length].unsqueeze(1)
+
     def alone(self, segment: Segment) -> LoRAOperands:
         """A segment as a call of its own."""
         p, rng_state = segment.dropout_p, None
         if p:
-            rng_state = torch.tensor([segment.seed, segment.offset], device=segment.lora_A.device)
+            words = segment.seed, segment.offset  # filled in there: a copy from the host could not be captured
+            rng_state = torch.stack(
+                [torch.full((), word, dtype=torch.int64, device=segment.lora_A.device) for word in words]
+            )
         return LoRAOperands(
             DenseWeight(self.weight), segment.lora_A, segment.lora_B, self.bias, None, segment.scaling, None, p,
             rng_state, self.precision,
@@ -76,4 +90,5 @@ class BankOperands(NamedTuple):
             bias=self.bias is not None,
             precision=self.precision,
             several_adapters=True,
+            ids_on_device=self.inside is not None,
         )

@@ -20,7 +20,8 @@ from peftkern.ops.bank_problem import BankOperands, Segment
 
 _OPERANDS = (
     "Tensor weight, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, float[] dropout_p, int[] rng, "
-    "Tensor rows, int[] starts, int[] counts, str precision, str backend"
+    "Tensor rows, int[] starts, int[] counts, str precision, str backend, "
+    "Tensor? inside"
 )
 
 _library = torch.library.Library("peftkern", "FRAGMENT")
@@ -46,6 +47,7 @@ class BankArguments(NamedTuple):
     counts: Sequence[int]
     precision: str
     backend: str
+    inside: Tensor | None = None
 
     def operands(self) -> BankOperands:
         """The same, by segment."""
@@ -55,7 +57,7 @@ class BankArguments(NamedTuple):
                 zip(self.lora_A, self.lora_B, self.scaling, self.dropout_p, self.starts, self.counts, strict=True)
             )
         ]
-        return BankOperands(self.weight, self.bias, segments, self.rows, self.precision)
+        return BankOperands(self.weight, self.bias, segments, self.rows, self.precision, self.inside)
 
 
 def _forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ class Problem:
 
     ``dtype`` is the compute dtype (x, y, dense weight); ``adapter_dtype`` that of lora_A and lora_B;
     ``precision`` is "base" (factors rounded to ``dtype``) or "fp32" (factors kept in fp32). Where there are
-    ``several_adapters`` in the batch, R is the largest rank.
+    ``several_adapters`` in the batch, R is the largest rank; ``ids_on_device``: the host does not know whose rows
+    are whose.
     """
 
     device_type: str
@@ -33,6 +34,7 @@ class Problem:
     lora_bias: bool = False
     precision: str = "base"
     several_adapters: bool = False
+    ids_on_device: bool = False
 
 
 class LoRAOperands(NamedTuple):

@@ -33,6 +33,8 @@ class CppBackend(Backend):
     def supports(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":
             return f"it runs on the CPU, not on {problem.device_type}"
+        if problem.ids_on_device:
+            return "it reads each adapter's rows on the host"
         if problem.R == 0 and not problem.several_adapters:
             return "r = 0 has no low-rank pair"
         if problem.dtype not in DTYPES:

@@ -87,6 +87,11 @@ def add_update_backward(
     return dA, dB
 
 
+def _only(value: Tensor, inside: Tensor | None) -> Tensor:
+    """Zeros in the rows that are another adapter's: neither their values nor their NaN get into a gradient."""
+    return value if inside is None else torch.where(inside, value, value.new_zeros(()))
+
+
 class ReferenceBackend(Backend):
     """Never refuses; the floor that the kernels have to beat."""
 
@@ -129,10 +134,10 @@ class ReferenceBackend(Backend):
         for segment in operands.segments:
             if not segment.length:
                 continue
-            rows = operands.rows_of(segment)
+            rows, inside = operands.rows_of(segment), operands.inside_of(segment)
             own = y[rows]
-            parts.append(add_update(operands.alone(segment), x[rows], own).flatten())
-            y[rows] = own
+            parts.append(add_update(operands.alone(segment), _only(x[rows], inside), own).flatten())
+            y[rows] = own if inside is None else torch.where(inside, own, y[rows])
         wide = torch.promote_types(x.dtype, torch.float32)
         return y, torch.cat(parts) if parts else x.new_empty(0, dtype=wide)
 
@@ -153,16 +158,17 @@ class ReferenceBackend(Backend):
                 zeros = torch.zeros_like(segment.lora_A), torch.zeros_like(segment.lora_B)
                 pairs.append(zeros if need else None)
                 continue
-            rows, size = operands.rows_of(segment), segment.length * segment.R
+            rows, inside = operands.rows_of(segment), operands.inside_of(segment)
+            size = segment.length * segment.R
             own_x = own_s = own_dx = None
             if need:
                 assert x is not None and s is not None
-                own_x, own_s = x[rows], s[at : at + size].view(segment.length, segment.R)
+                own_x, own_s = _only(x[rows], inside), s[at : at + size].view(segment.length, segment.R)
             if dx is not None:
                 own_dx = dx[rows]
-            dA, dB = add_update_backward(operands.alone(segment), dy[rows], own_x, own_s, own_dx)
+            dA, dB = add_update_backward(operands.alone(segment), _only(dy[rows], inside), own_x, own_s, own_dx)
             if dx is not None and own_dx is not None:
-                dx[rows] = own_dx
+                dx[rows] = own_dx if inside is None else torch.where(inside, own_dx, dx[rows])
             pairs.append((dA, dB) if dA is not None and dB is not None else None)
             at += size
         return dx, pairs
