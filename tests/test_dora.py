@@ -242,6 +242,16 @@ def test_two_adapters_with_dora_are_pefts(calls):
     assert torch.equal(layer(x), twin(x)) and not calls
 
 
+def test_an_x_of_one_dimension_is_pefts(calls):
+    """Whose y has one more."""
+    layer = next(iter(linears(dora()).values()))
+    x = torch.randn(32)
+    expected = layer(x)
+    peftkern.patch(nn.ModuleList([layer]))
+    assert torch.equal(layer(x), expected) and expected.ndim == 2 and not calls
+    assert layer(x[None]).shape == expected.shape and len(calls) == 1
+
+
 def test_the_norm_follows_merges_into_the_base_and_training_steps(calls):
     """Nothing of it is cached: PEFT's merge moves no version counter."""
     model = dora().eval()

@@ -19,7 +19,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard
 
@@ -122,10 +121,9 @@ class _Call:
         """The mesh's first rank's state, so that ranks need not be seeded alike; a step apart along row layouts."""
         if rng_state is None:
             return None
-        for dimension in range(self.mesh.ndim):
-            group = self.mesh.get_group(dimension)
-            rng_state = rng_state.clone()
-            dist.broadcast(rng_state, dist.get_global_rank(group, 0), group)
+        # Gathered, since torch.compile traces no broadcast.
+        every = DTensor.from_local(rng_state, self.mesh, [FIRST] * self.mesh.ndim, run_check=False)
+        rng_state = every.full_tensor()[:2]
         step = 0
         for rank in rows:
             step = step * 65537 + rank
