@@ -34,8 +34,8 @@ from peftkern.weights import DenseWeight, FrozenWeight
 
 FORMATS = ("nf4", "fp4", "int8", "int4", "fp8")
 DECODE_ROWS = 16
-ROWS = (1, 4, 16, 64, 256)
-FULL_ROWS = (*ROWS, 1024, 2048, 4096, 8192)
+ROWS = (1, 16, 256)
+FULL_ROWS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192)
 SHAPES = ("llama3-8b.qo",)
 FULL_SHAPES = ("llama3-8b.qo", "llama3-8b.up", "llama3-8b.down", "smollm2-135m.up")
 
@@ -242,7 +242,7 @@ def cells(options: argparse.Namespace, device: str) -> list[Cell]:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = products.parser("quant", __doc__, rounds=7)
+    found = products.parser("quant", __doc__, rounds=5)
     found.add_argument("--full", action="store_true", help=f"M up to {FULL_ROWS[-1]}, and four shapes")
     found.add_argument("--format", action="append", choices=FORMATS, help="repeatable; all of them without it")
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[smollm2.native_dtype(device)]

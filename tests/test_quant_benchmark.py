@@ -100,7 +100,7 @@ def test_the_default_and_the_whole_sweep():
     def chosen(*arguments: str) -> list[linear.Cell]:
         return quant.cells(quant.parser().parse_args(arguments), "cpu")
 
-    assert [c.M for c in chosen()] == [1, 4, 16, 64, 256] and {c.layer for c in chosen()} == {"llama3-8b.qo"}
+    assert [c.M for c in chosen()] == [1, 16, 256] and {c.layer for c in chosen()} == {"llama3-8b.qo"}
     assert chosen("--rows", "512") == [] and len(chosen("--rows", "512", "--max-flops", "0")) == 1
     assert max(c.M for c in chosen("--full")) == 8192 and len({c.layer for c in chosen("--full")}) == 4
     assert [c.adapter_dtype for c in chosen("--dtype", "bf16", "--adapter", "base", "--rows", "1")] == [torch.bfloat16]
