@@ -12,7 +12,7 @@ from torch import Tensor
 import peftkern
 from peftkern.backends.cpp import call
 from peftkern.backends.cpp.extension import extension
-from peftkern.weights import FP8Weight, FrozenWeight, NF4Weight
+from peftkern.weights import FP8Weight, FrozenWeight, Int4Weight, Int8Weight, NF4Weight
 
 C = extension()[0]
 pytestmark = [
@@ -82,6 +82,67 @@ def test_decoded_as_materialised(instruction_set, name, options, dtype):
             assert torch.equal(y, W.T) and torch.equal(dx, W), shape
 
 
+# Whole steps of 64, which AVX2 decodes in registers: one, an odd number, more than a chunk; blocks that cross rows.
+STEP_SHAPES = [(5, 64), (35, 192), (66, 320), (3, 2240)]
+STEP_OPTIONS = [
+    ("nf4", {}),
+    *(("nf4", {"blocksize": 2**n, "double_quant": n % 2 == 0}) for n in range(5, 13)),
+    ("fp4", {"blocksize": 128}),
+    ("int4", {}),
+    ("int4", {"group_size": 64}),
+    ("int8", {}),
+    ("int8", {"group_size": 64}),
+    ("int8", {"group_size": 32}),
+    ("fp8", {}),
+    ("fp8", {"scaling": "tensor"}),
+    ("fp8", {"scaling": "block"}),
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(("name", "options"), STEP_OPTIONS, ids=str)
+def test_decoded_in_steps_as_materialised(instruction_set, name, options, dtype):
+    for shape in STEP_SHAPES:
+        weight = FrozenWeight.quantize(normal(*shape), name, **options)
+        W = weight.materialize(dtype)
+        for rows in (1, 3, 500) if shape[1] == 64 else (2, 4, 13) if shape[1] == 192 else (13, 500):
+            y, dx = read(weight, dtype, rows)
+            assert torch.equal(y, W.T) and torch.equal(dx, W), (shape, rows)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("scale", [0.375, 3.1e-7, 0.0, 1e-33, 1e-36, 1e35], ids=str)
+def test_fp8_in_steps_with_any_scale(instruction_set, scale, dtype):
+    """Every code, and scales with which a number's exponent does not fit into the steps' arithmetic."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 5
+    codes = torch.cat((codes, codes.flip(0), codes.roll(77))).view(6, 128)
+    weight = FP8Weight(codes.view(torch.float8_e4m3fn), torch.tensor([scale]))
+    W = weight.materialize(dtype)
+    for rows in (3, 7, 500):
+        y, dx = read(weight, dtype, rows)
+        assert torch.equal(y, W.T) and torch.equal(dx, W), rows
+    nan = torch.full((3, 64), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert all(found.isnan().all() for found in read(FP8Weight(nan, torch.tensor([scale])), dtype, 4))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_extreme_scales_in_steps(instruction_set, dtype):
+    """int8 and int4: zero, huge and tiny scales, every code and zero point."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.0, 0.3, 1e-36, 0.7, 2e-38, 3e30])
+    data = torch.arange(-128, 128).to(torch.int8).repeat(6, 1)
+    weights = [Int8Weight(data, scale)]
+    packed = torch.randint(0, 256, (6, 128), generator=generator, dtype=torch.uint8)
+    zero_point = torch.randint(0, 256, (6, 4), generator=generator, dtype=torch.uint8)
+    weights.append(Int4Weight(packed, scale.unsqueeze(1).repeat(1, 4), 64, (zero_point,), (6, 256)))
+    for weight in weights:
+        W = weight.materialize(dtype)
+        for rows in (3, 7, 500):
+            y, dx = read(weight, dtype, rows)
+            assert torch.equal(y, W.T) and torch.equal(dx, W), rows
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_every_fp8_number(instruction_set, dtype):
     """Subnormals too, also where the processor is told to take those of fp32 for zeros; and NaN."""
@@ -134,12 +195,22 @@ def test_edges(instruction_set, name, dtype, p):
             judge(case, "cpp", (tensors, run(case, tensors, "cpp")))
 
 
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(F32, F32), (BF16, F32), (BF16, BF16)], ids=str)
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int4", "int8", "fp8"])
+def test_rows_in_steps(instruction_set, name, dtype, adapter_dtype):
+    """Every handful, and numbers of rows and columns that fill no group of panels."""
+    for edge in [*((M, 704, 35, 17) for M in range(1, 17)), (130, 512, 77, 33), (300, 192, 130, 5)]:
+        case = Case(*edge, dtype, adapter_dtype, 0.1 if edge[0] == 300 else 0.0, bias=True, weight_format=name)
+        tensors = make(case)
+        judge(case, "cpp", (tensors, run(case, tensors, "cpp")))
+
+
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int4", "int8", "fp8"])
 def test_threads_do_not_change_a_bit(instruction_set, name):
     before = torch.get_num_threads()
     try:
-        for M in (5, 200):
-            case = Case(M, 257, 131, 16, BF16, F32, bias=True, weight_format=name)
+        for M, K in ((5, 257), (200, 257), (3, 320), (5, 320), (200, 320)):
+            case = Case(M, K, 131, 16, BF16, F32, bias=True, weight_format=name)
             tensors, found = make(case), []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)

@@ -11,6 +11,7 @@
 #include "../include/packed_weight.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "step_dots.h"
 #include "thin_f32.h"
 
 namespace peftkern {
@@ -169,18 +170,21 @@ template <class X, class A> struct Decode {
     return load(lanes);
   }
 
-  struct Memory { float *x, *x_thin, *t; int64_t ldx, ldt; };
+  struct Memory { float *x, *x_thin, *t; int64_t ldx, ldt; bool steps; };
 
   template <int COLUMNS, int GROUPS, bool ROUND>
   static void columns_of(const Forward &p, const Memory &m, int64_t n, int64_t apart) {
     vf sums[COLUMNS * GROUPS * kDecodeRows] = {};
     if (p.weight.format == WeightFormat::dense) {
       all_dots<X, COLUMNS, GROUPS, false, true>(p.M, (const X *)p.weight.data + n * p.weight.stride, apart * p.weight.stride, p.K, m.x, m.ldx, sums);
+    } else if (m.steps && p.M <= kDecodeSet) {
+      dots_of_rows<X>(p.weight, n, COLUMNS * GROUPS, p.M, m.x, m.ldx, sums, kDecodeRows);
     } else {  // neighbours: apart is 1
       alignas(64) float rows[COLUMNS * GROUPS * kBlock];
       for (int64_t k = 0; k < p.K; k += kDecodeChunk) {
         const int64_t count = smaller(kDecodeChunk, p.K - k);
-        decode<X>(p.weight, n, k, COLUMNS * GROUPS, count, rows, kBlock);
+        if (m.steps) decode_steps<X>(p.weight, n, k, COLUMNS * GROUPS, count, rows, kBlock);
+        else decode<X>(p.weight, n, k, COLUMNS * GROUPS, count, rows, kBlock);
         all_dots<float, COLUMNS, GROUPS, false, false>(p.M, rows, kBlock, count, m.x + k, m.ldx, sums);
       }
     }
@@ -206,8 +210,10 @@ template <class X, class A> struct Decode {
 
   template <bool ROUND> static void share_of_columns(const Forward &p, Range columns) {
     // What the weight is multiplied with has the order of its rows, a packed one's once they are decoded; so has what A is.
-    const bool packed = p.weight.format != WeightFormat::dense, own_thin = sizeof(A) != sizeof(X) || (packed && sizeof(X) == 2);
+    const bool packed = p.weight.format != WeightFormat::dense, steps = packed && steps_take<X>(p.weight);
+    const bool own_thin = sizeof(A) != sizeof(X) || (packed && sizeof(X) == 2) || steps;
     Memory m;
+    m.steps = steps;
     m.ldx = round_up(p.K, kDecodeChunk) + kDecodeChunk / 2 * 3, m.ldt = round_up(p.R, 2 * W);
     Scratch &memory = worker_scratch();
     memory.reserve(2 * Scratch::bytes<float>(p.M * m.ldx) + 2 * Scratch::bytes<float>(p.M * m.ldt));
@@ -215,7 +221,8 @@ template <class X, class A> struct Decode {
     float *scaled = memory.take<float>(p.M * m.ldt);
     for (int row = 0; row < p.M; ++row) {
       const X *source = (const X *)p.x + row * p.x_stride;
-      if (packed) arrange<float>(source, p.K, m.x + row * m.ldx);
+      if (steps) arrange_steps<X>(p.weight, source, p.K, m.x + row * m.ldx);
+      else if (packed) arrange<float>(source, p.K, m.x + row * m.ldx);
       else arrange<X>(source, p.K, m.x + row * m.ldx);
       if (own_thin) arrange<A>(source, p.K, m.x_thin + row * m.ldx);
     }
@@ -227,9 +234,9 @@ template <class X, class A> struct Decode {
     // Where memory is what bounds a call, a thread reads kStreams far apart, each of them on and on.
     constexpr int kStreams = 2 * kDecodeColumns;
     const bool far = !packed && (p.M <= kDecodeSet || sizeof(X) < sizeof(float));
-    const int64_t steps = (columns.end - columns.begin) / kStreams, apart = far ? steps : 1, next = far ? 1 : kStreams;
-    for (int64_t i = 0; i < steps; ++i) columns_of<kDecodeColumns, 2, ROUND>(p, m, columns.begin + i * next, apart);
-    for (int64_t n = columns.begin + kStreams * steps; n < columns.end; ++n) columns_of<1, 1, ROUND>(p, m, n, 1);
+    const int64_t rounds = (columns.end - columns.begin) / kStreams, apart = far ? rounds : 1, next = far ? 1 : kStreams;
+    for (int64_t i = 0; i < rounds; ++i) columns_of<kDecodeColumns, 2, ROUND>(p, m, columns.begin + i * next, apart);
+    for (int64_t n = columns.begin + kStreams * rounds; n < columns.end; ++n) columns_of<1, 1, ROUND>(p, m, n, 1);
   }
 
   static bool takes(const Forward &p) { return p.M <= kDecodeRows && !p.dropout.threshold && !p.weight.transposed; }

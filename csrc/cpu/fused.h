@@ -7,8 +7,8 @@
 //
 // A thread takes a share of the rows (of y's columns where rows are few) in blocks of rows. Such a block is packed into tiles
 // (tile.h), widened, once; T and dB are made from it; then panel after panel of kTileColumns columns of the weight is taken
-// from the packed copy (or made, by panel_of) and stays in the L2 cache while tile after tile of the rows is finished in
-// registers and written once, in y's dtype. No sum's order depends on how the work is shared, so y, s and dx have the same
+// from the packed copy (or made, by panel_of; several at once from a weight that is decoded in steps) and stays in the L2 cache while
+// tile after tile of the rows is finished in registers and written once, in y's dtype. No sum's order depends on how the work is shared, so y, s and dx have the same
 // bits for any number of threads, and from packed panels the same as from the weight where it lies.
 #pragma once
 #include "../include/philox.h"
@@ -22,35 +22,41 @@ namespace PEFTKERN_ISA {
 template <class X, class A> struct Fused {
   static constexpr int64_t kChunk = 256;        // columns of x that are packed for T at a time
   static constexpr int64_t kMasked = 128;       // columns of D(x) that lie packed for dA at a time
-  static constexpr int64_t kPanelDepth = 2048;  // of a panel that is made: 128 KB
+  static constexpr int64_t kPanelDepth = 2048;  // of the panels that are made at once, together: 128 KB
 
   // dA^T [K, ld] and dB [N, ld] of one thread.
   static int64_t ld(const Problem &p) { return round_up(p.R, kTileColumns); }
 
+  static constexpr int64_t kStepRows = 264;  // of a block that panels in steps are made for
+
   // What a thread works with: Q contracted columns, blocks of at most `rows` rows.
   struct Memory {
-    int64_t Q, R, rows, panels, words, step, depth;
+    int64_t Q, R, rows, panels, words, step, depth, group;
+    bool in_steps;  // a group is made of whole steps of a packed weight
     float *x, *chunk, *f, *t, *s, *packed_t, *panel, *g, *sums;
     uint64_t *bits;
     Memory(const Problem &p, int64_t Q, int64_t share) : Q(Q), R(p.R) {
-      rows = round_up(smaller(share, smaller(264, 48 + (1 << 18) / (Q + 1))), kTileRows);
+      in_steps = steps_take<X>(p.weight);
+      group = in_steps ? kStepPanels : 1;
+      rows = round_up(smaller(share, in_steps ? kStepRows : smaller(264, 48 + (1 << 18) / (Q + 1))), kTileRows);
       panels = (R + kTileColumns - 1) / kTileColumns;
       words = (p.K + 63) / 64;
-      step = depth_of(Q);
-      depth = kPanelDepth / step * step;
+      step = in_steps ? kDecodedDepth : depth_of(Q);
+      depth = kPanelDepth / group / step * step;
       const int64_t thin = panels * rows * kTileColumns, chunk_size = kTileRows * kChunk > rows * kMasked ? kTileRows * kChunk : rows * kMasked;
       Scratch &memory = worker_scratch();
       memory.reserve(Scratch::bytes<float>(rows * Q + kPackSlack) + Scratch::bytes<float>(chunk_size + kPackSlack) +
                      Scratch::bytes<float>(panels * Q * kTileColumns) + 2 * Scratch::bytes<float>(thin) +
-                     Scratch::bytes<float>(rows * R + kPackSlack) + Scratch::bytes<float>(smaller(depth, Q) * kTileColumns) +
-                     Scratch::bytes<float>(R * kTileColumns) + Scratch::bytes<float>(rows * kTileColumns) +
+                     Scratch::bytes<float>(rows * R + kPackSlack) + Scratch::bytes<float>(group * panel_size()) +
+                     Scratch::bytes<float>(group * R * kTileColumns) + Scratch::bytes<float>(group * rows * kTileColumns) +
                      Scratch::bytes<uint64_t>(rows * words));
       x = memory.take<float>(rows * Q + kPackSlack), chunk = memory.take<float>(chunk_size + kPackSlack);
       f = memory.take<float>(panels * Q * kTileColumns), t = memory.take<float>(thin), s = memory.take<float>(thin);
-      packed_t = memory.take<float>(rows * R + kPackSlack), panel = memory.take<float>(smaller(depth, Q) * kTileColumns);
-      g = memory.take<float>(R * kTileColumns), sums = memory.take<float>(rows * kTileColumns);
+      packed_t = memory.take<float>(rows * R + kPackSlack), panel = memory.take<float>(group * panel_size());
+      g = memory.take<float>(group * R * kTileColumns), sums = memory.take<float>(group * rows * kTileColumns);
       bits = p.dropout.threshold ? memory.take<uint64_t>(rows * words) : nullptr;
     }
+    int64_t panel_size() const { return smaller(depth, Q) * kTileColumns; }
     float *x_tile(int64_t row) const { return x + row * Q; }
     float *t_panel(int64_t i) const { return t + i * rows * kTileColumns; }
     float *s_panel(int64_t i) const { return s + i * rows * kTileColumns; }
@@ -110,8 +116,8 @@ template <class X, class A> struct Fused {
     float c; X *z; const uint64_t *bits; bool onto;
   };
 
-  template <int ROWS> static void finish_tile(const Memory &m, const Product &o, int64_t row, int64_t first, int64_t width, const float *column, const float *sums) {
-    const Tile<ROWS> extra(m.packed_t + row * m.R, m.g, m.R);
+  template <int ROWS> static void finish_tile(const Memory &m, const Product &o, const float *g, int64_t row, int64_t first, int64_t width, const float *column, const float *sums) {
+    const Tile<ROWS> extra(m.packed_t + row * m.R, g, m.R);
     const vf column_low = column ? load(column) : vf{}, column_high = column ? load(column + W) : vf{};
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
@@ -136,24 +142,53 @@ template <class X, class A> struct Fused {
     }
   }
 
-  static void finish_panel(const Problem &p, const Memory &m, const Product &o, int64_t first, int64_t width, const float *column) {
-    make_factor(p, o.g, o.ldg, o.g_by_rows, 0, first, m.R, width, m.g);
-    const int64_t Q = m.Q;
+  static void make_panels(const Memory &m, const Product &o, int64_t begin, int64_t first, int64_t depth, int64_t width) {
+    if (m.in_steps) panels_of_steps<X>(*o.weight, o.w_by_rows, begin, first, depth, width, m.panel, m.panel_size());
+    else panel_of<X>(*o.weight, o.w_by_rows, begin, first, depth, width, m.panel);
+  }
+
+  // A group of panels, `width` columns in all.
+  static void finish_panels(const Problem &p, const Memory &m, const Product &o, int64_t first, int64_t width, const float *column) {
+    const int64_t Q = m.Q, panels = (width + kTileColumns - 1) / kTileColumns;
+    const auto width_of = [&](int64_t i) { return smaller(kTileColumns, width - i * kTileColumns); };
+    for (int64_t i = 0; i < panels; ++i) make_factor(p, o.g, o.ldg, o.g_by_rows, 0, first + i * kTileColumns, m.R, width_of(i), m.g + i * m.R * kTileColumns);
+    const auto finish = [&](int64_t i, int64_t row, const float *sums) {
+      with_count(smaller(kTileRows, o.rows - row), [&](auto count) {
+        finish_tile<count>(m, o, m.g + i * m.R * kTileColumns, row, first + i * kTileColumns, width_of(i), column ? column + i * kTileColumns : nullptr, sums);
+      });
+    };
+    const bool unordered = m.in_steps && !o.w_by_rows;
+    const auto sums_of = [&](int64_t i, int64_t row) { return m.sums + i * m.rows * kTileColumns + (m.depth < Q || unordered ? row * kTileColumns : 0); };
     for (int64_t begin = 0; begin == 0 || begin < Q; begin += m.depth) {  // once for nothing: an empty sum is zero
       const int64_t depth = smaller(m.depth, Q - begin);
-      const float *panel = m.panel;
-      if (o.weight->panels) panel = o.weight->panels + first * Q + begin * kTileColumns;
-      else panel_of<X>(*o.weight, o.w_by_rows, begin, first, depth, width, m.panel);
+      const float *made = m.panel;
+      if (o.weight->panels) made = o.weight->panels + first * Q + begin * kTileColumns;
+      else make_panels(m, o, begin, first, depth, width);
       for (int64_t row = 0; row < o.rows; row += kTileRows) {
-        if (o.weight->panels) prefetch_share(panel + depth * kTileColumns, depth, row, o.rows);
-        float *sums = m.sums + (m.depth < Q ? row * kTileColumns : 0);
-        with_count(smaller(kTileRows, o.rows - row), [&](auto count) {
-          for (int64_t q = 0; q == 0 || q < depth; q += m.step) {
-            tile<count>(m.x_tile(row) + (begin + q) * kTileRows, panel + q * kTileColumns, smaller(m.step, depth - q), begin + q > 0, sums);
-          }
-          if (begin + depth >= Q) finish_tile<count>(m, o, row, first, width, column, sums);
-        });
+        if (o.weight->panels) prefetch_share(made + depth * kTileColumns, depth, row, o.rows);
+        for (int64_t i = 0; i < panels; ++i) {
+          const float *panel = made + i * m.panel_size();
+          float *sums = sums_of(i, row);
+          with_count(smaller(kTileRows, o.rows - row), [&](auto count) {
+            for (int64_t q = 0; q == 0 || q < depth; q += m.step) {
+              tile<count>(m.x_tile(row) + (begin + q) * kTileRows, panel + q * kTileColumns, smaller(m.step, depth - q), begin + q > 0, sums);
+            }
+          });
+          if (begin + depth >= Q && !unordered) finish(i, row, sums);
+        }
       }
+    }
+    if (!unordered) return;
+    uint8_t from[kStep] = {};
+    order_of_steps<X>(*o.weight, from);
+    float ordered[kStepPanels][kTileRows * kTileColumns];
+    for (int64_t row = 0; row < o.rows; row += kTileRows) {
+      for (int64_t i = 0; i < kStep; ++i) {
+        const float *sums = sums_of(i / kTileColumns, row) + i % kTileColumns;
+        float *target = ordered[from[i] / kTileColumns] + from[i] % kTileColumns;
+        for (int64_t j = 0; j < kTileRows; ++j) target[j * kTileColumns] = sums[j * kTileColumns];
+      }
+      for (int64_t i = 0; i < panels; ++i) finish(i, row, ordered[i]);
     }
   }
 
@@ -185,14 +220,14 @@ template <class X, class A> struct Fused {
       }
       pack_t(m, count);
       const Product product = {count, p.N, &p.weight, true, (const A *)p.B, p.R, true, p.scaling, (X *)p.y + row * p.N, nullptr, false};
-      for (int64_t n = columns.begin; n < columns.end; n += kTileColumns) {
-        const int64_t width = smaller(kTileColumns, columns.end - n);
-        float column[kTileColumns] = {};
+      for (int64_t n = columns.begin; n < columns.end; n += m.group * kTileColumns) {
+        const int64_t width = smaller(m.group * kTileColumns, columns.end - n);
+        float column[kStep] = {};
         for (int64_t i = 0; i < width; ++i) {
           if (p.bias) column[i] = widen(((const X *)p.bias)[n + i]);
           if (p.lora_bias) column[i] += p.scaling * widen(((const A *)p.lora_bias)[n + i]);
         }
-        finish_panel(p, m, product, n, width, p.bias || p.lora_bias ? column : nullptr);
+        finish_panels(p, m, product, n, width, p.bias || p.lora_bias ? column : nullptr);
       }
     }
   }
@@ -251,7 +286,7 @@ template <class X, class A> struct Fused {
       if (!p.dx) continue;
       pack_t(m, count);
       const Product product = {count, p.K, &p.weight, false, (const A *)p.A, p.K, false, p.scaling * p.dropout.scale, (X *)p.dx + row * p.K, m.bits, p.onto};
-      for (int64_t k = 0; k < p.K; k += kTileColumns) finish_panel(p, m, product, k, smaller(kTileColumns, p.K - k), nullptr);
+      for (int64_t k = 0; k < p.K; k += m.group * kTileColumns) finish_panels(p, m, product, k, smaller(m.group * kTileColumns, p.K - k), nullptr);
     }
   }
 };

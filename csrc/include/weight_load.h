@@ -7,7 +7,7 @@
 #pragma once
 #include <utility>
 
-#include "packed_weight.h"
+#include "packed_steps.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
@@ -36,8 +36,8 @@ template <int D = 1> static inline void transpose(vf v[W]) {
   }
 }
 
-// block[q, p] = w[p, q] for q < depth, p < columns; zero for columns <= p < kTileColumns.
-template <class T> static void block_of_rows(const T *w, int64_t ldw, int64_t depth, int64_t columns, float *block) {
+// block[place(q), p] = w[p, q] for q < depth, p < columns; zero for columns <= p < kTileColumns.
+template <class T, class Place> static inline void block_of_rows(const T *w, int64_t ldw, int64_t depth, int64_t columns, float *block, Place place) {
   for (int64_t half = 0; half < kTileColumns; half += W) {
     for (int64_t q = 0; q < depth; q += W) {
       const int64_t width = smaller(W, depth - q);
@@ -47,7 +47,7 @@ template <class T> static void block_of_rows(const T *w, int64_t ldw, int64_t de
         v[i] = half + i >= columns ? vf{} : width == W ? load(source) : load_tail(source, width);
       }
       transpose(v);
-      for (int64_t i = 0; i < width; ++i) store(v[i], block + (q + i) * kTileColumns + half);
+      for (int64_t i = 0; i < width; ++i) store(v[i], block + place(q + i) * kTileColumns + half);
     }
   }
 }
@@ -64,7 +64,7 @@ template <class T> static void block_of_columns(const T *w, int64_t ldw, int64_t
 }
 
 template <class T> static void block_of(const T *w, int64_t ldw, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, float *block) {
-  if (by_rows) block_of_rows(w + first * ldw + q, ldw, depth, width, block);
+  if (by_rows) block_of_rows(w + first * ldw + q, ldw, depth, width, block, [](int64_t i) { return i; });
   else block_of_columns(w + q * ldw + first, ldw, depth, width, block);
 }
 
@@ -81,7 +81,40 @@ template <class X> static void panel_of(const Weight &w, bool by_rows, int64_t q
   for (int64_t begin = 0; begin < depth; begin += kDecodedDepth) {
     const int64_t count = smaller(kDecodedDepth, depth - begin);
     decode<X>(w, first, q + begin, width, count, rows, kDecodedDepth);
-    block_of_rows(rows, kDecodedDepth, count, width, block + begin * kTileColumns);
+    block_of_rows(rows, kDecodedDepth, count, width, block + begin * kTileColumns, [](int64_t i) { return i; });
+  }
+}
+
+// Whether neighbouring panels are made at once, from a weight that comes in steps, and how many.
+constexpr int64_t kStepPanels = kStep / kTileColumns;
+static_assert(kDecodedDepth % kStep == 0, "whole steps are transposed");
+
+// `width` <= kStep columns of op(W) as panels, `apart` from one to the next; q, first (not by_rows) and depth (by_rows) are whole
+// steps. Not by_rows, the columns of the panels are in the order of the steps.
+template <class X> static void panels_of_steps(const Weight &w, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, float *panels, int64_t apart) {
+  alignas(64) float rows[kTileColumns * kDecodedDepth];
+  if (!by_rows) {
+    constexpr int64_t kRows = kTileColumns * kDecodedDepth / kStep;
+    for (int64_t begin = 0; begin < depth; begin += kRows) {
+      const int64_t count = smaller(kRows, depth - begin);
+      decode_steps<X>(w, q + begin, first, count, kStep, rows, kStep);
+      for (int64_t i = 0; i < count; ++i) {
+        float *target = panels + (begin + i) * kTileColumns;
+        for (int64_t at = 0; at < kStep; at += W) store(load(rows + i * kStep + at), target + at / kTileColumns * apart + at % kTileColumns);
+      }
+    }
+    return;
+  }
+  uint8_t from[kStep] = {};
+  order_of_steps<X>(w, from);
+  for (int64_t p = 0; p < width; p += kTileColumns) {
+    const int64_t columns = smaller(kTileColumns, width - p);
+    for (int64_t begin = 0; begin < depth; begin += kDecodedDepth) {
+      const int64_t count = smaller(kDecodedDepth, depth - begin);
+      decode_steps<X>(w, first + p, q + begin, columns, count, rows, kDecodedDepth);
+      block_of_rows(rows, kDecodedDepth, count, columns, panels + p / kTileColumns * apart + begin * kTileColumns,
+                    [&](int64_t i) { return i / kStep * kStep + from[i % kStep]; });
+    }
   }
 }
 
