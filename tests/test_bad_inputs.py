@@ -15,7 +15,6 @@ import peftkern
 from peftkern.ops import dispatch
 from peftkern.ops.problem import Problem
 from peftkern.testing.numerics import assert_as_good_as
-from peftkern.weights import formats
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F32)]
@@ -99,20 +98,6 @@ def test_row_8_more_than_2_31_elements(sizes):
     whole, part = call(x, dy), call(x.detach()[-tail:].clone(), dy[-tail:])
     for large, small in zip(whole, part, strict=True):
         assert (large[-tail:].double() - small.double()).norm() <= 2**-7 * small.double().norm()  # one bf16 rounding
-
-
-@pytest.mark.parametrize("weight_format", formats())
-def test_row_8_rows_too_long_for_32_bits_within_a_tile_are_refused(weight_format):
-    """By name; "auto" takes a backend that counts in 64 bits."""
-    triton = dispatch.backend_named("triton")
-
-    def refused(M: int, K: int, N: int) -> str | None:
-        return triton.supports(Problem("cuda", M, K, N, 8, BF16, F32, weight_format))
-
-    assert refused(16, 2**23 - 16, 2**20) is None  # 2^43 elements
-    assert "rows of 8388608 elements" in refused(16, 2**23, 16)
-    assert "rows of 8388624 elements" in refused(16, 16, 2**23 + 16)
-    assert "M = 2147483648 rows" in refused(2**31, 16, 16)
 
 
 VIEWS = {

@@ -8,6 +8,8 @@ import torch
 from conftest import NAMES, Case, Target, make, run
 
 import peftkern
+from peftkern.ops import dispatch
+from peftkern.ops.problem import Problem
 from peftkern.weights import FP8Weight, FrozenWeight, Int4Weight, Int8Weight, formats
 
 # Each with the largest error that a step of its grid allows, relative to the largest of what shares a scale.
@@ -198,3 +200,17 @@ def test_held_bytes_of_nf4_are_at_most_4_13_bits_a_weight():
     saved = sum(v.numel() * v.itemsize for k, v in layer.state_dict().items() if "lora" not in k)
     held = sum(v.numel() * v.itemsize for v in layer.buffers())
     assert 8 * held / 2**22 <= 4.13 and 8 * saved / 2**22 <= 4.13
+
+
+@pytest.mark.parametrize("weight_format", formats())
+def test_row_8_rows_too_long_for_32_bits_within_a_tile_are_refused(weight_format):
+    pytest.importorskip("triton")
+    triton = dispatch.backend_named("triton")
+
+    def refused(M: int, K: int, N: int) -> str | None:
+        return triton.supports(Problem("cuda", M, K, N, 8, BF16, F32, weight_format))
+
+    assert refused(16, 2**23 - 16, 2**20) is None  # 2^43 elements
+    assert "rows of 8388608 elements" in refused(16, 2**23, 16)
+    assert "rows of 8388624 elements" in refused(16, 16, 2**23 + 16)
+    assert "M = 2147483648 rows" in refused(2**31, 16, 16)
