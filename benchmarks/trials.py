@@ -149,7 +149,7 @@ class TrialRun:
         else:
             torch.manual_seed(trial.seed)
             self.bank.add(trial.name, trial.config(), is_trainable=True, seed=trial.seed)
-        optimiser = torch.optim.AdamW(self.bank.parameters(trial.name), trial.learning_rate, weight_decay=0)
+        optimiser = torch.optim.AdamW(self.bank.parameters(trial.name), trial.learning_rate, weight_decay=0, fused=True)
         if found:
             optimiser.load_state_dict(torch.load(found[-1] / "optimizer.pt", weights_only=True))
         self.optimisers[trial.name] = optimiser
