@@ -138,6 +138,8 @@ class TrialRun:
     def _start(self, trial: Trial) -> None:
         """A fresh adapter, or the one of the last checkpoint."""
         found = sorted((self.out / trial.name).glob("step-*")) if self.out else []
+        for half_written in (self.out / trial.name).glob(".step-*") if self.out else ():  # a killed run's
+            shutil.rmtree(half_written)
         self.progress[trial.name] = Progress()
         if found:
             self.bank.load(trial.name, found[-1], is_trainable=True)
