@@ -138,6 +138,8 @@ class TrialRun:
     def _start(self, trial: Trial) -> None:
         """A fresh adapter, or the one of the last checkpoint."""
         found = sorted((self.out / trial.name).glob("step-*")) if self.out else []
+        for half_written in (self.out / trial.name).glob(".step-*") if self.out else ():  # a killed run's
+            shutil.rmtree(half_written)
         self.progress[trial.name] = Progress()
         if found:
             self.bank.load(trial.name, found[-1], is_trainable=True)
@@ -149,7 +151,7 @@ class TrialRun:
         else:
             torch.manual_seed(trial.seed)
             self.bank.add(trial.name, trial.config(), is_trainable=True, seed=trial.seed)
-        optimiser = torch.optim.AdamW(self.bank.parameters(trial.name), trial.learning_rate, weight_decay=0)
+        optimiser = torch.optim.AdamW(self.bank.parameters(trial.name), trial.learning_rate, weight_decay=0, fused=True)
         if found:
             optimiser.load_state_dict(torch.load(found[-1] / "optimizer.pt", weights_only=True))
         self.optimisers[trial.name] = optimiser

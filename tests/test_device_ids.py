@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from peftkern import multi_lora
 from peftkern.backends.reference.library import ReferenceBackend
 from peftkern.nn import adapter_bank, routing
-from peftkern.ops.bank_problem import BankOperands, Segment
+from peftkern.ops.bank_problem import BankBackward, BankOperands, Segment
 from peftkern.segments import plan_on_device
 from peftkern.testing.numerics import assert_as_good_as
 
@@ -105,7 +105,8 @@ def test_nothing_waits_for_the_device(p: float) -> None:
         segments = [Segment(A, B, 2.0, p, 1, 2, *plan.spans[e][1:]) for e, (A, B) in enumerate(factors)]
         operands = BankOperands(W, None, segments, plan.rows, "base", plan.inside)
         y, s = ReferenceBackend().bank_forward(operands, x)
-        dx, pairs = ReferenceBackend().bank_backward(operands, torch.empty_like(y), x, s, True, [True, True])
+        given = BankBackward(torch.empty_like(y), x, s, True, [True, True])
+        dx, pairs = ReferenceBackend().bank_backward(operands, given)
     assert y.shape == (9, 5) and dx is not None and dx.shape == (9, 6)
     assert [tuple(dA.shape) for dA, _ in pairs] == [(2, 6), (3, 6)]
 

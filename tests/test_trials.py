@@ -59,6 +59,13 @@ def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path, monkeypatch) -
     assert [len(progress.losses) for progress in start(tmp_path).progress.values()] == [0, 0]
 
 
+def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path) -> None:
+    half = tmp_path / "a" / ".step-000002.123"
+    half.mkdir(parents=True)
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    assert not start(tmp_path).progress["a"].losses and not half.exists()
+
+
 def test_checkpoints_are_pefts(tmp_path) -> None:
     from peft import PeftModel
 

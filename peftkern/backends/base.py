@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peftkern import dropout
-from peftkern.ops.bank_problem import BankOperands
+from peftkern.ops.bank_problem import BankBackward, BankGradients, BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 from peftkern.weights import FrozenWeight
 
@@ -103,15 +103,7 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"backend {self.name!r} has no products for several adapters")
 
-    def bank_backward(
-        self,
-        operands: BankOperands,
-        dy: Tensor,
-        x: Tensor | None,
-        s: Tensor | None,
-        need_x: bool,
-        need_pairs: Sequence[bool],
-    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
+    def bank_backward(self, operands: BankOperands, given: BankBackward) -> BankGradients:
         """dx where it is needed, and (dA, dB) of each segment whose pair is; exact zeros for one without rows."""
         raise NotImplementedError(f"backend {self.name!r} has no products for several adapters")
 

@@ -33,6 +33,19 @@ class Segment(NamedTuple):
         return self.lora_A.shape[0]
 
 
+BankGradients = tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]  # dx, and dA and dB of each segment
+
+
+class BankBackward(NamedTuple):
+    """What backward goes by: dy [M, N] of any strides, x [M, K] and s where a pair is needed, and what is needed."""
+
+    dy: Tensor
+    x: Tensor | None
+    s: Tensor | None
+    need_x: bool
+    need_pairs: Sequence[bool]
+
+
 class BankOperands(NamedTuple):
     """The operands that forward and backward share: weight [N, K], bias [N] or None, rows int64 on x's device.
 

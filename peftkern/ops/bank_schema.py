@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftkern.ops import dispatch
-from peftkern.ops.bank_problem import BankOperands, Segment
+from peftkern.ops.bank_problem import BankBackward, BankOperands, Segment
 
 _OPERANDS = (
     "Tensor weight, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, float[] dropout_p, int[] rng, "
@@ -75,7 +75,8 @@ def _forward_fake(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
 def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments) -> list[Tensor]:
     *shared, need_x, need_pairs, need_bias = arguments
     given = BankArguments(*shared)
-    return dispatch.bank_backward(given.operands(), dy, x, s, need_x, need_pairs, need_bias, given.backend)
+    asked = BankBackward(dy, x, s, need_x, need_pairs)
+    return dispatch.bank_backward(given.operands(), asked, need_bias, given.backend)
 
 
 def _backward_fake(dy: Tensor, x, s, *arguments) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftkern import _env
 from peftkern.backends.base import Backend
-from peftkern.ops.bank_problem import BankOperands
+from peftkern.ops.bank_problem import BankBackward, BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 from peftkern.weights import FrozenWeight
 
@@ -240,26 +240,17 @@ def bank_forward(operands: BankOperands, x: Tensor, backend: str) -> tuple[Tenso
         return chosen.bank_forward(operands, x)
 
 
-def bank_backward(
-    operands: BankOperands,
-    dy: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    need_x: bool,
-    need_pairs: Sequence[bool],
-    need_bias: bool,
-    backend: str,
-) -> list[Tensor]:
+def bank_backward(operands: BankOperands, given: BankBackward, need_bias: bool, backend: str) -> list[Tensor]:
     """dx, then dA and dB of each segment whose pair is needed, then dbias: those that are asked for."""
-    found = []
+    dy, found = given.dy, []
     if dy.shape[0] == 0:
-        found += [dy.new_empty(0, operands.weight.shape[1])] if need_x else []
-        for segment, need in zip(operands.segments, need_pairs, strict=True):
+        found += [dy.new_empty(0, operands.weight.shape[1])] if given.need_x else []
+        for segment, need in zip(operands.segments, given.need_pairs, strict=True):
             found += [torch.zeros_like(segment.lora_A), torch.zeros_like(segment.lora_B)] if need else []
     else:
         chosen = select(operands.problem(dy.shape[0], dy.dtype), backend)
         with without_autocast(dy.device.type):
-            dx, pairs = chosen.bank_backward(operands, dy, x, s, need_x, need_pairs)
+            dx, pairs = chosen.bank_backward(operands, given)
         found += [] if dx is None else [dx]
         found += [factor for pair in pairs if pair is not None for factor in pair]
     if need_bias and operands.bias is not None:

@@ -13,7 +13,7 @@ from peftkern.backends.base import Backend, Plan, bias_gradients
 from peftkern.backends.cpp import bank, call, prepack
 from peftkern.backends.cpp.call import DECODE_ROWS, DTYPES, address, read_weight, unit_stride
 from peftkern.backends.cpp.extension import extension
-from peftkern.ops.bank_problem import BankOperands
+from peftkern.ops.bank_problem import BankBackward, BankGradients, BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 from peftkern.weights import FrozenWeight
 
@@ -157,16 +157,8 @@ class CppBackend(Backend):
     def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
         return bank.forward(operands, x)
 
-    def bank_backward(
-        self,
-        operands: BankOperands,
-        dy: Tensor,
-        x: Tensor | None,
-        s: Tensor | None,
-        need_x: bool,
-        need_pairs: Sequence[bool],
-    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
-        return bank.backward(operands, dy, x, s, need_x, need_pairs)
+    def bank_backward(self, operands: BankOperands, given: BankBackward) -> BankGradients:
+        return bank.backward(operands, given)
 
 
 def _forward_call(

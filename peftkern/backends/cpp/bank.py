@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from peftkern import dropout
 from peftkern.backends.cpp import call
 from peftkern.backends.cpp.call import DTYPES, address, read_weight, unit_stride
 from peftkern.backends.cpp.extension import extension
-from peftkern.ops.bank_problem import BankOperands, Segment
+from peftkern.ops.bank_problem import BankBackward, BankGradients, BankOperands, Segment
 from peftkern.weights import DenseWeight
 
 _Pair = tuple[Tensor, Tensor]
@@ -38,17 +37,10 @@ def forward(operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
     return y, s
 
 
-def backward(
-    operands: BankOperands,
-    dy: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    need_x: bool,
-    need_pairs: Sequence[bool],
-) -> tuple[Tensor | None, list[_Pair | None]]:
+def backward(operands: BankOperands, given: BankBackward) -> BankGradients:
     """dx, and (dA, dB) of each segment whose pair is needed."""
-    dx, dy = None, unit_stride(dy)
-    x = None if x is None else unit_stride(x)
+    dx, dy, s, need_x = None, unit_stride(given.dy), given.s, given.need_x
+    x = None if given.x is None else unit_stride(given.x)
     problem, _held = _problem(operands, dy), None
     if need_x and call.one_pass(dy.dtype, dy.shape[0]):
         _held = read_weight(problem, DenseWeight(operands.weight), dy, False)
@@ -56,9 +48,9 @@ def backward(
     elif need_x:
         dx = dy @ operands.weight
     factors = [_contiguous(segment) for segment in operands.segments]
-    pairs = [
+    pairs: list[_Pair | None] = [
         _gradients(segment, pair) if need else None
-        for segment, pair, need in zip(operands.segments, factors, need_pairs, strict=True)
+        for segment, pair, need in zip(operands.segments, factors, given.need_pairs, strict=True)
     ]
     entries = list(map(_entry, operands.segments, factors, pairs))
     extension()[0].bank_backward(

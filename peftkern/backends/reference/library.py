@@ -8,14 +8,12 @@ Two precisions, as in every backend. "base": the factors are rounded to x's dtyp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from peftkern import dropout
 from peftkern.backends.base import Backend, Plan, bias_gradients, scaled
-from peftkern.ops.bank_problem import BankOperands
+from peftkern.ops.bank_problem import BankBackward, BankGradients, BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 
@@ -141,15 +139,8 @@ class ReferenceBackend(Backend):
         wide = torch.promote_types(x.dtype, torch.float32)
         return y, torch.cat(parts) if parts else x.new_empty(0, dtype=wide)
 
-    def bank_backward(
-        self,
-        operands: BankOperands,
-        dy: Tensor,
-        x: Tensor | None,
-        s: Tensor | None,
-        need_x: bool,
-        need_pairs: Sequence[bool],
-    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
+    def bank_backward(self, operands: BankOperands, given: BankBackward) -> BankGradients:
+        dy, x, s, need_x, need_pairs = given
         dx = dy @ operands.weight if need_x else None
         pairs: list[tuple[Tensor, Tensor] | None] = []
         at = 0
