@@ -134,7 +134,7 @@ def test_extreme_scales_in_steps(instruction_set, dtype):
     data = torch.arange(-128, 128).to(torch.int8).repeat(6, 1)
     weights = [Int8Weight(data, scale)]
     packed = torch.randint(0, 256, (6, 128), generator=generator, dtype=torch.uint8)
-    zero_point = torch.randint(0, 256, (6, 4), generator=generator, dtype=torch.uint8)
+    zero_point = torch.randint(0, 16, (6, 4), generator=generator, dtype=torch.uint8)
     weights.append(Int4Weight(packed, scale.unsqueeze(1).repeat(1, 4), 64, (zero_point,), (6, 256)))
     for weight in weights:
         W = weight.materialize(dtype)

@@ -2,7 +2,8 @@
 //
 //   y[m, n] = sum_k x[m, k] W[n, k] + sum_r c T[m, r] B[n, r] + column terms,     T = x A^T
 //
-// All three are dots of contiguous rows, so no block is transposed; a packed weight's rows are decoded a chunk at a time. Each
+// All three are dots of contiguous rows, so no block is transposed; a packed weight's rows are decoded a chunk at a
+// time, or in registers (step_dots.h). Each
 // thread takes a share of the columns of y and computes the few sums of T for itself. There is no dropout here; a caller that
 // wants it takes fused.h. Rows of x come in sets of four, and K in chunks short enough for all sets and some of the weight's rows to lie in the L1 cache together.
 #pragma once
@@ -210,7 +211,9 @@ template <class X, class A> struct Decode {
 
   template <bool ROUND> static void share_of_columns(const Forward &p, Range columns) {
     // What the weight is multiplied with has the order of its rows, a packed one's once they are decoded; so has what A is.
-    const bool packed = p.weight.format != WeightFormat::dense, steps = packed && steps_take<X>(p.weight);
+    // Into a block, int8 was measured faster in its own order.
+    const bool packed = p.weight.format != WeightFormat::dense, to_block = p.M > kDecodeSet;
+    const bool steps = packed && steps_take<X>(p.weight) && !(to_block && p.weight.format == WeightFormat::int8);
     const bool own_thin = sizeof(A) != sizeof(X) || (packed && sizeof(X) == 2) || steps;
     Memory m;
     m.steps = steps;
