@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import ALL_LINEAR, llama, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
+from quantised_models import IDS, LAYERS, judge_patched
 from torch import nn
 
 import peftkern
 from peftkern.integrations.peft import why_not
 from peftkern.integrations.torchao import from_torchao
-from peftkern.testing.numerics import assert_as_good_as
 
 pytest.importorskip("torchao")
 from torchao.quantization import (  # noqa: E402
@@ -27,8 +27,6 @@ from torchao.quantization import (  # noqa: E402
 from torchao.quantization.granularity import PerGroup  # noqa: E402
 
 F32, BF16 = torch.float32, torch.bfloat16
-IDS = torch.arange(24).view(2, 12) % 64
-LAYERS = 14
 GRAINS = {"row": {}, "tensor": {"granularity": PerTensor()}, "group": {"granularity": PerGroup(16)}}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass")
@@ -46,49 +44,11 @@ def qlora(dtype: torch.dtype = F32, bias: bool = False, grain: str = "row", **op
     return randomise(get_peft_model(quantised(dtype, bias, grain), LoraConfig(**settings)))
 
 
-def dequantised(model: nn.Module, dtype: torch.dtype, decoded: torch.dtype) -> nn.Module:
-    """The same under plain PEFT with dense linears in ``dtype``, of the values that the weights have in ``decoded``."""
-    twin = llama(dtype, bias=model.base_model.model.config.attention_bias)
-    twin = get_peft_model(twin, copy.copy(model.peft_config["default"]))
-    theirs = dict(model.named_modules())
-    with torch.no_grad():
-        for name, module in twin.named_modules():
-            if hasattr(module, "base_layer"):
-                base = theirs[name].base_layer
-                module.base_layer.weight.copy_(base.weight.dequantize().to(decoded))
-                if base.bias is not None:
-                    module.base_layer.bias.copy_(base.bias)
-        wanted = {n: p for n, p in model.named_parameters() if "base_layer" not in n}
-        for name, parameter in twin.named_parameters():
-            if name in wanted:
-                parameter.copy_(wanted[name])
-                parameter.data = parameter.data.to(torch.promote_types(wanted[name].dtype, dtype))
-    return twin
-
-
-def loss_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("grain", GRAINS)
 def test_loss_and_gradients_are_those_of_the_dequantised_model(grain, dtype, bias, calls):
-    """Judged against fp64, beside plain PEFT over dense linears that hold the same values in the base's dtype."""
-    model = qlora(dtype, bias, grain)
-    plain, truth = dequantised(model, dtype, dtype), dequantised(model, torch.float64, dtype)
-    report = peftkern.patch(model)
-    assert len(report.fast) == LAYERS and not report.skipped, str(report)
-    (loss, own), (plain_loss, peer), (true_loss, true) = map(loss_and_gradients, (model, plain, truth))
-    assert len(calls) == LAYERS
-    assert own.keys() == peer.keys() == true.keys() and len(own) == 2 * LAYERS
-    bound = 2 * (plain_loss.double() - true_loss).abs() / true_loss + 1e-6
-    assert (loss.double() - true_loss).abs() / true_loss <= bound + torch.finfo(dtype).eps / 2
-    every = [torch.cat([found[name].flatten().double() for name in own]) for found in (own, peer, true)]
-    assert_as_good_as(*every, f"gradients of {grain}")
+    judge_patched(qlora(dtype, bias, grain), dtype, lambda base: base.weight.dequantize().to(dtype), calls)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=str)
