@@ -161,18 +161,3 @@ def test_dx_is_accumulated_in_one_buffer_and_x_is_saved_once(dtype, backend):
             one._replace(lora_A=one.lora_A.detach().requires_grad_()) for one in shared
         ], backend)  # fmt: skip
     assert saved.count(x.data_ptr()) == 1
-
-
-def test_reference_makes_every_s_in_one_product_where_nothing_is_dropped():
-    layers, widths = members(plain=True), []
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten.mm.default:
-                widths.append(args[1].shape[1])
-            return function(*args, **(kwargs or {}))
-
-    shared = [operands(case, t, vars(t)) for case, t in layers]
-    with Products():
-        dispatch.forward_shared(shared, layers[0][1].x, "reference")
-    assert widths.count(sum(R for _, R, _ in WIDTHS)) == 1 and not {4, 7, 16} & set(widths)
