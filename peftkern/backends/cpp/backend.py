@@ -90,7 +90,7 @@ class CppBackend(Backend):
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
     ) -> Gradients:
         dx = None
-        whole = call.one_pass(dy.dtype, dy.shape[0], operands.weight.format)
+        whole = call.one_pass(dy.dtype, dy.shape[0], operands.weight.format, False)
         if needs.x:
             dy = unit_stride(dy)
             if whole:
@@ -102,7 +102,7 @@ class CppBackend(Backend):
     def backward_onto(
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor, needs: Needs
     ) -> Gradients:
-        if not call.one_pass(dy.dtype, dy.shape[0], operands.weight.format):
+        if not call.one_pass(dy.dtype, dy.shape[0], operands.weight.format, False):
             return super().backward_onto(operands, dy, x, s, dx, needs)
         return self._backward(operands, dy, x, s, dx, needs, True, onto=True)
 
@@ -130,7 +130,7 @@ class CppBackend(Backend):
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
 
     def product(self, weight: FrozenWeight, rows: Tensor, backward: bool) -> Tensor:
-        if rows.dtype not in DTYPES or not call.one_pass(rows.dtype, rows.shape[0], weight.format):
+        if rows.dtype not in DTYPES or not call.one_pass(rows.dtype, rows.shape[0], weight.format, not backward):
             return super().product(weight, rows, backward)
         rows = unit_stride(rows)
         made = rows.new_empty(rows.shape[0], weight.shape[1 if backward else 0])

@@ -41,8 +41,8 @@ def backward(operands: BankOperands, given: BankBackward) -> BankGradients:
     """dx, and (dA, dB) of each segment whose pair is needed."""
     dx, dy, s, need_x = None, unit_stride(given.dy), given.s, given.need_x
     x = None if given.x is None else unit_stride(given.x)
-    problem, _held = _problem(operands, dy), None
-    if need_x and call.one_pass(dy.dtype, dy.shape[0]):
+    problem, _held = _problem(operands, dy, False), None
+    if need_x and call.one_pass(dy.dtype, dy.shape[0], "dense", False):
         _held = read_weight(problem, DenseWeight(operands.weight), dy, False)
         dx = dy.new_empty(dy.shape[0], operands.weight.shape[1])
     elif need_x:
@@ -78,6 +78,6 @@ def _entry(segment: Segment, pair: _Pair, gradients: _Pair | None) -> tuple[int 
     )  # fmt: skip
 
 
-def _problem(operands: BankOperands, rows: Tensor) -> Any:
-    whole = call.one_pass(rows.dtype, rows.shape[0])
+def _problem(operands: BankOperands, rows: Tensor, forward: bool = True) -> Any:
+    whole = call.one_pass(rows.dtype, rows.shape[0], "dense", forward)
     return call.base_problem(operands.weight.shape, rows, whole, operands.precision == "base")
