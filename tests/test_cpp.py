@@ -290,3 +290,22 @@ def test_nothing_is_written_beside_the_outputs(monkeypatch, case):
     judge(case, "cpp", (tensors, found))
     assert len(guarded) >= 3  # y, s, dx
     assert all((memory[:16] == 7).all() and (memory[-16:] == 7).all() for memory in guarded)
+
+
+def test_dx_of_few_rows_in_fp32_is_torchs_product():
+    """Its bits, with nothing on top where B is zero; in 16 bits, for more rows and for y the kernels compute."""
+    before, C = extension()[0].instruction_set(), extension()[0]
+    if "avx2" not in C.instruction_sets():
+        pytest.skip("the kernels multiply by a dense weight with AVX2 alone")
+    C.use("avx2")
+    try:
+        few = call.FEW_ROWS_OF_DX
+        assert not call.one_pass(torch.float32, few - 1, "dense", False) and call.one_pass(
+            torch.float32, few, "dense", False
+        )
+        assert call.one_pass(torch.bfloat16, 1, "dense", False) and call.one_pass(torch.float32, 1, "dense")
+        x, W, dy = torch.randn(16, 96, requires_grad=True), torch.randn(80, 96), torch.randn(16, 80)
+        y = peftkern.lora_linear(x, W, torch.randn(4, 96), torch.zeros(80, 4), backend="cpp")
+        assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy @ W)
+    finally:
+        C.use(before)

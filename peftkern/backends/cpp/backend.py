@@ -53,7 +53,8 @@ class CppBackend(Backend):
                 )
             policy = _env.settings().prepack if problem.M > DECODE_ROWS else "off"
             packed = "" if policy == "off" else f", packed copies: {policy}, {prepack.held_bytes():,} bytes held now"
-            return Plan("one_pass", f"{kernels} kernels that read the frozen weight in place{packed}")
+            torchs = "" if call.one_pass(problem.dtype, problem.M, "dense", False) else ", dx on top of torch's product"
+            return Plan("one_pass", f"{kernels} kernels that read the frozen weight in place{packed}{torchs}")
         return Plan("split", f"vendor GEMM + {kernels} thin products in blocks of rows")
 
     def held_bytes(self) -> int:
