@@ -195,19 +195,6 @@ def test_backward_uses_the_scaling_that_forward_saw(target: Target):
     assert (second - first).norm() > 50 * first.norm() / 2
 
 
-@pytest.mark.parametrize("p", [0.0, 0.2])
-@pytest.mark.parametrize(("dtype", "adapter"), DTYPES)
-def test_int8_weight_equals_its_materialised_dense(dtype, adapter, p, target: Target):
-    case = Case(33, 96, 72, 8, dtype, adapter, p, bias=True, weight_format="int8")
-    t = make(case, target.device)
-    packed = run(case, t, target.backend)
-    assert isinstance(t.weight, FrozenWeight)
-    t.weight = t.weight.materialize(dtype)
-    dense = run(case, t, target.backend)
-    for name in NAMES[:-1]:
-        assert torch.equal(packed[name], dense[name]), name
-
-
 def test_int8_round_trip_is_within_half_a_step():
     W = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     W[3] = 0
