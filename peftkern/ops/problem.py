@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.weights import FrozenWeight
+from peftkern.weights import FrozenWeight, base_compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,11 @@ class Problem:
     precision: str = "base"
     several_adapters: bool = False
     ids_on_device: bool = False
+
+    @property
+    def base_compute(self) -> str | None:
+        """What the rows of the frozen product are rounded to: a fact of the weight's format."""
+        return base_compute(self.weight_format)
 
 
 class LoRAOperands(NamedTuple):

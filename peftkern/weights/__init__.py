@@ -1,20 +1,22 @@
 """Frozen weight formats, host side, one file each."""
 
-from peftkern.weights.base import FrozenWeight, formats
+from peftkern.weights.base import FrozenWeight, base_compute, formats
 from peftkern.weights.dense import DenseWeight
 from peftkern.weights.four_bit import FourBitWeight, FP4Weight, NF4Weight
-from peftkern.weights.fp8 import FP8Weight
+from peftkern.weights.fp8 import FP8ComputedWeight, FP8Weight
 from peftkern.weights.int4 import Int4Weight
 from peftkern.weights.int8 import Int8Weight
 
 __all__ = [
     "DenseWeight",
     "FP4Weight",
+    "FP8ComputedWeight",
     "FP8Weight",
     "FourBitWeight",
     "FrozenWeight",
     "Int4Weight",
     "Int8Weight",
     "NF4Weight",
+    "base_compute",
     "formats",
 ]
