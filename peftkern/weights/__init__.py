@@ -1,6 +1,6 @@
 """Frozen weight formats, host side, one file each."""
 
-from peftkern.weights.base import FrozenWeight, base_compute, formats
+from peftkern.weights.base import FrozenWeight, formats, split_format
 from peftkern.weights.dense import DenseWeight
 from peftkern.weights.four_bit import FourBitWeight, FP4Weight, NF4Weight
 from peftkern.weights.fp8 import FP8ComputedWeight, FP8Weight
@@ -17,6 +17,6 @@ __all__ = [
     "Int4Weight",
     "Int8Weight",
     "NF4Weight",
-    "base_compute",
     "formats",
+    "split_format",
 ]

@@ -114,7 +114,7 @@ class FrozenWeight(ABC):
     @property
     def stored(self) -> str:
         """The format without what ``base_compute`` makes of it."""
-        return self.with_base_compute(None).format
+        return split_format(self.format)[0]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -234,9 +234,11 @@ def _format_class(format: str, known: Collection[str]) -> type[FrozenWeight]:
     return _FORMATS[format]
 
 
-def base_compute(format: str) -> str | None:
-    """What the rows of a product with a weight of this format are rounded to."""
-    return _FORMATS[format].base_compute
+def split_format(format: str) -> tuple[str, str | None]:
+    """The format as it is stored and quantised to, and base_compute: both are in what the operators call a format."""
+    cls = _FORMATS[format]
+    found = next(name for name, c in _FORMATS.items() if c.marker == cls.marker and c.base_compute is None)
+    return found, cls.base_compute
 
 
 def formats() -> tuple[str, ...]:

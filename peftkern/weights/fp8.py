@@ -5,6 +5,8 @@ W[n, k] = data[n, k] * scale[...],   scale = max |W| / 448 over what shares it
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -81,18 +83,16 @@ class FP8ComputedWeight(FP8Weight):
 
     def factors(self, rows: Tensor, backward: bool) -> tuple[Tensor, FrozenWeight]:
         """Rows in their own dtype, those of fp16 in fp32, which has the range."""
-        assert self.scale is not None
-        scale, wide = self.scale, rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if backward and self.folds:
-            wide, scale = wide * scale, torch.ones_like(scale[:1])
-        met = self.from_operands(FP8Weight.format, self.data, scale, self.group_size)
+        wide, (r, met) = rows.to(torch.promote_types(rows.dtype, torch.float32)), self.split(backward)
+        wide = wide if r is None else wide * r
         return rounded(wide).to(torch.float32 if rows.dtype == torch.float16 else rows.dtype), met
 
-    @property
-    def folds(self) -> bool:
-        """Whether dy takes the scales over in backward, where a sum is one over rows of different scales."""
+    def split(self, backward: bool) -> tuple[Tensor | None, FP8Weight]:
+        """r where rows are to be multiplied by it, and the weight that they then meet: W forward, V backward."""
         assert self.scale is not None
-        return not self.group_size and len(self.scale) > 1
+        r = self.scale if backward and not self.group_size and len(self.scale) > 1 else None
+        scale = self.scale if r is None else torch.ones_like(r[:1])
+        return r, cast(FP8Weight, self.from_operands(FP8Weight.format, self.data, scale, self.group_size))
 
 
 def rounded(rows: Tensor) -> Tensor:
