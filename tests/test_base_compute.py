@@ -29,17 +29,17 @@ _GRID = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double() 
 
 def quantised(rows: Tensor) -> Tensor:
     """Q(rows) in fp64 for finite rows, from the list of e4m3's numbers: the nearest, on a tie the one of even code."""
-    made = torch.empty_like(rows, dtype=F64)
+    made, grid = torch.empty_like(rows, dtype=F64), _GRID.to(rows.device)
     for i, row in enumerate(rows.double()):
         k = -117
         while row.abs().max() > 448 * 2.0**k:
             k += 1
         size = row.abs() / 2.0**k
-        above = torch.searchsorted(_GRID, size).clamp(max=126)
+        above = torch.searchsorted(grid, size).clamp(max=126)
         below = (above - 1).clamp(min=0)
-        down, up = size - _GRID[below], _GRID[above] - size
+        down, up = size - grid[below], grid[above] - size
         code = torch.where((down < up) | ((down == up) & (below % 2 == 0)), below, above)
-        made[i] = torch.copysign(_GRID[code], row) * 2.0**k
+        made[i] = torch.copysign(grid[code], row) * 2.0**k
     return made
 
 
@@ -47,7 +47,7 @@ def definition(weight: FrozenWeight) -> tuple[Tensor, Tensor]:
     """V [N, K] and r [N] in fp64: W = diag(r) V."""
     W = weight.materialize(F64)
     if weight.group_size or len(weight.scale) == 1:
-        return W, torch.ones(len(W), dtype=F64)
+        return W, W.new_ones(len(W))
     return weight.data.double(), weight.scale.double()
 
 

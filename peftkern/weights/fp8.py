@@ -73,7 +73,14 @@ class FP8ComputedWeight(FP8Weight):
     is NaN in y; zeros stay zeros, and what is under 2^-127 becomes 0.
 
     Numerics: beside the products of the plain fp8 weight, y and dx have relative errors of 2.65 % where x and dy are
-        normal (e4m3 has four bits), for every scaling of the weight; the weight's own error is as large.
+        normal (e4m3 has four bits), for every scaling of the weight; the weight's own error is as large. Through the 30
+        layers of SmolLM2-135M the adapters' gradients are 28 % away from the plain fp8 weight's, which are 27 % away
+        from the dense weight's; of that 26 % are x's rounding and 7.5 % dy's. Under torch.func, forward-mode AD,
+        torch.export and tracing, dx is that of dy as it is.
+    On GPUs: Triton on compute capability 9.0 and 10.0, x in a 16-bit dtype (Hopper adds e4m3 products in few bits, and
+        these are added up in fp32 every step); a launch before reads x twice, the second time from the cache, and
+        writes codes, M K bytes. From 64 rows on the products are FP8 matrix instructions. No GPU has run it yet.
+    Elsewhere: the products of the plain fp8 weight, of rounded rows; what is to be had there is the same result.
     Deterministic: rounding is to nearest, ties to even.
     """
 

@@ -34,8 +34,8 @@ def e4m3(value):
 
 
 @triton.jit(do_not_specialize=["M"])
-def quantise(X, x_strides, FOLD, CODES, SCALES, M, Q, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """CODES [M, Q] and SCALES [M] of BLOCK_M rows, which are read twice, the second time from the cache."""
+def quantise(X, x_strides, FOLD, CODES, pitch, SCALES, M, Q, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """CODES [M, Q], ``pitch`` apart, and SCALES [M] of BLOCK_M rows, read twice, the second time from the cache."""
     m0 = tl.program_id(0) * BLOCK_M
     sizes = tl.zeros((BLOCK_M, BLOCK_Q), tl.int32)
     for q0 in range(0, Q, BLOCK_Q):
@@ -47,7 +47,7 @@ def quantise(X, x_strides, FOLD, CODES, SCALES, M, Q, BLOCK_M: tl.constexpr, BLO
     inverse = ((262 - exponent) << 23).to(tl.float32, bitcast=True)
     for q0 in range(0, Q, BLOCK_Q):
         value = _folded(X, x_strides, FOLD, m0, q0, M, Q, BLOCK_M, BLOCK_Q)
-        store_block(CODES, (Q, 1), e4m3(value * inverse[:, None]), m0, q0, M, Q, BLOCK_M, BLOCK_Q)
+        store_block(CODES, (pitch, 1), e4m3(value * inverse[:, None]), m0, q0, M, Q, BLOCK_M, BLOCK_Q)
     scale = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
     m = m0 + tl.arange(0, BLOCK_M)
     tl.store(SCALES + m, tl.where(largest < 0x7F800000, scale, float("nan")), mask=m < M)

@@ -29,11 +29,12 @@ def quantise(weight: FrozenWeight, X: Tensor, backward: bool) -> tuple[Launch, C
     """The launch that rounds the rows of x or dy, and what it leaves."""
     assert isinstance(weight, FP8ComputedWeight)
     (M, Q), (fold, met) = X.shape, weight.split(backward)
-    codes, scale = X.new_empty(M, Q, dtype=torch.uint8), X.new_empty(M, dtype=torch.float32)
+    pitch = triton.cdiv(Q, 16) * 16  # so that every row can be read 16 bytes at a time
+    codes, scale = X.new_empty(M, pitch, dtype=torch.uint8)[:, :Q], X.new_empty(M, dtype=torch.float32)
     BLOCK_M, BLOCK_Q = _BLOCK
     arguments = {
         **matrix("X", X, _BLOCK, tma=False), "FOLD": None if fold is None else fold.contiguous(),
-        "CODES": codes, "SCALES": scale, "M": M, "Q": Q,
+        "CODES": codes, "pitch": pitch, "SCALES": scale, "M": M, "Q": Q,
         "BLOCK_M": BLOCK_M, "BLOCK_Q": min(BLOCK_Q, max(16, triton.next_power_of_2(Q))),
     }  # fmt: skip
     reads = (X,) if fold is None else (X, fold)
