@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
@@ -234,6 +235,7 @@ def _format_class(format: str, known: Collection[str]) -> type[FrozenWeight]:
     return _FORMATS[format]
 
 
+@functools.cache
 def split_format(format: str) -> tuple[str, str | None]:
     """The format as it is stored and quantised to, and base_compute: both are in what the operators call a format."""
     cls = _FORMATS[format]
