@@ -270,8 +270,8 @@ def test_explain_says_it_and_chooses_nothing_silently(target: Target):
     t = made(case, "row", target.device)
     found = peftkern.explain(t.x, t.weight, t.lora_A, t.lora_B, backend=target.backend)
     assert found.backend == target.backend and "rounded to e4m3" in found.tile
-    plain = peftkern.explain(t.x, t.weight.with_base_compute(None), t.lora_A, t.lora_B, backend=target.backend)
-    assert "e4m3" not in plain.tile
+    usual = t.weight.with_base_compute(None)
+    assert "e4m3" not in peftkern.explain(t.x, usual, t.lora_A, t.lora_B, backend=target.backend).tile
     assert Problem("cpu", 1, 1, 1, 1, F32, F32, "fp8").base_compute is None
     assert Problem("cpu", 1, 1, 1, 1, F32, F32, t.weight.format).base_compute == "fp8"
 
@@ -314,10 +314,9 @@ def test_a_layer_keeps_it_and_its_state_dict_does_not():
         assert copied.frozen_weight().base_compute == "fp8"
     assert torch.equal(copy.deepcopy(mine)(x), y)
     assert pickle.loads(pickle.dumps(mine.held)) == mine.held
-    mine, state = layer(), layer().state_dict()
-    assert state.keys() == usual.state_dict().keys()
-    for key, value in usual.state_dict().items():
-        assert torch.equal(value.view(torch.uint8), state[key].view(torch.uint8)), key
+    mine, state, usuals = layer(), layer().state_dict(), usual.state_dict()
+    assert state.keys() == usuals.keys()
+    assert all(torch.equal(value.view(torch.uint8), state[key].view(torch.uint8)) for key, value in usuals.items())
     for one, out in ((layer(), y), (layer(None), usual(x))):
         nn.init.zeros_(one.lora_A)
         assert str(one.load_state_dict(state)) == "<All keys matched successfully>"
