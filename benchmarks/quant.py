@@ -3,14 +3,15 @@
     python -m benchmarks.quant [--full] [--shape llama3-8b.qo] [--rows 1] [--dtype bf16]
 
 frozen            x W^T (and dy W) on the dense weight without an adapter: the floor, and the ratios' baseline
-peftkern          the LoRA linear on the dense weight, and on each format
+peftkern          the LoRA linear on the dense weight, and on each format; on fp8 also with base_compute="fp8"
 materialise       the weight decoded by PyTorch for the call, then a dense product and PyTorch's low-rank pair
 bitsandbytes      its matmul_4bit, and PyTorch's low-rank pair
 torchao           F.linear with its int8 weight, and PyTorch's low-rank pair
 
 Up to 16 rows what is timed is the forward without gradients (decode), from there on forward and backward. Each result,
-every gradient included, is held to the rule against fp64 with its own dequantised weight before it is timed; the error
-shown is that of y against fp64 with the weight that was quantised. Without --full a few M, in a few minutes.
+every gradient included, is held to the rule against fp64 with its own dequantised weight, and with base_compute with
+rounded rows, before it is timed; the error shown is that of y against fp64 with the weight that was quantised. Without
+--full a few M, in a few minutes.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Contender:
     held: int
     forward: Callable[[Operands], Tensor]
     dense_copies: int = 0
+    rounding: FrozenWeight | None = None  # the weight where its products round their rows
 
     def moved(self, cell: Cell) -> int:
         """Bytes of every operand and result, once for each product that reads or writes it, temporaries of x's size not
@@ -78,7 +80,7 @@ def own(weight: FrozenWeight, dense: Tensor, name: str, o: Operands) -> Contende
     plan = peftkern.explain(o.x, weight, o.A, o.B, SCALING)
     in_place = plan.backend != "reference" and "decoded once" not in plan.tile and plan.schedule != "split"
     copies = 0 if weight.format == "dense" or in_place else 1
-    return Contender(name, dense, weight.nbytes, forward, copies)
+    return Contender(name, dense, weight.nbytes, forward, copies, weight if weight.base_compute else None)
 
 
 def materialised(weight: FrozenWeight, dense: Tensor) -> Contender:
@@ -138,6 +140,8 @@ def contenders(o: Operands, formats: Sequence[str]) -> tuple[list[Contender], di
         weight = FrozenWeight.quantize(o.W, name)
         dense = weight.materialize(o.x.dtype)
         found += [own(weight, dense, f"peftkern {name}", o), materialised(weight, dense)]
+        if name == "fp8":
+            found.append(own(weight.with_base_compute("fp8"), dense, "peftkern fp8, base_compute", o))
     absent = {}
     for name, make in (("bitsandbytes nf4", bitsandbytes_nf4), ("torchao int8", torchao_int8)):
         made = make(o)
@@ -157,14 +161,17 @@ def measure_cell(cell: Cell, formats: Sequence[str], rounds: int) -> tuple[list[
     o = linear.operands(cell)
     truth = (o.x.double() @ o.W.double().T + SCALING * (o.x.double() @ o.A.double().T) @ o.B.double().T).detach()
     found, absent = contenders(o, formats)
-    checkers = {id(o.W): linear.Checker(cell, o)}
+    checkers = {(id(o.W), False): linear.Checker(cell, o)}
     floor = Contender("frozen", o.W, o.W.nbytes, lambda o: F.linear(o.x, o.W))
-    cases = [_case(cell, o, floor, lambda: checkers[id(o.W)].check("frozen"), (o.x,))]
+    cases = [_case(cell, o, floor, lambda: checkers[id(o.W), False].check("frozen"), (o.x,))]
     errors: dict[str, float | None] = {"frozen": None}
     for contender in found:
-        if id(contender.weight) not in checkers:
-            checkers[id(contender.weight)] = linear.Checker(cell, o._replace(W=contender.weight))
-        checker = checkers[id(contender.weight)]
+        key = id(contender.weight), contender.rounding is not None
+        if key not in checkers:
+            checkers[key] = linear.Checker(cell, o._replace(W=contender.weight))
+            if contender.rounding is not None:
+                _round(checkers[key], contender.rounding)
+        checker = checkers[key]
         y = _without_gradients(contender, o)
         reason = checker.judge(contender.forward(o)) or checker.judge_output(y)
         errors[contender.name] = relative_error(y, truth)
@@ -175,6 +182,17 @@ def measure_cell(cell: Cell, formats: Sequence[str], rounds: int) -> tuple[list[
         for contender, timing in zip([floor, *found], timings, strict=True)
     ]
     return rows, absent
+
+
+@torch.no_grad()
+def _round(checker: linear.Checker, weight: FrozenWeight) -> None:
+    """Make the truths of y and dx those of rounded rows; what is allowed stays the error of the dense product."""
+    o = checker.o
+    for i, rows in enumerate((o.x, o.dy)):
+        factor, met = weight.factors(rows, i == 1)
+        W, rounded = o.W.double(), met.materialize(o.x.dtype).double()
+        W, rounded = (W, rounded) if i == 1 else (W.T, rounded.T)
+        checker.truth[i] = checker.truth[i] + factor.double() @ rounded - rows.double() @ W
 
 
 @torch.no_grad()

@@ -40,7 +40,8 @@ def lora_linear(
 
     Args:
         x: [..., K], any strides; any number of leading dimensions, zero rows too.
-        weight: [N, K], frozen: a tensor of x's dtype, or a FrozenWeight of any format.
+        weight: [N, K], frozen: a tensor of x's dtype, or a FrozenWeight of any format. An fp8 one may carry
+            ``base_compute="fp8"``: the frozen products round x and dy to e4m3, see ``FP8ComputedWeight``.
         lora_A: [R, K], in x's compute dtype or float32. R = 0 is the base layer alone.
         lora_B: [N, R], in lora_A's dtype.
         scaling: a number, or a 0-d tensor that is read at every call without synchronising.

@@ -33,6 +33,9 @@ def test_every_contender_is_right_and_counted(dtype, M):
             assert 0.001 < row["error"] < 0.2
             assert row["held_bytes"] < found["frozen"]["held_bytes"] and row["bits_per_weight"] < 8 * dtype.itemsize
         assert found[f"peftkern {name}"]["held_bytes"] == found[f"materialise {name}"]["held_bytes"]
+    computed = found["peftkern fp8, base_compute"]
+    assert 0.01 < found["peftkern fp8"]["error"] < computed["error"] < 0.06
+    assert computed["held_bytes"] == found["peftkern fp8"]["held_bytes"]
     assert found["peftkern"]["error"] < (1e-6 if dtype == torch.float32 else 1e-2)
     others = {"bitsandbytes nf4": "bitsandbytes", "torchao int8": "torchao"}
     for name, module in others.items():
@@ -77,6 +80,10 @@ def test_a_wrong_product_is_not_timed(monkeypatch):
     monkeypatch.setattr(quant.peftkern, "lora_linear", off)
     with pytest.raises(WrongResult, match="peftkern int8 is wrong"):
         quant.measure_cell(cell(3), ["int8"], rounds=1)
+    usual = lambda x, weight, *rest: exact(x, weight.with_base_compute(None), *rest)  # noqa: E731
+    monkeypatch.setattr(quant.peftkern, "lora_linear", usual)
+    with pytest.raises(WrongResult, match="base_compute is wrong"):
+        quant.measure_cell(cell(3), ["fp8"], rounds=1)
 
 
 def test_what_is_not_installed_or_wrong_is_named(monkeypatch):

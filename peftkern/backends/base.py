@@ -87,8 +87,10 @@ class Backend(ABC):
 
     def product(self, weight: FrozenWeight, rows: Tensor, backward: bool) -> Tensor:
         """rows W^T, or, in ``backward``, rows W. M >= 1."""
+        dtype = rows.dtype
+        rows, weight = weight.factors(rows, backward)
         W = weight.materialize(rows.dtype)
-        return rows @ W if backward else torch.nn.functional.linear(rows, W)
+        return (rows @ W if backward else torch.nn.functional.linear(rows, W)).to(dtype)
 
     def kept(self, x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:
         """x [M, K] where an element survives, else 0 (for a NaN too), unscaled; fresh and contiguous. M >= 1."""
@@ -106,6 +108,11 @@ class Backend(ABC):
     def bank_backward(self, operands: BankOperands, given: BankBackward) -> BankGradients:
         """dx where it is needed, and (dA, dB) of each segment whose pair is; exact zeros for one without rows."""
         raise NotImplementedError(f"backend {self.name!r} has no products for several adapters")
+
+
+def rounding(problem: Problem) -> str:
+    """What a plan has to add where the frozen product rounds its rows."""
+    return " of rows rounded to e4m3" if problem.base_compute else ""
 
 
 def scaled(value: Tensor, operands: LoRAOperands) -> Tensor:

@@ -89,7 +89,7 @@ class FrozenBuffers(nn.Module):
             return
         try:
             weight = FrozenWeight.from_state_dict(state_dict, name)
-            self._require_like(weight)
+            self._require_like(weight)  # but for base_compute, which is no fact of what is saved
         except ValueError as error:
             error_msgs.append(str(error))
             return
@@ -107,7 +107,7 @@ class FrozenBuffers(nn.Module):
         own = self.frozen_weight()
         assert isinstance(own, FrozenWeight)
         for what, mine, theirs in (
-            ("format", own.format, weight.format),
+            ("format", own.stored, weight.format),
             ("shape", own.shape, weight.shape),
             ("group size", own.group_size, weight.group_size),
             ("parts", [list(t.shape) for t in own.tensors], [list(t.shape) for t in weight.tensors]),

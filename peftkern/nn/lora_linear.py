@@ -177,6 +177,7 @@ class LoRALinear(FrozenBuffers):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         weight_format: str = "dense",
+        base_compute: str | None = None,
         **options: Any,
     ) -> LoRALinear:
         """Put an adapter on an existing layer, sharing its storage unless its weight is quantised.
@@ -187,6 +188,8 @@ class LoRALinear(FrozenBuffers):
                 and give the layer a weight of its own.
             r, lora_alpha, lora_dropout, lora_bias, use_rslora, init_lora_weights: as in the constructor.
             weight_format, options: what the frozen weight is converted to, as in ``FrozenWeight.quantize``.
+            base_compute: "fp8", of an fp8 weight: y and dx multiply it with x and dy rounded to e4m3, on FP8 tensor
+                cores where they are (``FP8ComputedWeight`` has the formula and its errors). Not saved with the weight.
         Raises: TypeError for any other module, with the reason; ValueError as the constructor and
             ``FrozenWeight.quantize``.
         """
@@ -199,8 +202,9 @@ class LoRALinear(FrozenBuffers):
         nn.Module.__init__(layer)
         layer._adopt(weight, linear.bias, r, lora_alpha, lora_dropout, lora_bias, use_rslora, init_lora_weights)
         layer.conv1d = conv1d
-        if weight_format != "dense" or options:
-            layer.hold(FrozenWeight.quantize(layer.weight, weight_format, **options))  # type: ignore[arg-type]
+        if weight_format != "dense" or base_compute is not None or options:
+            dense: Any = layer.weight
+            layer.hold(FrozenWeight.quantize(dense, weight_format, base_compute=base_compute, **options))
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -277,6 +281,12 @@ class LoRALinear(FrozenBuffers):
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, bias={self.bias is not None}, "
             f"lora_bias={self.lora_bias is not None}, use_rslora={self.use_rslora}, "
-            f"init_lora_weights={self.init_lora_weights!r}"
-            + ("" if self.held is None else f", weight_format={self.held.format}")
+            f"init_lora_weights={self.init_lora_weights!r}" + self._format_repr()
         )
+
+    def _format_repr(self) -> str:
+        weight = self.frozen_weight() if self.held is not None else None
+        if not isinstance(weight, FrozenWeight):
+            return ""
+        compute = "" if weight.base_compute is None else f", base_compute={weight.base_compute}"
+        return f", weight_format={weight.stored}{compute}"

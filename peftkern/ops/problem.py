@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.weights import FrozenWeight
+from peftkern.weights import FrozenWeight, split_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Problem:
     ``dtype`` is the compute dtype (x, y, dense weight); ``adapter_dtype`` that of lora_A and lora_B;
     ``precision`` is "base" (factors rounded to ``dtype``) or "fp32" (factors kept in fp32). Where there are
     ``several_adapters`` in the batch, R is the largest rank; ``ids_on_device``: the host does not know whose rows
-    are whose.
+    are whose. ``scaled_steps``: e4m3 on both sides, and a scale for every step of what is contracted.
     """
 
     device_type: str
@@ -35,6 +35,12 @@ class Problem:
     precision: str = "base"
     several_adapters: bool = False
     ids_on_device: bool = False
+    scaled_steps: bool = False
+
+    @property
+    def base_compute(self) -> str | None:
+        """What the rows of the frozen product are rounded to: a fact of the weight's format."""
+        return split_format(self.weight_format)[1]
 
 
 class LoRAOperands(NamedTuple):
@@ -65,7 +71,8 @@ class LoRAOperands(NamedTuple):
         N, K = weight.shape
         return (
             A.device.type, M, K, N, A.shape[0], dtype, A.dtype, weight.format,
-            rng_state is not None, bias is not None, lora_bias is not None, precision,
+            rng_state is not None, bias is not None, lora_bias is not None, precision, False, False,
+            weight.base_compute is not None and weight.group_size > 0,
         )  # fmt: skip
 
 

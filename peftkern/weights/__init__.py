@@ -1,15 +1,16 @@
 """Frozen weight formats, host side, one file each."""
 
-from peftkern.weights.base import FrozenWeight, formats
+from peftkern.weights.base import FrozenWeight, formats, split_format
 from peftkern.weights.dense import DenseWeight
 from peftkern.weights.four_bit import FourBitWeight, FP4Weight, NF4Weight
-from peftkern.weights.fp8 import FP8Weight
+from peftkern.weights.fp8 import FP8ComputedWeight, FP8Weight
 from peftkern.weights.int4 import Int4Weight
 from peftkern.weights.int8 import Int8Weight
 
 __all__ = [
     "DenseWeight",
     "FP4Weight",
+    "FP8ComputedWeight",
     "FP8Weight",
     "FourBitWeight",
     "FrozenWeight",
@@ -17,4 +18,5 @@ __all__ = [
     "Int8Weight",
     "NF4Weight",
     "formats",
+    "split_format",
 ]

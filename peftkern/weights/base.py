@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,7 @@ class FrozenWeight(ABC):
     parts: ClassVar[tuple[str, ...]] = ()  # what scale and tables are called in a state_dict, after the weight's name
     packed: ClassVar[bool] = False  # whether ``data`` is something else than [N, K], so that the shape must be told
     marker: ClassVar[str]  # of the state_dict entry that says what format this is
+    base_compute: ClassVar[str | None] = None  # what the rows of a product are rounded to; None: they stay as they are
 
     def __init_subclass__(cls) -> None:
         if "format" in cls.__dict__:
@@ -74,6 +76,27 @@ class FrozenWeight(ABC):
     def materialize(self, dtype: torch.dtype) -> Tensor:
         """The weight as a dense ``[N, K]`` tensor of ``dtype``."""
 
+    def factors(self, rows: Tensor, backward: bool) -> tuple[Tensor, FrozenWeight]:
+        """What is multiplied for rows W^T, or, in ``backward``, rows W: the rows as they are rounded, which may be in a
+        wider dtype, and the weight that they meet.
+        """
+        return rows, self
+
+    def with_base_compute(self, base_compute: str | None) -> FrozenWeight:
+        """The same tensors as a weight whose products are computed otherwise.
+
+        Args: base_compute: None (in x's dtype), or "fp8" of an fp8 weight, see ``FP8ComputedWeight``.
+        Raises: ValueError for another value, or "fp8" of another format.
+        """
+        found = [c for c in _FORMATS.values() if c.marker == self.marker and c.base_compute == base_compute]
+        if not found:
+            text = f"base_compute={base_compute!r} of a weight of format {self.stored!r}"
+            raise ValueError(f"{text}: it is None, or 'fp8' of an 'fp8' weight")
+        held = (self.data, self.scale, self.group_size, self.tables, self.shape)
+        weight = self.from_operands(found[0].format, *held)
+        weight.dtype = self.dtype
+        return weight
+
     @classmethod
     @abstractmethod
     def pack(cls, tensor: Tensor) -> FrozenWeight:
@@ -90,6 +113,11 @@ class FrozenWeight(ABC):
         return None
 
     @property
+    def stored(self) -> str:
+        """The format without what ``base_compute`` makes of it."""
+        return split_format(self.format)[0]
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything that is held, in the order data, scale, tables."""
         return (self.data, *(() if self.scale is None else (self.scale,)), *self.tables)
@@ -100,7 +128,7 @@ class FrozenWeight(ABC):
         return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors)
 
     @staticmethod
-    def quantize(tensor: Tensor, format: str, **options: Any) -> FrozenWeight:
+    def quantize(tensor: Tensor, format: str, *, base_compute: str | None = None, **options: Any) -> FrozenWeight:
         """Convert a dense weight ``[N, K]`` into ``format``.
 
         Args:
@@ -108,12 +136,13 @@ class FrozenWeight(ABC):
             format: "int8" (options: group_size=0, one scale an output channel, or a power of two of at least 16 along
                 K), "int4" (group_size=128), "nf4" and "fp4" (blocksize=64, double_quant=True), "fp8" (scaling="row",
                 "tensor" or "block"), or "dense".
+            base_compute: of the products with it: None, in x's dtype; "fp8" (of an fp8 weight), in e4m3 on both sides.
             options: the format's own.
         Returns: a FrozenWeight on the same device.
-        Raises: ValueError for an unknown format, a tensor that is not 2-D, NaN or Inf in it, or an option's value;
-            TypeError for an integer tensor or an unknown option.
+        Raises: ValueError for an unknown format, a tensor that is not 2-D, NaN or Inf in it, an option's value, or a
+            base_compute that the format does not have; TypeError for an integer tensor or an unknown option.
         """
-        cls = _format_class(format)
+        cls = _format_class(format, formats())
         if tensor.ndim != 2:
             raise ValueError(f"a frozen weight is 2-D [N, K], got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -122,7 +151,7 @@ class FrozenWeight(ABC):
             raise ValueError(f"the weight has NaN or Inf, which {format} cannot hold")
         weight = cls.pack(tensor.detach(), **options)
         weight.dtype = tensor.dtype
-        return weight
+        return weight.with_base_compute(base_compute)
 
     @staticmethod
     def from_operands(
@@ -134,7 +163,7 @@ class FrozenWeight(ABC):
         shape: tuple[int, int] | None = None,
     ) -> FrozenWeight:
         """Rebuild a weight from what the operators carry; it was validated when it was first made."""
-        cls = _format_class(format)
+        cls = _format_class(format, _FORMATS)
         weight = object.__new__(cls)
         weight.data, weight.scale, weight.group_size, weight.tables = data, scale, group_size, tuple(tables)
         weight.shape = tuple(shape if cls.packed and shape is not None else data.shape)  # type: ignore[assignment]
@@ -177,7 +206,7 @@ class FrozenWeight(ABC):
         if name in state_dict:
             entries[""] = state_dict[name]
         marked = [key for key in entries if key.startswith("quant_state.")]
-        markers = {cls.marker: cls for cls in _FORMATS.values()}
+        markers = {cls.marker: cls for cls in _FORMATS.values() if cls.base_compute is None}
         known = ", ".join(sorted(markers))
         if len(marked) != 1 or marked[0].removeprefix("quant_state.") not in markers:
             found = ", ".join(f"{name}.{key}" for key in marked) or "none"
@@ -196,16 +225,24 @@ class FrozenWeight(ABC):
         return cls(data, scale, content.integer("group_size"), tables, shape, dtype, name=content.name)
 
     def __repr__(self) -> str:
-        N, K = self.shape
-        return f"FrozenWeight(format={self.format!r}, N={N}, K={K}, device={str(self.device)!r})"
+        (N, K), compute = self.shape, "" if self.base_compute is None else f", base_compute={self.base_compute!r}"
+        return f"FrozenWeight(format={self.stored!r}, N={N}, K={K}, device={str(self.device)!r}{compute})"
 
 
-def _format_class(format: str) -> type[FrozenWeight]:
-    if format not in _FORMATS:
-        raise ValueError(f"unknown weight format {format!r}; known: {', '.join(sorted(_FORMATS))}")
+def _format_class(format: str, known: Collection[str]) -> type[FrozenWeight]:
+    if format not in known:
+        raise ValueError(f"unknown weight format {format!r}; known: {', '.join(sorted(known))}")
     return _FORMATS[format]
 
 
+@functools.cache
+def split_format(format: str) -> tuple[str, str | None]:
+    """The format as it is stored and quantised to, and base_compute: both are in what the operators call a format."""
+    cls = _FORMATS[format]
+    found = next(name for name, c in _FORMATS.items() if c.marker == cls.marker and c.base_compute is None)
+    return found, cls.base_compute
+
+
 def formats() -> tuple[str, ...]:
-    """The names of the registered formats."""
-    return tuple(sorted(_FORMATS))
+    """The names of the registered formats, as weights are stored."""
+    return tuple(sorted(name for name, cls in _FORMATS.items() if cls.base_compute is None))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkern import _env, dropout
-from peftkern.backends.base import Backend, Plan, bias_gradients
+from peftkern.backends.base import Backend, Plan, bias_gradients, rounding
 from peftkern.backends.cpp import bank, call, prepack
 from peftkern.backends.cpp.call import DECODE_ROWS, DTYPES, address, read_weight, unit_stride
 from peftkern.backends.cpp.extension import extension
@@ -46,6 +46,8 @@ class CppBackend(Backend):
         if module is None:
             return Plan("split", "not built")
         kernels = module.instruction_set()
+        if problem.base_compute is not None:
+            return Plan("split", f"frozen product{rounding(problem)}, then {kernels} thin products")
         if call.one_pass(problem.dtype, problem.M, problem.weight_format):
             if problem.weight_format != "dense":
                 return Plan(
@@ -65,7 +67,11 @@ class CppBackend(Backend):
         if call.one_pass(x.dtype, x.shape[0], operands.weight.format):
             y = x.new_empty(x.shape[0], operands.weight.shape[0])
             return y, self._forward(operands, x, y, True, None if bias is None else bias.contiguous())
-        y = torch.nn.functional.linear(x, operands.weight.materialize(x.dtype), bias)
+        if operands.weight.base_compute is not None:
+            y = self.product(operands.weight, x, False)
+            y = y if bias is None else y.add_(bias)
+        else:
+            y = torch.nn.functional.linear(x, operands.weight.materialize(x.dtype), bias)
         return y, self._forward(operands, x, y, False)
 
     def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
@@ -97,7 +103,7 @@ class CppBackend(Backend):
             if whole:
                 dx = dy.new_empty(dy.shape[0], operands.weight.shape[1])
             else:
-                dx = dy @ operands.weight.materialize(dy.dtype)
+                dx = self.product(operands.weight, dy, True)
         return self._backward(operands, dy, x, s, dx, needs, whole)
 
     def backward_onto(
@@ -131,6 +137,9 @@ class CppBackend(Backend):
         return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
 
     def product(self, weight: FrozenWeight, rows: Tensor, backward: bool) -> Tensor:
+        if weight.base_compute is not None:
+            rounded, met = weight.factors(rows, backward)
+            return self.product(met, rounded, backward).to(rows.dtype)
         if rows.dtype not in DTYPES or not call.one_pass(rows.dtype, rows.shape[0], weight.format, not backward):
             return super().product(weight, rows, backward)
         rows = unit_stride(rows)

@@ -11,7 +11,7 @@ from peftkern import dropout
 from peftkern.backends.cpp import packed, prepack
 from peftkern.backends.cpp.extension import extension
 from peftkern.ops.problem import LoRAOperands
-from peftkern.weights import FrozenWeight
+from peftkern.weights import FrozenWeight, split_format
 
 DECODE_ROWS = 16  # decode.h, kDecodeRows
 FEW_ROWS_OF_DX = 128  # measured: 5.8x, 1.7x and 1.3x of torch's time at 1, 16 and 64 rows of 4096x4096, as fast at 256
@@ -26,6 +26,8 @@ def one_pass(dtype: torch.dtype, M: int, weight_format: str = "dense", forward: 
     of it: for a handful of rows the copy costs many times the product, whatever the processor. dx of few rows in fp32
     stays torch's: the kernels share dx by its rows, and there each thread would read the whole weight, across its rows.
     """
+    if split_format(weight_format)[1] is not None:  # the thin products read other rows than the frozen one
+        return False
     if not forward and weight_format == "dense" and dtype == torch.float32 and M < FEW_ROWS_OF_DX:
         return False
     return extension()[0].instruction_set() == "avx2" or (weight_format != "dense" and M <= DECODE_ROWS)

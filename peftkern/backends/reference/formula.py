@@ -27,12 +27,21 @@ def _scaling(operands: LoRAOperands, dtype: torch.dtype) -> Tensor | float:
     return operands.scaling_tensor.to(dtype) * operands.scaling
 
 
+def _product(operands: LoRAOperands, rows: Tensor, backward: bool) -> Tensor:
+    """rows W^T or rows W. Rounded rows count as the rows themselves where somebody differentiates through this."""
+    factor, weight = operands.weight.factors(rows, backward)
+    if factor is not rows and not backward:
+        factor = rows + (factor - rows).detach()  # exact: they are within a factor of 2
+    W = weight.materialize(rows.dtype)
+    return factor @ (W if backward else W.T)
+
+
 def forward(operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
     """y = x W^T + c s B^T + bias + c lora_bias, with s = D(x) A^T. All in x's dtype."""
-    W, A, B = operands.weight.materialize(x.dtype), operands.lora_A.to(x.dtype), operands.lora_B.to(x.dtype)
+    A, B = operands.lora_A.to(x.dtype), operands.lora_B.to(x.dtype)
     c = _scaling(operands, x.dtype)
     s = _dropped(operands, x) @ A.T
-    y = x @ W.T + c * (s @ B.T)
+    y = _product(operands, x, False) + c * (s @ B.T)
     if operands.bias is not None:
         y = y + operands.bias.to(x.dtype)
     if operands.lora_bias is not None:
@@ -47,11 +56,11 @@ def backward(operands: LoRAOperands, dy: Tensor, x: Tensor, s: Tensor) -> Gradie
     dx = dy W + c D(t A)
     dA = c t^T D(x),  dB = c dy^T s,  dbias = sum dy,  dlora_bias = c sum dy
     """
-    W, A, B = operands.weight.materialize(dy.dtype), operands.lora_A.to(dy.dtype), operands.lora_B.to(dy.dtype)
+    A, B = operands.lora_A.to(dy.dtype), operands.lora_B.to(dy.dtype)
     c = _scaling(operands, dy.dtype)
     t = dy @ B
     return Gradients(
-        x=dy @ W + c * _dropped(operands, t @ A),
+        x=_product(operands, dy, True) + c * _dropped(operands, t @ A),
         lora_A=c * (t.T @ _dropped(operands, x)),
         lora_B=c * (dy.T @ s),
         bias=dy.sum(0),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftkern import dropout
-from peftkern.backends.base import Backend, Plan, bias_gradients, scaled
+from peftkern.backends.base import Backend, Plan, bias_gradients, rounding, scaled
 from peftkern.ops.bank_problem import BankBackward, BankGradients, BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
@@ -102,16 +102,18 @@ class ReferenceBackend(Backend):
         return None
 
     def plan(self, problem: Problem) -> Plan:
-        return Plan("library", "vendor GEMM")
+        return Plan("library", f"vendor GEMM{rounding(problem)}")
 
     def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = torch.nn.functional.linear(x, operands.weight.materialize(x.dtype), operands.bias)
+        rows, weight = operands.weight.factors(x, False)
+        bias = None if operands.bias is None else operands.bias.to(rows.dtype)
+        y = torch.nn.functional.linear(rows, weight.materialize(rows.dtype), bias).to(x.dtype)
         return y, self.accumulate(operands, x, y)
 
     def backward(
         self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
     ) -> Gradients:
-        dx = dy @ operands.weight.materialize(dy.dtype) if needs.x else None
+        dx = self.product(operands.weight, dy, True) if needs.x else None
         return self.accumulate_backward(operands, dy, x, s, dx, needs)
 
     def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class Arch:
         protocols: whether a program's stores are complete before its flag is released. On gfx942 the binary does not
             wait for the other waves' stores.
         tma: whether tensor descriptors become bulk copies.
+        fp8: whether its matrix instructions take e4m3 and the kernels are compiled for that.
         dependent_launch: whether a launch may begin before the one it depends on ends.
         product: what the vendor calls it; the user's own measurements hold for one product.
     """
@@ -36,6 +37,7 @@ class Arch:
     protocols: bool = True
     tma: bool = False
     dependent_launch: bool = False
+    fp8: bool = False
     product: str = ""
 
     @property
@@ -48,10 +50,10 @@ ARCHES = {
     arch.name: arch
     for arch in (
         Arch("sm_80", 108, 163 * 1024, 280e12, 1.7e12, 1.4e9),
-        Arch("sm_90", 132, 227 * 1024, 790e12, 4.3e12, 1.7e9, tma=True, dependent_launch=True),
-        Arch("sm_100", 148, 227 * 1024, 1600e12, 7.0e12, 1.8e9, tma=True, dependent_launch=True),
+        Arch("sm_90", 132, 227 * 1024, 790e12, 4.3e12, 1.7e9, tma=True, dependent_launch=True, fp8=True),
+        Arch("sm_100", 148, 227 * 1024, 1600e12, 7.0e12, 1.8e9, tma=True, dependent_launch=True, fp8=True),
         Arch("gfx942", 304, 64 * 1024, 900e12, 4.5e12, 2.1e9, warp=64, protocols=False),
-        Arch("interpreter", 4, 163 * 1024, 1e9, 1e9, 1e9, tma=True),
+        Arch("interpreter", 4, 163 * 1024, 1e9, 1e9, 1e9, tma=True, fp8=True),
     )
 }
 

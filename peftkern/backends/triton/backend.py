@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends.base import Backend, Plan
-from peftkern.backends.triton import select, tiles
+from peftkern.backends.triton import codes, select, tiles
 from peftkern.backends.triton.arch import Arch, arch_of
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
@@ -79,6 +79,10 @@ class TritonBackend(Backend):
             return f"rows of {longest} elements are {tiles.FAR} or more: offsets within a tile have 32 bits"
         if problem.M >= 2**31:
             return f"M = {problem.M} rows are more than 32 bits count"
+        if problem.base_compute is not None:
+            reason = codes.refusal(problem, 0, _arch_here(problem.device_type))
+            if reason is not None:
+                return reason
         from peftkern.backends.triton import launch
 
         if not launch.loads(problem.weight_format):
@@ -90,7 +94,8 @@ class TritonBackend(Backend):
         launch = select.pass_of(problem, backward=False)
         choice = select.choose(launch, arch)
         decoded = ", after the weight is decoded once" if tiles.decodes(problem.weight_format, choice) else ""
-        return Plan(choice.schedule, f"{choice.tile}{decoded}", tiles.refusals(launch, arch))
+        coded = ", x rounded to e4m3 by a launch before, on FP8 tensor cores" if problem.base_compute else ""
+        return Plan(choice.schedule, f"{choice.tile}{decoded}{coded}", tiles.refusals(launch, arch))
 
     def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
         from peftkern.backends.triton import schedule

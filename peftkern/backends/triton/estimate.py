@@ -10,8 +10,16 @@ from peftkern.backends.triton.tiles import LIBRARY, RECOMPUTE, SHARED, Choice, P
 
 _LAUNCH = 2e-6  # seconds between dependent launches
 _MASK = 14  # instructions an element
-_DECODE = {"dense": 0, "int8": 3, "fp8": 7, "int4": 7, "nf4": 10, "fp4": 10}  # instructions an element of W
-_BITS = {"dense": 0, "int8": 8, "fp8": 8, "int4": 4.3, "nf4": 4.1, "fp4": 4.1}  # a weight
+_DECODE = {
+    "dense": 0,
+    "int8": 3,
+    "fp8": 7,
+    "int4": 7,
+    "nf4": 10,
+    "fp4": 10,
+    "fp8xfp8": 0,
+}  # instructions an element of W
+_BITS = {"dense": 0, "int8": 8, "fp8": 8, "int4": 4.3, "nf4": 4.1, "fp4": 4.1, "fp8xfp8": 8}  # a weight
 
 
 def estimate(launch: Pass, choice: Choice, arch: Arch) -> float:
@@ -58,6 +66,8 @@ def _decode_seconds(launch: Pass, arch: Arch) -> float:
 
 
 def _peak(launch: Pass, arch: Arch) -> float:
+    if launch.problem.base_compute is not None:
+        return 2 * arch.flops
     return arch.flops / (1 if launch.problem.dtype.itemsize == 2 else 8)
 
 

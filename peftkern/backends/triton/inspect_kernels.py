@@ -41,7 +41,7 @@ from peftkern.backends.triton.tiles import (
     supports,
 )
 from peftkern.ops.problem import LoRAOperands, Problem
-from peftkern.weights import DenseWeight, FrozenWeight
+from peftkern.weights import DenseWeight, FrozenWeight, split_format
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,6 +50,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _MMA = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
+_FP8 = re.compile(r"\.e4m3\.e4m3\b|kind::f8f6f4")  # of the matrix instructions' types
 _REGISTERS = 65536  # of one unit
 _LARGE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}  # 64 rows and more
 _TYPES = {
@@ -58,6 +59,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.int8: "*i8",
     torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -65,7 +67,7 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One combination of the slots. ``body`` is a schedule (its ``fused``), "shrink", "grad" or "kept"."""
+    """One combination of the slots. ``body`` is a schedule (its ``fused``), "shrink", "grad", "kept" or "quantise"."""
 
     body: str
     dtype: torch.dtype = torch.bfloat16
@@ -86,6 +88,7 @@ class Variant:
         name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
         features = [name[self.dtype], f"{name[self.adapter_dtype]}/{self.precision}", self.weight_format]
         features += [word for word in ("dropout", "bias", "backward") if getattr(self, word)]
+        features += [f"{name}={value}" for name, value in self.options]
         return f"{self.body} {' '.join(features)} M={self.M} R={self.R}"
 
     @property
@@ -93,7 +96,7 @@ class Variant:
         """The direction, as schedules and tiles see it."""
         problem = Problem(
             "cuda", self.M, self.K, self.N, self.R, self.dtype, self.adapter_dtype, self.weight_format, self.dropout,
-            self.bias, self.bias, self.precision,
+            self.bias, self.bias, self.precision, scaled_steps=("scaling", "block") in self.options,
         )  # fmt: skip
         return Pass(problem, self.backward)
 
@@ -124,7 +127,8 @@ def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
 
     weight: FrozenWeight = DenseWeight(empty(v.N, v.K))
     if v.weight_format != "dense":
-        weight = FrozenWeight.quantize(empty(v.N, v.K), v.weight_format, **dict(v.options))
+        stored, compute = split_format(v.weight_format)
+        weight = FrozenWeight.quantize(empty(v.N, v.K), stored, base_compute=compute, **dict(v.options))
     A, B = empty(v.R, v.K, dtype=v.adapter_dtype), empty(v.N, v.R, dtype=v.adapter_dtype)
     bias, lora_bias = (empty(v.N), empty(v.N, dtype=v.adapter_dtype)) if v.bias else (None, None)
     rng_state = empty(2, dtype=torch.int64) if v.dropout else None
@@ -146,9 +150,14 @@ def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
     if v.body == "kept":
         made = launch.kept(X, empty(v.M, Q), operands.dropout_p, empty(2, dtype=torch.int64))
         return made, "{BLOCK_M}x{BLOCK_COLS}".format(**made.arguments)
+    rows: torch.Tensor | launch.Codes = X
+    if weight.base_compute is not None:
+        made, rows = launch.quantise(weight, X, v.backward)
+        if v.body == "quantise":
+            return made, "{BLOCK_M}x{BLOCK_Q}".format(**made.arguments)
     choice = Choice(v.body, v.tile) if v.tile else select.choose(v.launch, arch)
     dependent = choice.schedule == SPLIT and arch.dependent_launch
-    return launch.fused(direction, X, T, empty(v.M, P), choice, arch, dependent), str(choice.tile)
+    return launch.fused(direction, rows, T, empty(v.M, P), choice, arch, dependent), str(choice.tile)
 
 
 def _describe(value: Any, path: tuple[int, ...], specialize: bool, source: dict[str, Any]) -> Any:
@@ -217,6 +226,7 @@ def inspect(variant: Variant, target: str) -> Row:
     compiled = _compile(made, TARGETS[target])
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     mma = next((kind for instruction, kind in _MMA.items() if instruction in text), "none")
+    mma += " fp8" if _FP8.search(text) else ""
     registers, stack, spills = _usage(compiled)
     return Row(
         target, str(variant), tile, registers, stack, spills, compiled.metadata.shared, arch.shared_memory, mma,
@@ -237,10 +247,11 @@ def failure(row: Row, variant: Variant) -> str | None:
         threads = 32 * tile.num_warps * tile.resident
         if row.shared_memory * tile.resident > row.shared_memory_limit or row.registers * threads > _REGISTERS:
             return f"{tile.resident} programs do not fit on one unit"
-    if narrow and row.mma == "none" and variant.body != "kept":
+    if narrow and row.mma == "none" and variant.body not in ("kept", "quantise"):
         return "no matrix instruction"
-    if tile and narrow and tile.BLOCK_M >= 64 and row.mma != _LARGE[row.target]:
-        return f"{row.mma} where {_LARGE[row.target]} was expected"
+    large = _LARGE[row.target] + (" fp8" if variant.launch.problem.base_compute is not None else "")
+    if tile and narrow and tile.BLOCK_M >= 64 and row.mma != large:
+        return f"{row.mma} where {large} was expected"
     if tile and tile.tma and not row.tma and variant.body != LIBRARY:
         return "no bulk copies"
     return None
@@ -274,6 +285,22 @@ def variants(arch: Arch) -> Iterator[Variant]:
         if grad_gives_t(dtype, thin.R, precision, arch):
             yield replace(thin, body="grad with t", dropout=False)
         yield Variant("kept", dtype, dropout=True)
+    if arch.fp8:
+        yield from _coded(arch)
+
+
+def _coded(arch: Arch) -> Iterator[Variant]:
+    """base_compute "fp8": a usual call and the one of highest pressure on every tile that bears it."""
+    usual = Variant("split", adapter_dtype=torch.float32, weight_format="fp8xfp8", dropout=True)
+    most = replace(usual, dtype=torch.float16, precision="fp32", R=64)
+    for backward in (False, True):
+        yield replace(usual, body="quantise", backward=backward)
+        for options, v in itertools.product(((), (("scaling", "block"),)), (usual, most)):
+            v = replace(v, backward=backward, bias=not backward, options=options)
+            for M in (16, 8192):
+                for tile in dict.fromkeys(choice.tile for choice in choices(replace(v, M=M).launch, arch)):
+                    if not tile.resident and (tile.BLOCK_M == 16) == (M == 16):
+                        yield replace(v, tile=tile, M=M)
 
 
 def _hardest(base: Variant, arch: Arch) -> Iterator[Variant]:

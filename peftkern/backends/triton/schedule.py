@@ -2,6 +2,7 @@
 
     forward, dx        one_pass: fused          split: shrink, fused         library: shrink, vendor GEMM, fused
                        each after decode, where a packed weight is decoded once; library always does
+                       base_compute "fp8": quantise, shrink, fused; T is that of x as it is
     the parameters     grad, reduce (grad twice where x needs no gradient: t and dB come from one read of dy)
 
 Where they are large, the parameters' gradients, which wait for memory, run beside dx, which waits for the tensor cores:
@@ -66,6 +67,8 @@ def produce(
     ``onto``: a Z that holds its product with the frozen weight, and perhaps more; the low-rank pair is added to it.
     """
     X = launch.near(X)
+    if onto is not None:  # its weight is not read
+        operands = operands._replace(weight=operands.weight.with_base_compute(None))
     key = select.pass_of(operands.problem(X.shape[0], X.dtype), backward)
     choice = select.choose(key, arch) if onto is None else select.accumulating(key, arch)
     first: list[Step] = []
@@ -82,7 +85,11 @@ def produce(
     if choice.schedule == LIBRARY and onto is None:
         W = operands.weight.data
         rest.append(VendorProduct(X, W if backward else W.T, Z))
-    rest.append(launch.fused(direction, X, T, Z, choice, arch, dependent))
+    rows: Tensor | launch.Codes = X
+    if key.problem.base_compute is not None:
+        quantising, rows = launch.quantise(operands.weight, X, backward)
+        first.insert(0, quantising)
+    rest.append(launch.fused(direction, rows, T, Z, choice, arch, dependent))
     return Produced(first, rest, Z, T)
 
 

@@ -98,7 +98,9 @@ def key_of(launch: Pass) -> str:
     p = launch.problem
     dtypes = f"{_short(p.dtype)}/{_short(p.adapter_dtype)}/{p.precision}"
     words = ["backward" if launch.backward else "forward", f"P{launch.P}", f"Q{launch.Q}", f"R{padded(p.R)}"]
-    return " ".join([*words, dtypes, p.weight_format, *(["dropout"] if p.dropout else [])])
+    return " ".join(
+        [*words, dtypes, p.weight_format, *(word for word in ("dropout", "scaled_steps") if getattr(p, word))]
+    )
 
 
 def _short(dtype: Any) -> str:

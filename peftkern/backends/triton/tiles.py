@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from peftkern._env import SCHEDULES
+from peftkern.backends.triton import codes
 from peftkern.backends.triton.arch import Arch
 from peftkern.ops.problem import Problem
 
@@ -159,7 +160,9 @@ def shipped(launch: Pass, arch: Arch) -> list[TileConfig]:
 
 
 def _candidates(schedule: str, launch: Pass, arch: Arch) -> list[Choice]:
-    """A schedule on its tiles: a packed weight is decoded in each, or once."""
+    """A schedule on its tiles: a packed weight is decoded in each, or once, or is multiplied as it is."""
+    if launch.problem.base_compute is not None:
+        return [Choice(schedule, tile) for tile in _variants(schedule, launch, arch)]
     once = [Choice(schedule, tile) for tile in _variants(schedule, dense(launch), arch)]
     if launch.problem.weight_format == "dense" or schedule == LIBRARY:
         return once
@@ -168,6 +171,8 @@ def _candidates(schedule: str, launch: Pass, arch: Arch) -> list[Choice]:
 
 
 def _shipped(launch: Pass, arch: Arch) -> dict[_Shape, tuple[int, int, int]]:
+    if launch.problem.base_compute is not None:
+        return codes.SHIPPED.get(arch.name, {})
     wide = launch.problem.dtype == torch.float32 and arch.name != "interpreter"
     if launch.problem.weight_format in _DECODED_BY_TABLE and arch.name != "interpreter":
         return {} if wide or arch.name not in ("sm_80", "sm_90") else _SHIPPED_PACKED
@@ -222,6 +227,11 @@ def fused_rank_block(problem: Problem, choice: Choice) -> int:
 def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
     """Why ``choice`` cannot run this direction on ``arch``, or None: the one legality predicate."""
     tile = choice.tile
+    if launch.problem.base_compute is not None:
+        plain = choice.schedule == SPLIT and not choice.decoded
+        reason = codes.refusal(launch.problem, tile.BLOCK_Q, arch) if plain else codes.TWO_READS
+        if reason is not None:
+            return reason
     if choice.decoded and (launch.problem.weight_format == "dense" or choice.schedule == LIBRARY):
         return f"{choice.schedule} of a {launch.problem.weight_format} weight has no decoding to choose"
     if decodes(launch.problem.weight_format, choice):
@@ -300,13 +310,16 @@ def pressure(launch: Pass, choice: Choice) -> int:
         total += 2
     if problem.weight_format != "dense":
         total += 5 if choice.tile.tma else 2  # decoded in registers, from pointers
+    if problem.scaled_steps:
+        total += codes.SCALED_STEPS
     return total
 
 
 def shared_memory(launch: Pass, choice: Choice) -> int:
     """Bytes of the operand buffers of the main loop."""
     problem, tile = launch.problem, choice.tile
-    stage = tile.BLOCK_Q * (tile.BLOCK_M + tile.BLOCK_P) * problem.dtype.itemsize
+    size = 1 if problem.base_compute is not None else problem.dtype.itemsize
+    stage = tile.BLOCK_Q * (tile.BLOCK_M + tile.BLOCK_P) * size
     if choice.one_pass:
         stage += tile.BLOCK_Q * padded(problem.R) * problem.adapter_dtype.itemsize
     return stage * max(1, tile.num_stages)

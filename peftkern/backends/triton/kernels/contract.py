@@ -26,6 +26,37 @@ def contract(
 
 
 @triton.jit
+def contract_codes(
+    X, x_strides, W, w_operands, m0, p0, M, P, Q, BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """acc of e4m3 codes on both sides, whose scales multiply sums.
+
+    w_operands: W's strides along q and p, () for a descriptor of [N, K]; the scales of X's rows; W's, the distance from
+    one to the next along q (None: the same for every q) and p, log2 of how many share one. A step of q shares one.
+    """
+    strides, row_scales, scales, along_q, along_p, shift = w_operands
+    p = (p0 + tl.arange(0, BLOCK_P)) >> shift
+    inside = p0 + tl.arange(0, BLOCK_P) < P
+    acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+    for q0 in range(0, Q, BLOCK_Q):
+        x = load_block(X, x_strides, m0, q0, M, Q, BLOCK_M, BLOCK_Q)
+        if len(strides) == 0 and not BACKWARD:
+            w = W.load([p0, q0]).T
+        else:
+            w = load_block(W, strides, q0, p0, Q, P, BLOCK_Q, BLOCK_P)
+        if along_q is None:
+            acc = dot(x, w, acc, "ieee")
+        else:
+            scale = tl.load(scales + (q0 >> shift) * along_q + p * along_p, mask=inside, other=0.0)
+            acc += dot(x, w, tl.zeros((BLOCK_M, BLOCK_P), tl.float32), "ieee") * scale[None, :]
+    if along_q is None:
+        acc *= tl.load(scales + p * along_p, mask=inside, other=0.0)[None, :]
+    m = m0 + tl.arange(0, BLOCK_M)
+    return acc * tl.load(row_scales + m, mask=m < M, other=0.0)[:, None]
+
+
+@triton.jit
 def contract_with_thin(
     X, x_strides, W, w_operands, F, f_strides, drop_operands, m0, p0, begin, end, M, P, Q, R,
     LOAD_W: tl.constexpr, DROP: tl.constexpr, ADAPTER: tl.constexpr, BACKWARD: tl.constexpr, DROP_IN: tl.constexpr,

@@ -24,6 +24,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif a.dtype == tl.float32:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+    elif a.dtype == tl.float8e4nv:  # Hopper adds these in about 14 bits: no further than one step
+        return tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1])
     else:
         return tl.dot(a, b, acc)
 

@@ -9,7 +9,8 @@ carries D_out's. ``SOURCE`` says where a tile has T from:
 
     "recompute"  accumulated beside Z in every tile; those of the first column store it
     "shared"     accumulated by the first tile of a row block, which publishes it; the others wait in their epilogue
-    "ready"      written by ``shrink`` before (``DEPENDENT``: perhaps still being written while the main loop runs)
+    "ready"      written by ``shrink`` before (``DEPENDENT``: perhaps still being written while the main loop runs);
+                 without LOAD_W, X and W are e4m3 codes, and T is that of the rows before ``quantise``
     "library"    as "ready", and Z holds the frozen product already
 
 ``SLICES`` > 1 ("recompute", few rows): Q is cut into slices, T G^T is linear in T, so each slice's tile carries its own
@@ -19,7 +20,7 @@ part of both; the slice that arrives last adds them up in their order.
 import triton
 import triton.language as tl
 
-from peftkern.backends.triton.kernels.contract import contract, contract_with_thin
+from peftkern.backends.triton.kernels.contract import contract, contract_codes, contract_with_thin
 from peftkern.backends.triton.kernels.finish import add_low_rank, finish
 from peftkern.backends.triton.kernels.matrix import load_block, load_scaling, store_block, sum_slices
 from peftkern.backends.triton.kernels.protocol import arrived_last, await_block, publish, retire, take_ticket
@@ -78,6 +79,9 @@ def fused(
                 t = 0.0
                 if SOURCE == "library":
                     acc = load_block(Z, z_strides, m0, p0, M, P, BLOCK_M, BLOCK_P).to(tl.float32)
+                elif LOAD_W is None:
+                    acc = contract_codes(X, x_strides, W, w_operands, m0, p0, M, P, Q, BACKWARD,
+                                         BLOCK_M, BLOCK_P, BLOCK_Q)  # fmt: skip
                 else:
                     acc = contract(X, x_strides, W, w_operands, m0, p0, 0, Q, M, P, Q, LOAD_W, BACKWARD, DTYPE,
                                    PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q)  # fmt: skip

@@ -20,7 +20,9 @@ def load_block(matrix, strides, row0, col0, rows, cols, BLOCK_ROWS: tl.constexpr
         matrix += tl.cast(row0, tl.int64) * strides[0] + tl.cast(col0, tl.int64) * strides[1]
         offsets = row[:, None] * strides[0] + col[None, :] * strides[1]
         inside = (row0 + row < rows)[:, None] & (col0 + col < cols)[None, :]
-        return tl.load(matrix + offsets, mask=inside, other=0)
+        # An integer is no e4m3, and a float no integer.
+        nothing: tl.constexpr = 0.0 if matrix.dtype.element_ty == tl.float8e4nv else 0
+        return tl.load(matrix + offsets, mask=inside, other=nothing)
 
 
 @triton.jit

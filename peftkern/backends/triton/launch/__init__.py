@@ -9,8 +9,10 @@ from peftkern.backends.triton.launch.gradients import Gradient, grad, reduce
 from peftkern.backends.triton.launch.kept import kept
 from peftkern.backends.triton.launch.operands import Direction, Launch, VendorProduct, loads, near
 from peftkern.backends.triton.launch.produce import fused, shrink
+from peftkern.backends.triton.launch.quantise import Codes, quantise
 
 __all__ = [
+    "Codes",
     "Direction",
     "Gradient",
     "Launch",
@@ -21,6 +23,7 @@ __all__ = [
     "kept",
     "loads",
     "near",
+    "quantise",
     "reduce",
     "shrink",
 ]

@@ -20,7 +20,7 @@ from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import FrozenWeight
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_FORMATS = ("dense", "int8", "int4", "nf4", "fp4", "fp8")
+_FORMATS = ("dense", "int8", "int4", "nf4", "fp4", "fp8", "fp8xfp8")
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,21 @@ from peftkern.backends.triton.launch.operands import (
     numerics,
     present,
 )
+from peftkern.backends.triton.launch.quantise import Codes, loader
 from peftkern.backends.triton.tiles import LIBRARY, RECOMPUTE, SHARED, SPLIT, Choice, Pass
 
 _SOURCES = {RECOMPUTE: "recompute", SHARED: "shared", SPLIT: "ready", LIBRARY: "library"}
 
 
 def fused(
-    direction: Direction, X: Tensor, T: Tensor, Z: Tensor, choice: Choice, arch: Arch, dependent: bool = False
-) -> Launch:
-    """Z, and T where the choice is one_pass; else T holds what ``shrink`` wrote, or (``dependent``) still writes."""
+    direction: Direction, rows: Tensor | Codes, T: Tensor, Z: Tensor, choice: Choice, arch: Arch,
+    dependent: bool = False,
+) -> Launch:  # fmt: skip
+    """Z, and T where the choice is one_pass; else T holds what ``shrink`` wrote, or (``dependent``) still writes.
+
+    ``rows`` are X, or the codes that ``quantise`` writes.
+    """
+    codes, X = (rows, rows.data) if isinstance(rows, Codes) else (None, rows)
     operands, backward, tile = direction.operands, direction.backward, choice.tile
     P, Q, R = direction.extents
     M = X.shape[0]
@@ -41,7 +47,7 @@ def fused(
     arguments = {
         **matrix("X", X, (tile.BLOCK_M, tile.BLOCK_Q), tile.tma),
         **matrix("Z", Z, (tile.BLOCK_M, tile.BLOCK_P // tile.SUBTILES), tile.tma and choice.schedule != LIBRARY),
-        **direction.loader(tile.BLOCK_Q, tile.BLOCK_P, tile.tma),
+        **(direction.loader(tile.BLOCK_Q, tile.BLOCK_P, tile.tma) if codes is None else loader(codes, backward, tile)),
         "T": T, "F": F, "f_strides": f_strides, "G": G, "g_strides": g_strides,
         "counters": counters(X) if together else None, "PARTIALS": partials,
         "t_scale": direction.dropout_scale if direction.masks_in else 1.0,
@@ -52,14 +58,21 @@ def fused(
         "SOURCE": _SOURCES[choice.schedule], "BACKWARD": backward, "MASK_OUT": direction.masks_out,
         "DEPENDENT": dependent,
         "BLOCK_M": tile.BLOCK_M, "BLOCK_P": tile.BLOCK_P, "BLOCK_Q": tile.BLOCK_Q,
-        "BLOCK_R": tiles.fused_rank_block(operands.problem(M, X.dtype), choice),
+        "BLOCK_R": tiles.fused_rank_block(operands.problem(M, direction.dtype), choice),
         "GROUP_M": tile.GROUP_M, "SUBTILES": tile.SUBTILES, "SLICES": tile.SLICES,
     }  # fmt: skip
     programs = produced * tile.SLICES
     if tile.resident:
         programs = min(programs, arch.units * tile.resident)
-    weight, library = operands.weight, choice.schedule == LIBRARY
-    reads = present(*(() if library else (X, *weight.tensors)), G, operands.bias, operands.lora_bias, partials)
+    weight, library = operands.weight if codes is None else codes.weight, choice.schedule == LIBRARY
+    reads = present(
+        *(() if library else (X, *weight.tensors)),
+        None if codes is None else codes.scale,
+        G,
+        operands.bias,
+        operands.lora_bias,
+        partials,
+    )
     return Launch(
         fused_body, (programs,), arguments, tile.num_warps, tile.num_stages,
         reads=(*reads, *((F,) if choice.one_pass else ()), *((Z,) if library else ()),
