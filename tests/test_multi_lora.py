@@ -345,5 +345,8 @@ def test_a_backend_without_these_products_says_so(backend: str) -> None:
         "base", backend,
     ).operands().problem(1, torch.float32)  # fmt: skip
     assert dispatch.backend_named(backend).supports(problem) is None
-    reason = dispatch.backend_named("triton").supports(dataclasses.replace(problem, device_type="cuda"))
-    assert reason == "the kernels look no adapter up by row"
+    there = dataclasses.replace(problem, device_type="cuda")
+    triton = dispatch.backend_named("triton")
+    assert triton.supports(there) is None
+    reason = triton.supports(dataclasses.replace(there, dropout=True))
+    assert reason == "the kernels look adapters up by row, but not their dropout"

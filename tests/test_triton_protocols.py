@@ -1,26 +1,35 @@
 """The kernels whose programs work together, their programs interleaved and memory weak: no GPU.
 
-``shared`` (tickets, publish, await), slices of ``fused`` and ``shrink`` (who arrives last) and ``grad`` with t. A
-second call right after the first shows that the counters are zero again.
+``shared`` (tickets, publish, await), slices of ``fused`` and ``shrink`` (who arrives last), ``grad`` with t, and a bank
+of adapters (chunks that announce, tiles that wait for them all). A second call right after the first shows that the
+counters are zero again.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
-from collections.abc import Iterator
+import pathlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import NAMES, Case, Found, make, run
+from test_multi_lora import Batch
+from test_multi_lora import make as bank_batch
+from test_multi_lora import plain as bank_plain
+from test_multi_lora import truth as bank_truth
 
 import peftkern
 from peftkern.backends.triton import launch, select, tiles
 from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.launch import operands as launch_operands
 from peftkern.backends.triton.tiles import RECOMPUTE, SHARED, Choice, ThinConfig, TileConfig
+from peftkern.multi_lora import multi_lora_linear
 from peftkern.testing.interleave import Deadlock, interleaved
+from peftkern.testing.numerics import assert_as_good_as
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -39,7 +48,7 @@ def one_set_of_counters(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.Tenso
     """The counters of all launches: zero after each call, whoever took part."""
     counters = torch.zeros(tiles.COUNTERS, dtype=torch.int32)
     monkeypatch.setattr(launch_operands, "counters", lambda like: counters)
-    for module in (launch.produce, launch.gradients):
+    for module in (launch.produce, launch.gradients, importlib.import_module(f"{launch.__name__}.bank")):
         monkeypatch.setattr(module, "counters", lambda like: counters)
     yield counters
     assert not counters.any()
@@ -111,6 +120,75 @@ def test_slices_of_shrink_and_t_beside_dB(monkeypatch):
             compare(interleaved_run(seed, None, needs, SMALL), expected, needs)
 
 
+def bank_run(batch: Batch) -> Found:
+    """y of a batch whose rows have adapters of their own."""
+    y = multi_lora_linear(
+        batch.x, batch.W, batch.A, batch.B, batch.scaling, batch.ids, bias=batch.bias, backend="triton"
+    )
+    return {"y": y}
+
+
+@pytest.fixture
+def banked(monkeypatch) -> Callable[[int], Batch]:
+    """``banked(slices)``: a batch of three chunks and four tiles on five programs, each perhaps in slices."""
+
+    def batch_of(slices: int) -> Batch:
+        tile = replace(TILE, BLOCK_Q=16, SLICES=slices, resident=1 if slices == 1 else 2)
+        monkeypatch.setattr("peftkern.backends.triton.backend.bank_tile", lambda key, arch: tile)
+        programs(monkeypatch, 5)
+        return bank_batch([1, -1, 0] + [1] * 18, K=32, N=32, ranks=(5, 3))
+
+    return batch_of
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("resident", [None, 2])
+def test_bank(slices: int, resident: int | None, banked):
+    batch = banked(slices)
+    expected = bank_run(batch)
+    assert_as_good_as(expected["y"], bank_plain(batch)["y"], bank_truth(batch)["y"], "y")
+    for seed in SEEDS:
+        with interleaved(seed=seed, weak_memory=True, barriers=True, max_resident=resident):
+            compare([bank_run(batch) for _ in range(2)], expected)
+
+
+BANK_MUTATIONS = {
+    "nobody waits": ("await_all", "def await_all(counters, block, producers, readers):\n    pass\n"),
+    "a chunk does not announce": ("announce", "def announce(counters, block):\n    pass\n"),
+    "a chunk announces before its stores": (
+        "announce", "def announce(counters, block):\n    tl.atomic_add(counters + 2 + block, 1, sem='relaxed')\n",
+    ),
+    "one chunk is enough": (
+        "await_all",
+        "def await_all(counters, block, producers, readers):\n"
+        "    seen = tl.atomic_add(counters + 2 + block, 0, sem='acquire')\n"
+        "    while seen < 1:\n"
+        "        seen = tl.atomic_add(counters + 2 + block, 0, sem='acquire')\n"
+        "    tl.debug_barrier()\n"
+        "    if tl.atomic_add(counters + 2 + block, 1, sem='relaxed') == producers + readers - 1:\n"
+        "        tl.atomic_xchg(counters + 2 + block, 0, sem='relaxed')\n",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("name", BANK_MUTATIONS)
+def test_a_broken_protocol_of_a_bank_is_seen(name, slices, banked, monkeypatch, tmp_path, one_set_of_counters):
+    batch = banked(slices)
+    expected = bank_run(batch)
+    mutate("fused", *BANK_MUTATIONS[name], monkeypatch, tmp_path)
+    caught = False
+    for seed in range(6):
+        try:
+            with interleaved(seed=seed, weak_memory=True, barriers=True):
+                compare([bank_run(batch) for _ in range(2)], expected)
+        except (AssertionError, Deadlock):
+            caught = True
+            break
+    one_set_of_counters.zero_()
+    assert caught
+
+
 MUTATIONS = {
     "a consumer does not wait": ("fused", "await_block", "def await_block(counters, block, readers):\n    pass\n"),
     "a producer does not publish": ("fused", "publish", "def publish(counters, block):\n    pass\n"),
@@ -133,14 +211,12 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_protocol_is_seen(name: str, monkeypatch, tmp_path, one_set_of_counters):
-    """What the tests above would say if a step were missing."""
+def mutate(body: str, function: str, source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Another function in a body's place of one."""
     import importlib.util
 
     import triton
 
-    body, function, source = MUTATIONS[name]
     path = tmp_path / "mutant.py"
     path.write_text(f"import triton\nimport triton.language as tl\n\n\n@triton.jit\n{source}")
     spec = importlib.util.spec_from_file_location("mutant", path)
@@ -149,6 +225,12 @@ def test_a_broken_protocol_is_seen(name: str, monkeypatch, tmp_path, one_set_of_
     kernels = importlib.import_module(f"peftkern.backends.triton.kernels.{body}")
     assert isinstance(getattr(kernels, function), type(triton.jit(lambda: None)))
     monkeypatch.setattr(kernels, function, getattr(module, function))
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_protocol_is_seen(name: str, monkeypatch, tmp_path, one_set_of_counters):
+    """What the tests above would say if a step were missing."""
+    mutate(*MUTATIONS[name], monkeypatch, tmp_path)
     programs(monkeypatch, 4)
     sliced = "slice" in name
     case, chosen = CASE, Choice(SHARED, TILE)

@@ -106,8 +106,41 @@ class Backend(ABC):
         raise NotImplementedError(f"backend {self.name!r} has no products for several adapters")
 
     def bank_backward(self, operands: BankOperands, given: BankBackward) -> BankGradients:
-        """dx where it is needed, and (dA, dB) of each segment whose pair is; exact zeros for one without rows."""
-        raise NotImplementedError(f"backend {self.name!r} has no products for several adapters")
+        """dx where it is needed, and (dA, dB) of each segment whose pair is; exact zeros for one without rows.
+
+        Segment after segment, by ``accumulate_backward``.
+        """
+        dy, x, s, need_x, need_pairs = given
+        dx = dy @ operands.weight if need_x else None
+        pairs: list[tuple[Tensor, Tensor] | None] = []
+        at = 0
+        for segment, need in zip(operands.segments, need_pairs, strict=True):
+            if not segment.length or not segment.R:
+                zeros = torch.zeros_like(segment.lora_A), torch.zeros_like(segment.lora_B)
+                pairs.append(zeros if need else None)
+                continue
+            rows, inside = operands.rows_of(segment), operands.inside_of(segment)
+            size = segment.length * segment.R
+            own_x = own_s = own_dx = None
+            if need:
+                assert x is not None and s is not None
+                own_x, own_s = only(x[rows], inside), s[at : at + size].view(segment.length, segment.R)
+            if dx is not None:
+                own_dx = dx[rows]
+            needs = Needs(dx is not None, need, need, False, False)
+            _, dA, dB, *_ = self.accumulate_backward(
+                operands.alone(segment), only(dy[rows], inside), own_x, own_s, own_dx, needs
+            )
+            if dx is not None and own_dx is not None:
+                dx[rows] = own_dx if inside is None else torch.where(inside, own_dx, dx[rows])
+            pairs.append((dA, dB) if dA is not None and dB is not None else None)
+            at += size
+        return dx, pairs
+
+
+def only(value: Tensor, inside: Tensor | None) -> Tensor:
+    """Zeros in the rows that are another adapter's: neither their values nor their NaN get into a gradient."""
+    return value if inside is None else torch.where(inside, value, value.new_zeros(()))
 
 
 def rounding(problem: Problem) -> str:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from peftkern import dropout
-from peftkern.backends.base import Backend, Plan, bias_gradients, rounding, scaled
-from peftkern.ops.bank_problem import BankBackward, BankGradients, BankOperands
+from peftkern.backends.base import Backend, Plan, bias_gradients, only, rounding, scaled
+from peftkern.ops.bank_problem import BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 
@@ -85,11 +85,6 @@ def add_update_backward(
     return dA, dB
 
 
-def _only(value: Tensor, inside: Tensor | None) -> Tensor:
-    """Zeros in the rows that are another adapter's: neither their values nor their NaN get into a gradient."""
-    return value if inside is None else torch.where(inside, value, value.new_zeros(()))
-
-
 class ReferenceBackend(Backend):
     """Never refuses; the floor that the kernels have to beat."""
 
@@ -136,32 +131,7 @@ class ReferenceBackend(Backend):
                 continue
             rows, inside = operands.rows_of(segment), operands.inside_of(segment)
             own = y[rows]
-            parts.append(add_update(operands.alone(segment), _only(x[rows], inside), own).flatten())
+            parts.append(add_update(operands.alone(segment), only(x[rows], inside), own).flatten())
             y[rows] = own if inside is None else torch.where(inside, own, y[rows])
         wide = torch.promote_types(x.dtype, torch.float32)
         return y, torch.cat(parts) if parts else x.new_empty(0, dtype=wide)
-
-    def bank_backward(self, operands: BankOperands, given: BankBackward) -> BankGradients:
-        dy, x, s, need_x, need_pairs = given
-        dx = dy @ operands.weight if need_x else None
-        pairs: list[tuple[Tensor, Tensor] | None] = []
-        at = 0
-        for segment, need in zip(operands.segments, need_pairs, strict=True):
-            if not segment.length:
-                zeros = torch.zeros_like(segment.lora_A), torch.zeros_like(segment.lora_B)
-                pairs.append(zeros if need else None)
-                continue
-            rows, inside = operands.rows_of(segment), operands.inside_of(segment)
-            size = segment.length * segment.R
-            own_x = own_s = own_dx = None
-            if need:
-                assert x is not None and s is not None
-                own_x, own_s = _only(x[rows], inside), s[at : at + size].view(segment.length, segment.R)
-            if dx is not None:
-                own_dx = dx[rows]
-            dA, dB = add_update_backward(operands.alone(segment), _only(dy[rows], inside), own_x, own_s, own_dx)
-            if dx is not None and own_dx is not None:
-                dx[rows] = own_dx if inside is None else torch.where(inside, own_dx, dx[rows])
-            pairs.append((dA, dB) if dA is not None and dB is not None else None)
-            at += size
-        return dx, pairs

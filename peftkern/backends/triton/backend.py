@@ -14,6 +14,8 @@ from torch import Tensor
 from peftkern.backends.base import Backend, Plan
 from peftkern.backends.triton import codes, select, tiles
 from peftkern.backends.triton.arch import Arch, arch_of
+from peftkern.backends.triton.bank_tiles import bank_tile
+from peftkern.ops.bank_problem import BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 _OLDEST = (3, 6)
@@ -64,13 +66,15 @@ class TritonBackend(Backend):
     def supports(self, problem: Problem) -> str | None:
         if problem.device_type != "cuda" and not (problem.device_type == "cpu" and _interpreted()):
             return f"Triton kernels do not run on {problem.device_type} tensors"
-        if problem.several_adapters:
-            return "the kernels look no adapter up by row"
+        if problem.several_adapters and problem.dropout:
+            return "the kernels look adapters up by row, but not their dropout"
+        if problem.several_adapters and torch.version.hip:
+            return "rows with adapters of their own need programs to see what others stored, which is not so on gfx942"
         if problem.dtype not in _DTYPES:
             return f"the kernels compute in float32, bfloat16 or float16, not {problem.dtype}"
         if problem.adapter_dtype not in (torch.float32, problem.dtype):
             return f"adapters are {problem.dtype} or float32, not {problem.adapter_dtype}"
-        if problem.R == 0:
+        if problem.R == 0 and not problem.several_adapters:
             return "r = 0 has no low-rank pair"
         if problem.R > tiles.MAX_R:
             return f"r = {problem.R} is larger than {tiles.MAX_R}"
@@ -92,6 +96,8 @@ class TritonBackend(Backend):
     def plan(self, problem: Problem) -> Plan:
         arch = _arch_here(problem.device_type)
         launch = select.pass_of(problem, backward=False)
+        if problem.several_adapters:
+            return Plan("bank", f"{bank_tile(launch, arch)}, adapters looked up by row")
         choice = select.choose(launch, arch)
         decoded = ", after the weight is decoded once" if tiles.decodes(problem.weight_format, choice) else ""
         coded = ", x rounded to e4m3 by a launch before, on FP8 tensor cores" if problem.base_compute else ""
@@ -132,6 +138,18 @@ class TritonBackend(Backend):
                 _run([*plan.steps, *plan.beside])
             _run(plan.after)
         return plan.gradients
+
+    def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
+        from peftkern.backends.triton import launch
+
+        arch = arch_of(x.device)
+        tile = bank_tile(select.pass_of(operands.problem(x.shape[0], x.dtype), backward=False), arch)
+        x = launch.near(x)
+        y = x.new_empty(x.shape[0], operands.weight.shape[0])
+        s = x.new_empty(operands.thin_size, dtype=torch.float32)
+        with _on(x.device):
+            launch.bank(operands, x, s, y, tile, arch).run()
+        return y, s
 
     def kept(self, x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:
         if x.dtype not in _DTYPES:

@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftkern.backends.triton import launch, select
 from peftkern.backends.triton.arch import ARCHES, Arch
+from peftkern.backends.triton.bank_tiles import bank_tile
 from peftkern.backends.triton.tiles import (
     LIBRARY,
     SCHEDULES,
@@ -40,6 +41,7 @@ from peftkern.backends.triton.tiles import (
     shrink_tile,
     supports,
 )
+from peftkern.ops.bank_problem import BankOperands, Segment
 from peftkern.ops.problem import LoRAOperands, Problem
 from peftkern.weights import DenseWeight, FrozenWeight, split_format
 
@@ -67,7 +69,8 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One combination of the slots. ``body`` is a schedule (its ``fused``), "shrink", "grad", "kept" or "quantise"."""
+    """One combination of the slots. ``body``: a schedule (its ``fused``), "bank", "shrink", "grad", "kept" or "quantise".
+    """
 
     body: str
     dtype: torch.dtype = torch.bfloat16
@@ -89,14 +92,15 @@ class Variant:
         features = [name[self.dtype], f"{name[self.adapter_dtype]}/{self.precision}", self.weight_format]
         features += [word for word in ("dropout", "bias", "backward") if getattr(self, word)]
         features += [f"{name}={value}" for name, value in self.options]
-        return f"{self.body} {' '.join(features)} M={self.M} R={self.R}"
+        return f"{self.body} {' '.join(features)} M={self.M} R={self.R}{'' if self.K % 8 == 0 else f' K={self.K}'}"
 
     @property
     def launch(self) -> Pass:
         """The direction, as schedules and tiles see it."""
         problem = Problem(
             "cuda", self.M, self.K, self.N, self.R, self.dtype, self.adapter_dtype, self.weight_format, self.dropout,
-            self.bias, self.bias, self.precision, scaled_steps=("scaling", "block") in self.options,
+            self.bias, self.bias, self.precision, several_adapters=self.body == "bank",
+            scaled_steps=("scaling", "block") in self.options,
         )  # fmt: skip
         return Pass(problem, self.backward)
 
@@ -155,6 +159,12 @@ def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
         made, rows = launch.quantise(weight, X, v.backward)
         if v.body == "quantise":
             return made, "{BLOCK_M}x{BLOCK_Q}".format(**made.arguments)
+    if v.body == "bank":
+        tile = bank_tile(v.launch, arch)
+        segments = [Segment(A, B, 2.0, 0.0, 0, 0, e * v.M, v.M) for e in range(2)]
+        inside = empty(2 * v.M, dtype=torch.bool)
+        bank = BankOperands(empty(v.N, v.K), bias, segments, empty(2 * v.M, dtype=torch.int64), v.precision, inside)
+        return launch.bank(bank, X, empty(bank.thin_size, dtype=torch.float32), empty(v.M, P), tile, arch), str(tile)
     choice = Choice(v.body, v.tile) if v.tile else select.choose(v.launch, arch)
     dependent = choice.schedule == SPLIT and arch.dependent_launch
     return launch.fused(direction, rows, T, empty(v.M, P), choice, arch, dependent), str(choice.tile)
@@ -187,9 +197,7 @@ def _compile(made: launch.Launch, target: GPUTarget) -> Any:
             source["signature"][parameter.name] = "constexpr"
         else:
             source["signature"][parameter.name] = _describe(value, (i,), not parameter.do_not_specialize, source)
-    options = {"num_warps": made.num_warps, "num_stages": made.num_stages}
-    options |= {"launch_pdl": True} if made.dependent else {}
-    return triton.compile(ASTSource(made.kernel, **source), target=target, options=options)
+    return triton.compile(ASTSource(made.kernel, **source), target=target, options=made.options)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -285,6 +293,10 @@ def variants(arch: Arch) -> Iterator[Variant]:
         if grad_gives_t(dtype, thin.R, precision, arch):
             yield replace(thin, body="grad with t", dropout=False)
         yield Variant("kept", dtype, dropout=True)
+        for M, K in itertools.product((16, 128, 8192), (4096, 4100) if arch.protocols else ()):
+            yield Variant("bank", dtype, adapter, precision, bias=True, M=M, K=K, N=K, R=64)
+    for M in (16, 128, 8192) if arch.protocols else ():
+        yield Variant("bank", torch.bfloat16, torch.float32, "fp32", bias=True, M=M, R=5)
     if arch.fp8:
         yield from _coded(arch)
 

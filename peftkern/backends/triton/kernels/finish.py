@@ -1,11 +1,14 @@
 """From accumulators to Z, in sub-tiles of columns so that few registers live at once.
 
 Z = acc + c · D_out(T · G^T) + columns
+
+Where G's strides are an empty tuple, G is a bank, and t says whose each row is: see ``lookup``.
 """
 
 import triton
 import triton.language as tl
 
+from peftkern.backends.triton.kernels.lookup import add_updates
 from peftkern.backends.triton.kernels.matrix import load_block, store_block
 
 
@@ -55,7 +58,11 @@ def finish(
                R, DROP, ADAPTER, EPILOGUE, T_READY, MASK_OUT, DTYPE, PRECISION,
                BLOCK_M, BLOCK_P // 2, BLOCK_R, SUBTILES // 2)  # fmt: skip
     else:
-        acc = add_low_rank(acc, t, T, G, g_strides, drop_operands, c, m0, p0, M, P, R,
-                           DROP, ADAPTER, T_READY, MASK_OUT, DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_R)  # fmt: skip
+        if len(g_strides) == 0:
+            acc = add_updates(acc, t, T, G, p0, P, ADAPTER, DTYPE, PRECISION, BLOCK_P, BLOCK_R)
+        else:
+            acc = add_low_rank(acc, t, T, G, g_strides, drop_operands, c, m0, p0, M, P, R,
+                               DROP, ADAPTER, T_READY, MASK_OUT, DTYPE, PRECISION,
+                               BLOCK_M, BLOCK_P, BLOCK_R)  # fmt: skip
         acc = EPILOGUE(column_operands, acc, p0, P, c, BLOCK_P)
         store_block(Z, z_strides, acc, m0, p0, M, P, BLOCK_M, BLOCK_P)

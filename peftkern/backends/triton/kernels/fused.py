@@ -12,9 +12,15 @@ carries D_out's. ``SOURCE`` says where a tile has T from:
     "ready"      written by ``shrink`` before (``DEPENDENT``: perhaps still being written while the main loop runs);
                  without LOAD_W, X and W are e4m3 codes, and T is that of the rows before ``quantise``
     "library"    as "ready", and Z holds the frozen product already
+    "bank"       rows have adapters of their own, and G is their bank (``lookup``): chunks of every segment's T come
+                 first, and a tile, once its product is made, waits for them all. For the i-th row m of segment e
+
+                     Z[m, P] = X[m, Q] · op(W) + c_e · T_e[i] · B_e^T + columns,   T_e[i] = X[m, Q] · A_e^T
+
+                 and a row of no segment has the bits that it has without any bank
 
 ``SLICES`` > 1 ("recompute", few rows): Q is cut into slices, T G^T is linear in T, so each slice's tile carries its own
-part of both; the slice that arrives last adds them up in their order.
+part of both; the slice that arrives last adds them up in their order. In "bank" both tiles and chunks are cut.
 """
 
 import triton
@@ -22,8 +28,17 @@ import triton.language as tl
 
 from peftkern.backends.triton.kernels.contract import contract, contract_codes, contract_with_thin
 from peftkern.backends.triton.kernels.finish import add_low_rank, finish
+from peftkern.backends.triton.kernels.lookup import count_chunks, owners, thin_of_chunk
 from peftkern.backends.triton.kernels.matrix import load_block, load_scaling, store_block, sum_slices
-from peftkern.backends.triton.kernels.protocol import arrived_last, await_block, publish, retire, take_ticket
+from peftkern.backends.triton.kernels.protocol import (
+    announce,
+    arrived_last,
+    await_all,
+    await_block,
+    publish,
+    retire,
+    take_ticket,
+)
 from peftkern.backends.triton.kernels.tile_order import grouped, producers_first
 
 
@@ -59,6 +74,40 @@ def fused(
             finish(acc, 0.0, T, Z, z_strides, G, g_strides, drop_operands, column_operands, c, m0, p0, M, P, R,
                    DROP, ADAPTER, EPILOGUE, True, MASK_OUT, DTYPE, PRECISION,
                    BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip
+            ticket = take_ticket(counters)
+        retire(counters)
+    elif SOURCE == "bank":
+        tiles_z = tiles_m * tiles_p
+        chunks, elements = count_chunks(G)
+        steps = tl.cdiv(tl.cdiv(Q, BLOCK_Q), SLICES) * BLOCK_Q
+        ticket = take_ticket(counters)
+        while ticket < (chunks + tiles_z) * SLICES:
+            unit, part = ticket // SLICES, ticket % SLICES
+            begin = part * steps
+            end = tl.minimum(begin + steps, Q)
+            if unit < chunks:
+                if thin_of_chunk(G, T, PARTIALS, counters, 1 + tiles_z + unit, unit, part, begin, end, M, Q,
+                                 ADAPTER, DTYPE, PRECISION, BLOCK_M, BLOCK_Q, BLOCK_R, SLICES):  # fmt: skip
+                    announce(counters, 0)
+            else:
+                tile_m, tile_p = grouped(unit - chunks, tiles_m, tiles_p, GROUP_M)
+                m0, p0 = tile_m * BLOCK_M, tile_p * BLOCK_P
+                acc = contract(X, x_strides, W, w_operands, m0, p0, begin, end, M, P, Q, LOAD_W, BACKWARD, DTYPE,
+                               PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q)  # fmt: skip
+                last = True
+                if SLICES > 1:
+                    distance = tl.cast(M, tl.int64) * P
+                    mine = PARTIALS + elements * SLICES
+                    store_block(mine + part * distance, (P, 1), acc, m0, p0, M, P, BLOCK_M, BLOCK_P)
+                    last = arrived_last(counters, 1 + unit - chunks, SLICES)
+                if last:
+                    if SLICES > 1:
+                        acc = sum_slices(mine, (P, 1), SLICES, distance, m0, p0, M, P, BLOCK_M, BLOCK_P)
+                    if chunks > 0:
+                        await_all(counters, 0, chunks, tiles_z)
+                    finish(acc, owners(G, m0, M, BLOCK_M), T, Z, z_strides, G, g_strides, drop_operands,
+                           column_operands, c, m0, p0, M, P, R, DROP, ADAPTER, EPILOGUE, True, MASK_OUT, DTYPE,
+                           PRECISION, BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip
             ticket = take_ticket(counters)
         retire(counters)
     else:

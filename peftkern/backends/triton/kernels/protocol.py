@@ -43,6 +43,25 @@ def await_block(counters, block, readers):
 
 
 @triton.jit
+def announce(counters, block):
+    """One of the producers of ``block`` has stored its part, for those who ``await_all``."""
+    tl.debug_barrier()
+    tl.atomic_add(counters + BLOCKS + block, 1, sem="release")
+
+
+@triton.jit
+def await_all(counters, block, producers, readers):
+    """Wait until all of a block's producers (one or more) have announced; the last of its ``readers`` clears it."""
+    counter = counters + BLOCKS + block
+    announced = tl.atomic_add(counter, 0, sem="acquire")
+    while announced < producers:
+        announced = tl.atomic_add(counter, 0, sem="acquire")
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="relaxed") == producers + readers - 1:
+        tl.atomic_xchg(counter, 0, sem="relaxed")
+
+
+@triton.jit
 def retire(counters):
     """To be called once by every program after a ticket beyond the last: the last one clears the tickets."""
     if tl.atomic_add(counters + RETIRED, 1, sem="relaxed") == tl.num_programs(0) - 1:

@@ -4,6 +4,7 @@ A builder returns a ``Launch`` with the arguments exactly as Triton gets them; `
 compiles the same object for chips that are not here, and ``peftkern.testing.traffic`` counts what it moves.
 """
 
+from peftkern.backends.triton.launch.bank import bank
 from peftkern.backends.triton.launch.decode import decode
 from peftkern.backends.triton.launch.gradients import Gradient, grad, reduce
 from peftkern.backends.triton.launch.kept import kept
@@ -17,6 +18,7 @@ __all__ = [
     "Gradient",
     "Launch",
     "VendorProduct",
+    "bank",
     "decode",
     "fused",
     "grad",

@@ -39,16 +39,23 @@ class Launch:
     writes: tuple[Tensor, ...]
     flops: int
     dependent: bool = False  # it may begin before the launch ahead of it ends
+    maxnreg: int | None = None  # registers a thread may have, where ptxas would take fewer and spill
 
     @property
     def name(self) -> str:
         """The body's."""
         return self.kernel.__name__
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's and the launcher's."""
+        found: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        found |= {"launch_pdl": True} if self.dependent else {}
+        return found | ({} if self.maxnreg is None else {"maxnreg": self.maxnreg})
+
     def run(self) -> None:
         """Start it on the current device and stream."""
-        options = {"launch_pdl": True} if self.dependent else {}
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, **options)
+        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)
