@@ -69,7 +69,7 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One combination of the slots. ``body``: a schedule (of ``fused``), "bank", "shrink", "grad", "kept" or "quantise"."""
+    """One combination of the slots; body: a schedule (of ``fused``), "bank", "shrink", "grad", "kept" or "quantise"."""
 
     body: str
     dtype: torch.dtype = torch.bfloat16
