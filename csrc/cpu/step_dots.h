@@ -50,7 +50,7 @@ static inline void dots_of_steps(Steps &steps, int64_t n, int64_t k, int64_t cou
 // sums[i * ld + m] += the dot of row n + i and row m of x; in chunks of K for which M rows of x stay in the L1 cache.
 template <class X> static void dots_of_rows(const Weight &w, int64_t n, int64_t rows, int64_t M, const float *x, int64_t ldx, vf *sums, int64_t ld) {
   with_steps<X>(w, [&](auto steps) {
-    const int64_t K = w.columns, chunk = M == 1 ? 2048 : round_up(4096 / M, kStep);
+    const int64_t K = w.columns, chunk = M == 1 ? 4096 : round_up(4096 / M, kStep);
     for (int64_t k = 0; k < K; k += chunk) {
       const int64_t count = smaller(chunk, K - k);
       for (int64_t i = 0; i < rows; ++i) {
