@@ -21,7 +21,7 @@ from peftkern.environment import env_report
 COLOURS = {"frozen": "silver", "peft": "tab:orange", "naive": "tab:orange", "peftkern": "tab:green"}
 _MORE_COLOURS = (
     "tab:blue", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "navy", "gold", "teal",
-    "salmon", "black",
+    "salmon", "black", "limegreen",
 )  # fmt: skip
 _ROOT = Path(__file__).resolve().parent.parent
 
