@@ -309,3 +309,23 @@ def test_dx_of_few_rows_in_fp32_is_torchs_product():
         assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy @ W)
     finally:
         C.use(before)
+
+
+def test_a_block_of_wide_rows_takes_no_more_than_16_mib():
+    """264 rows of 49152, as where a head is adapted, would be 52 MB for every thread, for good."""
+    program = """if True:
+        import resource, torch, peftkern
+        from peftkern.backends.cpp import call
+        call.one_pass = lambda *_: True
+        torch.set_num_threads(1)
+        x, W = torch.ones(264, 49152), torch.ones(16, 49152)
+        A, B = torch.ones(2, 49152), torch.ones(16, 2)
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peftkern.lora_linear(x[:1], W, A, B, backend="cpp")
+        before = peak()
+        y = peftkern.lora_linear(x, W, A, B, backend="cpp")
+        assert (y == 3 * 49152).all()
+        print((peak() - before) // 1024)
+    """
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 32  # MiB: the block, its panels and the factors'

@@ -27,7 +27,11 @@ template <class X, class A> struct Fused {
   // dA^T [K, ld] and dB [N, ld] of one thread.
   static int64_t ld(const Problem &p) { return round_up(p.R, kTileColumns); }
 
-  static constexpr int64_t kRows = 264;  // of a block, at most: what a panel of the weight is made for
+  // Rows of a block, at most: what a panel of the weight is made for, as long as they are 16 MB, or few.
+  static int64_t rows_of_block(int64_t Q) {
+    const int64_t rows = (int64_t(1) << 22) / (Q + 1);
+    return smaller(264, rows < 48 ? 48 : rows);
+  }
 
   // What a thread works with: Q contracted columns, blocks of at most `rows` rows.
   struct Memory {
@@ -38,7 +42,7 @@ template <class X, class A> struct Fused {
     Memory(const Problem &p, int64_t Q, int64_t share) : Q(Q), R(p.R) {
       in_steps = steps_take<X>(p.weight);
       group = in_steps ? kStepPanels : 1;
-      rows = round_up(smaller(share, kRows), kTileRows);
+      rows = round_up(smaller(share, rows_of_block(Q)), kTileRows);
       panels = (R + kTileColumns - 1) / kTileColumns;
       words = (p.K + 63) / 64;
       step = in_steps ? kDecodedDepth : depth_of(Q);
