@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftkern.ops import bank_schema
+from peftkern.ops import eager
 
 
 class BankSettings(NamedTuple):
@@ -36,7 +36,7 @@ class BankFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, settings: BankSettings, *factors) -> Tensor:
-        y, s = bank_schema.forward(x, weight, bias, factors[::2], factors[1::2], *settings)
+        y, s = eager.bank_forward(x, weight, bias, factors[::2], factors[1::2], *settings)
         wanted = ctx.needs_input_grad[4:]
         ctx.pairs = [a or b for a, b in zip(wanted[::2], wanted[1::2], strict=True)]
         any_pair = any(ctx.pairs)
@@ -55,7 +55,7 @@ class BankFunction(torch.autograd.Function):
         unread_weight, bias = ctx.unread
         need_x, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         found = iter(
-            bank_schema.backward(
+            eager.bank_backward(
                 dy, x, s, weight if need_x else unread_weight, bias, factors[::2], factors[1::2], *ctx.settings,
                 need_x, ctx.pairs, need_bias,
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftkern import dropout, functional
 from peftkern.bank_autograd import BankFunction, BankSettings
-from peftkern.ops import bank_schema, inputs
+from peftkern.ops import eager, inputs
 from peftkern.segments import Plan, on_device, plan_on_device, plan_rows
 from peftkern.weights import DenseWeight
 
@@ -109,7 +109,7 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None, settings: BankSettings
     if functional.looked_through() or (torch.is_grad_enabled() and functional._any_requires_grad(flat, bias, *factors)):
         y = BankFunction.apply(flat, weight, bias, settings, *factors)
     else:
-        y = bank_schema.forward(flat, weight, bias, factors[::2], factors[1::2], *settings)[0]
+        y = eager.bank_forward(flat, weight, bias, factors[::2], factors[1::2], *settings)[0]
     return functional.unflattened(y, x)
 
 

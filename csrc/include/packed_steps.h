@@ -102,10 +102,11 @@ struct BlockTables {
 
   // numbers * scale for blocks 2 i and 2 i + 1, whose scales fill a half each
   template <class F> __attribute__((always_inline)) void make(int64_t i, F scaled) {
-    const __m256i bytes = _mm256_set1_epi16(255);
-    const __m256i first = rounded_words(scaled(even[0]), scaled(odd[0])), second = rounded_words(scaled(even[1]), scaled(odd[1]));
-    _mm256_store_si256((__m256i *)low[2 * i], _mm256_packus_epi16(_mm256_and_si256(first, bytes), _mm256_and_si256(second, bytes)));
-    _mm256_store_si256((__m256i *)high[2 * i], _mm256_packus_epi16(_mm256_srli_epi16(first, 8), _mm256_srli_epi16(second, 8)));
+    const __m256i apart = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    const __m256i first = _mm256_shuffle_epi8(rounded_words(scaled(even[0]), scaled(odd[0])), apart);
+    const __m256i second = _mm256_shuffle_epi8(rounded_words(scaled(even[1]), scaled(odd[1])), apart);
+    _mm256_store_si256((__m256i *)low[2 * i], _mm256_unpacklo_epi64(first, second));
+    _mm256_store_si256((__m256i *)high[2 * i], _mm256_unpackhi_epi64(first, second));
   }
 
   ByteTables<2> of(int64_t block) const {
@@ -115,7 +116,7 @@ struct BlockTables {
 };
 
 static inline vf halves(float first, float second) {
-  return (vf)_mm256_insertf128_ps(_mm256_set1_ps(first), _mm_set1_ps(second), 1);
+  return (vf)_mm256_blend_ps(_mm256_set1_ps(first), _mm256_set1_ps(second), 0xf0);
 }
 
 // The formulas of CodeFormat.
@@ -137,9 +138,29 @@ template <class X> struct CodeSteps {
     if (!kNarrow) return;
     const int64_t i = n * w.columns + k, last = (i + count - 1) >> w.group_shift;
     first = i >> w.group_shift;
-    for (int64_t block = first; block <= last; block += 2) {
-      const vf size = halves(CodeFormat::absmax(w, block), CodeFormat::absmax(w, smaller(block + 1, last)));
-      blocks.make((block - first) / 2, [&](vf numbers) { return numbers * size; });
+    alignas(32) float absmax[kSizes];
+    sizes(first, last + 1, absmax);
+    absmax[last - first + 1] = 0;  // of a last pair's second
+    for (int64_t block = 0; block <= last - first; block += 2) {
+      const vf size = halves(absmax[block], absmax[block + 1]);
+      blocks.make(block / 2, [&](vf numbers) { return numbers * size; });
+    }
+  }
+  // absmax[b - begin] for blocks begin to end, as CodeFormat::absmax has them; up to W more behind may be written.
+  static constexpr int64_t kSizes = BlockTables::kBlocks + W;
+  void sizes(int64_t begin, int64_t end, float *absmax) const {
+    const int64_t count = end - begin;
+    if (!w.nested_code) return void(memcpy(absmax, (const float *)w.scale + begin, count * sizeof(float)));
+    const uint8_t *codes = (const uint8_t *)w.scale + begin;
+    const float *numbers = w.nested_code, *sizes_of_256 = w.nested_absmax;
+    const vf offset = splat(*w.nested_offset);
+    alignas(32) float found[kSizes];
+    for (int64_t b = 0; b < count; ++b) found[b] = numbers[codes[b]];
+    for (int64_t b = count; b < count + W; ++b) found[b] = 0;
+    for (int64_t b = 0, next; b < count; b = next) {
+      next = smaller(count, ((begin + b) / 256 + 1) * 256 - begin);
+      const vf size = splat(sizes_of_256[(begin + b) / 256]);
+      for (int64_t j = b; j < next; j += W) store(product(load(found + j), size) + offset, absmax + j);
     }
   }
   template <class F> __attribute__((always_inline)) vf step(int64_t n, int64_t k, F f) const {

@@ -32,6 +32,14 @@ static inline float product(float a, float b) {
   return value;
 }
 
+#if defined(__AVX2__)
+static inline vf product(vf a, vf b) {
+  vf value = a * b;
+  asm("" : "+x"(value));
+  return value;
+}
+#endif
+
 static inline uint32_t nibble(const uint8_t *data, int64_t i) { return i & 1 ? data[i / 2] & 15 : data[i / 2] >> 4; }
 
 // The W nibbles from the even place i, each in the low bits of its lane with others above it.

@@ -60,7 +60,7 @@ class BankArguments(NamedTuple):
         return BankOperands(self.weight, self.bias, segments, self.rows, self.precision, self.inside)
 
 
-def _forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+def forward_here(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     given = BankArguments(*arguments)
     return dispatch.bank_forward(given.operands(), x, given.backend)
 
@@ -72,7 +72,7 @@ def _forward_fake(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     return y, x.new_empty(given.operands().thin_size, dtype=wide)
 
 
-def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments) -> list[Tensor]:
+def backward_here(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments) -> list[Tensor]:
     *shared, need_x, need_pairs, need_bias = arguments
     given = BankArguments(*shared)
     asked = BankBackward(dy, x, s, need_x, need_pairs)
@@ -89,8 +89,8 @@ def _backward_fake(dy: Tensor, x, s, *arguments) -> list[Tensor]:
 
 
 for _name, _implementation, _fake in (
-    ("bank_forward", _forward, _forward_fake),
-    ("bank_backward", _backward, _backward_fake),
+    ("bank_forward", forward_here, _forward_fake),
+    ("bank_backward", backward_here, _backward_fake),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"peftkern::{_name}", _fake, lib=_library)

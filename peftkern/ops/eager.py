@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.ops import schema
+from peftkern.ops import bank_schema, schema
 
 # An operand of any other class may have operators of its own: a DTensor, a fake tensor.
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None), float, int, bool, str))
@@ -32,7 +32,7 @@ def _watched(first: Tensor) -> bool:
 def _plain(arguments: Iterable[Any]) -> bool:
     for argument in arguments:
         kind = argument.__class__
-        if kind not in _PLAIN and not (kind is list and _plain(argument)):
+        if kind not in _PLAIN and not (kind in (list, tuple) and _plain(argument)):
             return False
     return True
 
@@ -52,3 +52,5 @@ forward_adapters = _shortened(schema.forward_adapters, schema.forward_adapters_h
 backward_adapters = _shortened(schema.backward_adapters, schema.backward_adapters_here)
 row_norm = _shortened(schema.row_norm, schema.row_norm_here)
 dropped_product = _shortened(schema.dropped_product, schema.dropped_product_here)
+bank_forward = _shortened(bank_schema.forward, bank_schema.forward_here)
+bank_backward = _shortened(bank_schema.backward, bank_schema.backward_here)
