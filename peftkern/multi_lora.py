@@ -47,8 +47,8 @@ def multi_lora_linear(
         scaling: E finite numbers, or a tensor float [E] on the CPU.
         ids: int64 or int32 [M], from -1 (the base) to E - 1; or their plan (``segments.plan_rows``), which layers can
             share. On the CPU they are checked; on x's device they are not read by the host, but bounded there
-            (``segments.plan_on_device``), and every adapter costs as if all rows were its own, except in a forward by
-            Triton, where it costs its own rows and an s of all.
+            (``segments.plan_on_device``), and every adapter costs as if all rows were its own, except by Triton, where
+            it costs its own rows, and an s and a t of all.
         ranks: the true ranks of stacked factors, E integers; what lies beyond is not read, and its gradient is zero.
         bias: [N].
         dropout_p: one probability, or E of them; training: dropout is off when False.

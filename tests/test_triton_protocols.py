@@ -20,6 +20,7 @@ from conftest import NAMES, Case, Found, make, run
 from test_multi_lora import Batch
 from test_multi_lora import make as bank_batch
 from test_multi_lora import plain as bank_plain
+from test_multi_lora import run as bank_gradients_of
 from test_multi_lora import truth as bank_truth
 
 import peftkern
@@ -48,7 +49,8 @@ def one_set_of_counters(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.Tenso
     """The counters of all launches: zero after each call, whoever took part."""
     counters = torch.zeros(tiles.COUNTERS, dtype=torch.int32)
     monkeypatch.setattr(launch_operands, "counters", lambda like: counters)
-    for module in (launch.produce, launch.gradients, importlib.import_module(f"{launch.__name__}.bank")):
+    banks = (importlib.import_module(f"{launch.__name__}.{name}") for name in ("bank", "bank_gradients"))
+    for module in (launch.produce, launch.gradients, *banks):
         monkeypatch.setattr(module, "counters", lambda like: counters)
     yield counters
     assert not counters.any()
@@ -134,7 +136,7 @@ def banked(monkeypatch) -> Callable[[int], Batch]:
 
     def batch_of(slices: int) -> Batch:
         tile = replace(TILE, BLOCK_Q=16, SLICES=slices, resident=1 if slices == 1 else 2)
-        monkeypatch.setattr("peftkern.backends.triton.backend.bank_tile", lambda key, arch: tile)
+        monkeypatch.setattr("peftkern.backends.triton.bank_schedule.bank_tile", lambda key, arch: tile)
         programs(monkeypatch, 5)
         return bank_batch([1, -1, 0] + [1] * 18, K=32, N=32, ranks=(5, 3))
 
@@ -150,6 +152,46 @@ def test_bank(slices: int, resident: int | None, banked):
     for seed in SEEDS:
         with interleaved(seed=seed, weak_memory=True, barriers=True, max_resident=resident):
             compare([bank_run(batch) for _ in range(2)], expected)
+
+
+def trained(batch: Batch) -> Found:
+    """y, dx and the factors' gradients."""
+    return bank_gradients_of(batch, "triton", ("x", "A", "B"))
+
+
+def compare_all(found: list[Found], expected: Found) -> None:
+    for again, name in itertools.product(found, expected):
+        assert torch.equal(again[name], expected[name]), name
+
+
+@pytest.fixture
+def in_runs(monkeypatch) -> Batch:
+    """A batch of which one adapter's rows are cut into two runs, whose parts are added up, on five programs."""
+    monkeypatch.setattr(
+        "peftkern.backends.triton.launch.bank_gradients.bank_grad_tile", lambda dtype, R, arch: ThinConfig(16, 32, 4, 1)
+    )
+    tile = replace(TILE, BLOCK_Q=32, resident=1)
+    monkeypatch.setattr("peftkern.backends.triton.bank_schedule.bank_tile", lambda key, arch: tile)
+    programs(monkeypatch, 5)
+    batch = bank_batch([1, -1, 0] + [1] * 36, K=32, N=16, p=0.4, ranks=(5, 3), bias=False)
+    return batch
+
+
+def test_gradients_of_a_bank(in_runs):
+    expected = trained(in_runs)
+    for seed in SEEDS:
+        with interleaved(seed=seed, weak_memory=True, barriers=True):
+            compare_all([trained(in_runs) for _ in range(2)], expected)
+
+
+def test_a_part_that_nobody_waits_for_is_seen(in_runs, monkeypatch, tmp_path, one_set_of_counters):
+    """The first of the runs adds up parts that are not there yet."""
+    expected = trained(in_runs)
+    first = "def arrived_last(counters, block, count):\n    return tl.atomic_add(counters + 2 + block, 1) == 0\n"
+    mutate("bank_grad", "arrived_last", first, monkeypatch, tmp_path)
+    with pytest.raises(AssertionError), interleaved(seed=0, weak_memory=True, barriers=True):
+        compare_all([trained(in_runs)], expected)
+    one_set_of_counters.zero_()
 
 
 BANK_MUTATIONS = {

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from peftkern.backends.triton import select, tiles
+from peftkern.backends.triton import bank_schedule, select, tiles
 from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.tiles import Choice, Pass
+from peftkern.ops.bank_problem import BankBackward, BankOperands, Segment
 from peftkern.ops.problem import Needs, Problem
 from peftkern.testing import problems
-from peftkern.testing.traffic import Traffic, traffic
+from peftkern.testing.traffic import Traffic, count, traffic
 
 MIB = 2**20
 BF16, F32 = torch.bfloat16, torch.float32
@@ -114,3 +117,49 @@ def test_the_few_rows_between_decode_and_training_fill_the_chip():
     few = tiles.shrink_tile(Pass(Problem("cuda", 64, 14336, 4096, 16, BF16, F32), False), arch)
     many = tiles.shrink_tile(Pass(Problem("cuda", 16384, 14336, 4096, 16, BF16, F32), False), arch)
     assert few.SLICES == 16 and many.SLICES == 1
+
+
+def banked(M: int, counts: list[int], R: int = 16, p: float = 0.05, on_device: bool = False) -> BankOperands:
+    """A batch of which each adapter has so many rows, or, with ids on a device, may have any."""
+    lengths = [M] * len(counts) if on_device else counts
+    starts = [0, *itertools.accumulate(lengths)]
+
+    def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    segments = [
+        Segment(empty(R, 4096, dtype=F32), empty(4096, R, dtype=F32), 2.0, p, 0, 0, start, length)
+        for start, length in zip(starts, lengths, strict=False)
+    ]
+    inside = empty(starts[-1], dtype=torch.bool) if on_device else None
+    return BankOperands(empty(4096, 4096), None, segments, empty(starts[-1], dtype=torch.int64), "base", inside)
+
+
+def of_bank(operands: BankOperands, M: int, need_x: bool = True) -> tuple[Traffic, Traffic]:
+    arch, x = ARCHES["sm_90"], torch.empty(M, 4096, dtype=BF16, device="meta")
+    forward = bank_schedule.produce(operands, x, False, arch)
+    given = BankBackward(x, x, forward.T, need_x, [True] * len(operands.segments))
+    return count(forward.steps), count(bank_schedule.backward(operands, given, arch).steps)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("adapters", [1, 8, 64])
+def test_a_bank_is_one_launch_forward_and_three_backward_however_many_adapters(adapters: int, on_device: bool):
+    """The weight once each way. Rows are read for T and for Z, and once more for the factors' gradients, which lie
+    together first and are copied apart."""
+    M, counts = 8192, [8192 // adapters] * adapters
+    forward, backward = of_bank(banked(M, counts, on_device=on_device), M)
+    assert (forward.launches, backward.launches) == (("fused",), ("fused", "bank_grad", "part"))
+    rows, weight, factors = 2 * M * 4096, 2 * 4096 * 4096, adapters * 2 * 4 * 16 * 4096
+    thin = 4 * 16 * M * (adapters if on_device else 1)
+    assert forward.bytes == 3 * rows + weight + factors + 2 * thin
+    parts = backward.bytes - (3 * rows + weight + factors + 2 * thin) - (2 * rows + 2 * thin + 3 * factors)
+    assert 0 <= parts <= 0.2 * rows and (adapters == 1 or on_device or parts == 0)
+
+
+def test_a_bank_on_an_x_without_a_gradient_reads_no_weight():
+    operands = banked(8192, [4000, 0, 192])
+    _, backward = of_bank(operands, 8192, need_x=False)
+    assert backward.launches == ("fused", "bank_grad", "part")
+    assert backward.bytes < 4 * 2 * 8192 * 4096
+    assert of_bank(banked(8192, [0, 0]), 8192, need_x=False)[1].launches == ("bank_grad", "part")  # zeros

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import backend, measure, roofline, studies
+from benchmarks.gpu import backend, banks, measure, roofline, studies
 from benchmarks.gpu.bench import Bench, Wrong
 from benchmarks.gpu.plan import BF16, F32, NAMES, Plan, about, key_of, plane, sampled
 from benchmarks.gpu.store import Store
@@ -38,9 +38,9 @@ def tasks(bench: Bench) -> list[Task]:
 
     wide = plane(plan, 0.05, F32)
     ordered = [
-        *studies.first(bench), *cells(head), *cells(wide[: len(plan.layers)]), *studies.schedules(bench), *cells(rest),
-        *studies.decode(bench), *cells(wide[len(plan.layers) :]), *cells(_rank_128(bench)),
-        *cells(plane(plan, 0.0, BF16)), *cells(sampled(plan)), *cells(plane(plan, 0.0, F32)),
+        *studies.first(bench), *cells(head), *cells(wide[: len(plan.layers)]), *studies.schedules(bench),
+        *banks.tasks(bench), *cells(rest), *studies.decode(bench), *cells(wide[len(plan.layers) :]),
+        *cells(_rank_128(bench)), *cells(plane(plan, 0.0, BF16)), *cells(sampled(plan)), *cells(plane(plan, 0.0, F32)),
     ]  # fmt: skip
     return list({task.key: task for task in ordered}.values())
 

@@ -119,6 +119,7 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
         ("Products, x frozen (99 % interval), microseconds of the frozen products", _cells(products)),
         ("Schedules side by side", _schedules(products)),
         ("Decode, x merged weights", _decode(products)),
+        ("Several adapters in a batch, x frozen", _banks(products)),
         ("One PEFT layer, x frozen", _layers(models)),
         ("Training step of the small Llama, x frozen", _models(models)),
     ):
@@ -185,6 +186,18 @@ def _decode(products: goals.Results) -> list[dict[str, Any]]:
             row["merged us"] = f"{result['times']['merged']['us']:.2f}"
             kernels = result.get("kernels")
             rows.append(row | times | {"launches": sum(kernels.values()) if kernels else ""})
+    return rows
+
+
+def _banks(products: goals.Results) -> list[dict[str, Any]]:
+    rows = []
+    for key, result in products.items():
+        if key.startswith("bank ") and result["status"] == OK:
+            times = {name: f"{value['ratio']:.3f}" for name, value in result["times"].items() if name != "frozen"}
+            row = {name: result["about"][name] for name in ("phase", "layer", "M", "E")}
+            kernels = result.get("kernels")
+            row |= {"frozen us": f"{result['times']['frozen']['us']:.1f}"} | times
+            rows.append(row | {"launches": sum(kernels.values()) if kernels else ""})
     return rows
 
 

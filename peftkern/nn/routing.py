@@ -28,9 +28,8 @@ def route(ids: Ids, bank: AdapterBank | None = None) -> Route:
         ids: one entry per sequence [batch], or per token [batch, tokens]: adapters' names, None for the base, or their
             ids (``bank.id_of(name)``), -1 for the base; or an int64 or int32 tensor of ids, which is copied. One on a
             GPU stays there, and nothing waits for it: a graph that captures the route too is replayed with other ids.
-            The rows of an id that is no adapter's are then the base's, or with PEFTKERN_CHECK_IDS=1 an error. Backward,
-            and whatever has dropout, costs as if all rows were each adapter's: for training a list is faster, if there
-            is one.
+            The rows of an id that is no adapter's are then the base's, or with PEFTKERN_CHECK_IDS=1 an error. Where
+            Triton does not run it costs as if all rows were each adapter's; a list is faster, if there is one.
         bank: whose adapters are meant; without it, the only bank that is alive in the process.
     Returns: a Route: a context manager, and what the ``route`` argument of ``MultiLoRALinear`` takes. It holds on to
         its adapters: one that is removed or replaced meanwhile is used until the route is dropped.

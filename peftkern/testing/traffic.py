@@ -5,12 +5,14 @@ A pass over a tensor counts its bytes once, however often tiles come back to it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from peftkern.backends.triton.arch import ARCHES, Arch
+from peftkern.backends.triton.launch import Parted
 from peftkern.backends.triton.schedule import Step, backward, produce
 from peftkern.ops.problem import LoRAOperands, Needs, Problem
 from peftkern.weights import DenseWeight
@@ -39,7 +41,7 @@ class Traffic:
         )
 
 
-def count(steps: list[Step]) -> Traffic:
+def count(steps: Sequence[Step | Parted]) -> Traffic:
     """The traffic of some steps."""
 
     def size(tensors: tuple[Tensor, ...]) -> int:

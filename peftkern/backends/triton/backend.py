@@ -15,7 +15,7 @@ from peftkern.backends.base import Backend, Plan
 from peftkern.backends.triton import codes, select, tiles
 from peftkern.backends.triton.arch import Arch, arch_of
 from peftkern.backends.triton.bank_tiles import bank_tile
-from peftkern.ops.bank_problem import BankOperands
+from peftkern.ops.bank_problem import BankBackward, BankGradients, BankOperands
 from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
 
 _OLDEST = (3, 6)
@@ -49,7 +49,11 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 class TritonBackend(Backend):
-    """One launch forward in ``one_pass``, two in ``split``; backward the same for dx, and two for the parameters."""
+    """One launch forward in ``one_pass``, two in ``split``; backward the same for dx, and two for the parameters.
+
+    Of several adapters one launch forward, and backward one for dx and one for the factors' gradients of them all,
+    which are then copied apart.
+    """
 
     name = "triton"
 
@@ -66,8 +70,6 @@ class TritonBackend(Backend):
     def supports(self, problem: Problem) -> str | None:
         if problem.device_type != "cuda" and not (problem.device_type == "cpu" and _interpreted()):
             return f"Triton kernels do not run on {problem.device_type} tensors"
-        if problem.several_adapters and problem.dropout:
-            return "the kernels look adapters up by row, but not their dropout"
         if problem.several_adapters and torch.version.hip:
             return "rows with adapters of their own need programs to see what others stored, which is not so on gfx942"
         if problem.dtype not in _DTYPES:
@@ -97,7 +99,8 @@ class TritonBackend(Backend):
         arch = _arch_here(problem.device_type)
         launch = select.pass_of(problem, backward=False)
         if problem.several_adapters:
-            return Plan("bank", f"{bank_tile(launch, arch)}, adapters looked up by row")
+            tile = bank_tile(launch, arch)
+            return Plan("bank", f"{tile}, adapters looked up by row, and the gradients of all of them in one launch")
         choice = select.choose(launch, arch)
         decoded = ", after the weight is decoded once" if tiles.decodes(problem.weight_format, choice) else ""
         coded = ", x rounded to e4m3 by a launch before, on FP8 tensor cores" if problem.base_compute else ""
@@ -140,16 +143,21 @@ class TritonBackend(Backend):
         return plan.gradients
 
     def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
-        from peftkern.backends.triton import launch
+        from peftkern.backends.triton import bank_schedule
 
-        arch = arch_of(x.device)
-        tile = bank_tile(select.pass_of(operands.problem(x.shape[0], x.dtype), backward=False), arch)
-        x = launch.near(x)
-        y = x.new_empty(x.shape[0], operands.weight.shape[0])
-        s = x.new_empty(operands.thin_size, dtype=torch.float32)
         with _on(x.device):
-            launch.bank(operands, x, s, y, tile, arch).run()
-        return y, s
+            produced = bank_schedule.produce(operands, x, backward=False, arch=arch_of(x.device))
+            _run(produced.steps)
+        assert produced.Z is not None
+        return produced.Z, produced.T
+
+    def bank_backward(self, operands: BankOperands, given: BankBackward) -> BankGradients:
+        from peftkern.backends.triton import bank_schedule
+
+        with _on(given.dy.device):
+            plan = bank_schedule.backward(operands, given, arch_of(given.dy.device))
+            _run(plan.steps)
+        return plan.gradients
 
     def kept(self, x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:
         if x.dtype not in _DTYPES:

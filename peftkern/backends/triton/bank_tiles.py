@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from peftkern.backends.triton.arch import Arch
-from peftkern.backends.triton.tiles import COUNTERS, Pass, TileConfig, padded
+from peftkern.backends.triton.tiles import COUNTERS, Pass, ThinConfig, TileConfig, grad_tile, padded
 from peftkern.ops.problem import Problem
 
 _Three = tuple[TileConfig, TileConfig, TileConfig]  # decode, a few sequences, prefill
@@ -19,7 +19,7 @@ _Three = tuple[TileConfig, TileConfig, TileConfig]  # decode, a few sequences, p
 _FEW = TileConfig(16, 64, 64, 4, 4, resident=2)
 _SOME = TileConfig(64, 64, 64, 8, 3, resident=1)
 _TILES: dict[str, _Three] = {
-    "sm_80": (_FEW, _SOME, TileConfig(128, 128, 32, 8, 3, SUBTILES=2, resident=1)),
+    "sm_80": (_FEW, _SOME, TileConfig(128, 128, 32, 8, 3, SUBTILES=4, resident=1)),
     "sm_90": (_FEW, replace(_SOME, tma=True), TileConfig(128, 128, 64, 8, 3, SUBTILES=2, resident=1, tma=True)),
     "sm_100": (_FEW, replace(_SOME, tma=True), TileConfig(128, 128, 64, 8, 3, SUBTILES=2, resident=1, tma=True)),
     "interpreter": (
@@ -32,7 +32,7 @@ _UNALIGNED: _Three = (
     TileConfig(16, 64, 32, 4, 4, resident=2), *(TileConfig(64, 64, 32, 8, 3, resident=1),) * 2
 )  # fmt: skip
 _WIDE: _Three = (
-    TileConfig(16, 32, 16, 8, 3, resident=1), *(TileConfig(64, 64, 16, 8, 3, resident=1),) * 2
+    TileConfig(16, 32, 16, 8, 3, resident=1), *(TileConfig(64, 64, 16, 8, 2, resident=1),) * 2
 )  # fmt: skip
 
 
@@ -55,9 +55,18 @@ def _tiles(problem: Problem, arch: Arch) -> _Three:
     if problem.dtype == torch.float32:
         return _WIDE
     aligned = (problem.K | problem.N) * problem.dtype.itemsize % 16 == 0
-    return _TILES[arch.name] if aligned else _UNALIGNED
+    if not aligned:
+        return _UNALIGNED
+    few, some, many = _TILES[arch.name]
+    return (_UNALIGNED[0] if problem.precision == "fp32" else few), some, many
 
 
-def bank_rank_block(R: int, precision: str) -> int:
+def bank_rank_block(R: int, precision: str, masks_out: bool) -> int:
     """How much of R a chunk and an update hold at once; an adapter costs its own rank, rounded up to this."""
-    return min(padded(R), 16 if precision == "fp32" else 32)
+    return min(padded(R), 16 if precision == "fp32" or masks_out else 32)
+
+
+def bank_grad_tile(dtype: torch.dtype, R: int, arch: Arch) -> ThinConfig:
+    """That of ``grad`` with fewer rows a step: rows are gathered, which takes registers."""
+    tile = grad_tile(dtype, R, False, arch)
+    return replace(tile, BLOCK_M=16 if dtype == torch.float32 else 32)

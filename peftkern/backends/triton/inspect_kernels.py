@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftkern.backends.triton import launch, select
 from peftkern.backends.triton.arch import ARCHES, Arch
-from peftkern.backends.triton.bank_tiles import bank_tile
+from peftkern.backends.triton.bank_tiles import bank_grad_tile, bank_tile
 from peftkern.backends.triton.tiles import (
     LIBRARY,
     SCHEDULES,
@@ -69,7 +69,7 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One combination of the slots; body: a schedule (of ``fused``), "bank", "shrink", "grad", "kept" or "quantise"."""
+    """One combination of the slots; body: a schedule (of ``fused``), "bank", "bank_grad", "shrink", "grad", ..."""
 
     body: str
     dtype: torch.dtype = torch.bfloat16
@@ -98,7 +98,7 @@ class Variant:
         """The direction, as schedules and tiles see it."""
         problem = Problem(
             "cuda", self.M, self.K, self.N, self.R, self.dtype, self.adapter_dtype, self.weight_format, self.dropout,
-            self.bias, self.bias, self.precision, several_adapters=self.body == "bank",
+            self.bias, self.bias, self.precision, several_adapters=self.body.startswith("bank"),
             scaled_steps=("scaling", "block") in self.options,
         )  # fmt: skip
         return Pass(problem, self.backward)
@@ -158,12 +158,16 @@ def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
         made, rows = launch.quantise(weight, X, v.backward)
         if v.body == "quantise":
             return made, "{BLOCK_M}x{BLOCK_Q}".format(**made.arguments)
-    if v.body == "bank":
-        tile = bank_tile(v.launch, arch)
-        segments = [Segment(A, B, 2.0, 0.0, 0, 0, e * v.M, v.M) for e in range(2)]
+    if v.body in ("bank", "bank_grad"):
+        segments = [Segment(A, B, 2.0, operands.dropout_p, 0, 0, e * v.M, v.M) for e in range(2)]
         inside = empty(2 * v.M, dtype=torch.bool)
         bank = BankOperands(empty(v.N, v.K), bias, segments, empty(2 * v.M, dtype=torch.int64), v.precision, inside)
-        return launch.bank(bank, X, empty(bank.thin_size, dtype=torch.float32), empty(v.M, P), tile, arch), str(tile)
+        T = empty(bank.thin_size, dtype=torch.float32)
+        if v.body == "bank_grad":
+            made, *_ = launch.bank_grad(bank, empty(v.M, v.K), T, empty(v.M, v.N), T, range(2), arch)
+            return made, str(bank_grad_tile(v.dtype, R, arch))
+        tile = bank_tile(v.launch, arch)
+        return launch.bank(bank, X, T, empty(v.M, P), tile, arch, v.backward), str(tile)
     choice = Choice(v.body, v.tile) if v.tile else select.choose(v.launch, arch)
     dependent = choice.schedule == SPLIT and arch.dependent_launch
     return launch.fused(direction, rows, T, empty(v.M, P), choice, arch, dependent), str(choice.tile)
@@ -292,12 +296,25 @@ def variants(arch: Arch) -> Iterator[Variant]:
         if grad_gives_t(dtype, thin.R, precision, arch):
             yield replace(thin, body="grad with t", dropout=False)
         yield Variant("kept", dtype, dropout=True)
-        for M, K in itertools.product((16, 128, 8192), (4096, 4100) if arch.protocols else ()):
-            yield Variant("bank", dtype, adapter, precision, bias=True, M=M, K=K, N=K, R=64)
+        if arch.protocols:
+            yield from _banked(Variant("bank", dtype, adapter, precision, R=64))
     for M in (16, 128, 8192) if arch.protocols else ():
         yield Variant("bank", torch.bfloat16, torch.float32, "fp32", bias=True, M=M, R=5)
     if arch.fp8:
         yield from _coded(arch)
+
+
+def _banked(base: Variant) -> Iterator[Variant]:
+    """Serving and training of several adapters, with dropout where it is harder."""
+    for M, K in itertools.product((16, 128, 8192), (4096, 4100)):
+        yield replace(base, bias=True, M=M, K=K, N=K)
+    for M in (16, 8192):
+        yield replace(base, bias=True, dropout=True, M=M, K=4100, N=4100)
+    for M in (16, 128, 8192):
+        yield replace(base, backward=True, dropout=True, M=M)
+    yield replace(base, backward=True)
+    for R in (16, 64):
+        yield replace(base, body="bank_grad", dropout=True, R=R)
 
 
 def _coded(arch: Arch) -> Iterator[Variant]:

@@ -72,6 +72,6 @@ def contract_with_thin(
         f = load_block(F, f_strides, q0, 0, Q, R, BLOCK_Q, BLOCK_R)
         acc = dot(x, w, acc, PRECISION)
         if DROP_IN:
-            x = DROP(drop_operands, x, m0, q0, BLOCK_M, BLOCK_Q)
+            x = DROP(drop_operands, x, m0 + tl.arange(0, BLOCK_M), q0)
         t = ADAPTER(x, f, t, DTYPE, PRECISION)
     return acc, t

@@ -31,7 +31,7 @@ def add_low_rank(
         g = load_block(G, g_strides, 0, p0, R, P, BLOCK_R, BLOCK_P)
         low = ADAPTER(t * c, g, low, DTYPE, PRECISION)
     if MASK_OUT:
-        low = acc + DROP(drop_operands, low, m0, p0, BLOCK_M, BLOCK_P)
+        low = acc + DROP(drop_operands, low, m0 + tl.arange(0, BLOCK_M), p0)
     return low
 
 
@@ -45,21 +45,23 @@ def _halves(value, ROWS: tl.constexpr, COLS: tl.constexpr):
 def finish(
     acc, t, T, Z, z_strides, G, g_strides, drop_operands, column_operands, c, m0, p0, M, P, R,
     DROP: tl.constexpr, ADAPTER: tl.constexpr, EPILOGUE: tl.constexpr,
-    T_READY: tl.constexpr, MASK_OUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, SUBTILES: tl.constexpr,
+    T_READY: tl.constexpr, BACKWARD: tl.constexpr, MASK_OUT: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
+    SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """Z's tile from its accumulator, SUBTILES (a power of two) column blocks one after the other."""
     if SUBTILES > 1:
         left, right = _halves(acc, BLOCK_M, BLOCK_P)
         finish(left, t, T, Z, z_strides, G, g_strides, drop_operands, column_operands, c, m0, p0, M, P, R,
-               DROP, ADAPTER, EPILOGUE, T_READY, MASK_OUT, DTYPE, PRECISION,
+               DROP, ADAPTER, EPILOGUE, T_READY, BACKWARD, MASK_OUT, DTYPE, PRECISION,
                BLOCK_M, BLOCK_P // 2, BLOCK_R, SUBTILES // 2)  # fmt: skip
         finish(right, t, T, Z, z_strides, G, g_strides, drop_operands, column_operands, c, m0, p0 + BLOCK_P // 2, M, P,
-               R, DROP, ADAPTER, EPILOGUE, T_READY, MASK_OUT, DTYPE, PRECISION,
+               R, DROP, ADAPTER, EPILOGUE, T_READY, BACKWARD, MASK_OUT, DTYPE, PRECISION,
                BLOCK_M, BLOCK_P // 2, BLOCK_R, SUBTILES // 2)  # fmt: skip
     else:
         if len(g_strides) == 0:
-            acc = add_updates(acc, t, T, G, p0, P, ADAPTER, DTYPE, PRECISION, BLOCK_P, BLOCK_R)
+            acc = add_updates(acc, t, T, G, drop_operands, p0, P, DROP, ADAPTER, BACKWARD, MASK_OUT, DTYPE, PRECISION,
+                              BLOCK_P, BLOCK_R)  # fmt: skip
         else:
             acc = add_low_rank(acc, t, T, G, g_strides, drop_operands, c, m0, p0, M, P, R,
                                DROP, ADAPTER, T_READY, MASK_OUT, DTYPE, PRECISION,

@@ -15,7 +15,8 @@ carries D_out's. ``SOURCE`` says where a tile has T from:
     "bank"       rows have adapters of their own, and G is their bank (``lookup``): chunks of every segment's T come
                  first, and a tile, once its product is made, waits for them all. For the i-th row m of segment e
 
-                     Z[m, P] = X[m, Q] · op(W) + c_e · T_e[i] · B_e^T + columns,   T_e[i] = X[m, Q] · A_e^T
+                     Z[m, P] = X[m, Q] · op(W) + c_e · D_out(T_e[i] · G_e^T) + columns
+                     T_e[i]  = D_in(X)[m, Q] · F_e^T
 
                  and a row of no segment has the bits that it has without any bank
 
@@ -72,7 +73,7 @@ def fused(
                                BLOCK_M, BLOCK_P, BLOCK_Q)  # fmt: skip
                 await_block(counters, tile_m, tiles_p - 1)
             finish(acc, 0.0, T, Z, z_strides, G, g_strides, drop_operands, column_operands, c, m0, p0, M, P, R,
-                   DROP, ADAPTER, EPILOGUE, True, MASK_OUT, DTYPE, PRECISION,
+                   DROP, ADAPTER, EPILOGUE, True, BACKWARD, MASK_OUT, DTYPE, PRECISION,
                    BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip
             ticket = take_ticket(counters)
         retire(counters)
@@ -86,8 +87,10 @@ def fused(
             begin = part * steps
             end = tl.minimum(begin + steps, Q)
             if unit < chunks:
-                if thin_of_chunk(G, T, PARTIALS, counters, 1 + tiles_z + unit, unit, part, begin, end, M, Q,
-                                 ADAPTER, DTYPE, PRECISION, BLOCK_M, BLOCK_Q, BLOCK_R, SLICES):  # fmt: skip
+                done = thin_of_chunk(G, T, PARTIALS, counters, drop_operands, 1 + tiles_z + unit, unit, part, begin,
+                                     end, M, Q, DROP, ADAPTER, BACKWARD, not MASK_OUT, DTYPE, PRECISION,
+                                     BLOCK_M, BLOCK_Q, BLOCK_R, SLICES)  # fmt: skip
+                if (tiles_z > 0) & done:
                     announce(counters, 0)
             else:
                 tile_m, tile_p = grouped(unit - chunks, tiles_m, tiles_p, GROUP_M)
@@ -106,8 +109,8 @@ def fused(
                     if chunks > 0:
                         await_all(counters, 0, chunks, tiles_z)
                     finish(acc, owners(G, m0, M, BLOCK_M), T, Z, z_strides, G, g_strides, drop_operands,
-                           column_operands, c, m0, p0, M, P, R, DROP, ADAPTER, EPILOGUE, True, MASK_OUT, DTYPE,
-                           PRECISION, BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip
+                           column_operands, c, m0, p0, M, P, R, DROP, ADAPTER, EPILOGUE, True, BACKWARD, MASK_OUT,
+                           DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip
             ticket = take_ticket(counters)
         retire(counters)
     else:
@@ -154,5 +157,5 @@ def fused(
                 if SOURCE == "recompute":
                     store_block(T, (R, 1), t, m0, 0, rows_of_t, R, BLOCK_M, BLOCK_R)
                 finish(acc, t, T, Z, z_strides, G, g_strides, drop_operands, column_operands, c, m0, p0, M, P, R,
-                       DROP, ADAPTER, EPILOGUE, SOURCE != "recompute", MASK_OUT, DTYPE, PRECISION,
+                       DROP, ADAPTER, EPILOGUE, SOURCE != "recompute", BACKWARD, MASK_OUT, DTYPE, PRECISION,
                        BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip

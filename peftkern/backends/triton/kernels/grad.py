@@ -45,7 +45,7 @@ def _one_side(
             store_block(part, (R, 1), t, m0, 0, stop, R, BLOCK_M, BLOCK_R)
         if THIN is not None:
             thin = load_block(THIN, (R, 1), m0, r0, stop, R, BLOCK_M, BLOCK_R)
-            wide = DROP(drop_operands, wide, m0, c0, BLOCK_M, BLOCK_C)
+            wide = DROP(drop_operands, wide, m0 + tl.arange(0, BLOCK_M), c0)
             acc = ADAPTER(tl.trans(wide), thin, acc, DTYPE, PRECISION)
     if WITH_T:
         if arrived_last(counters, run, columns):

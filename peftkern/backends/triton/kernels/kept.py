@@ -13,5 +13,5 @@ def kept(
     """One tile of Z: X [M, K] where an element survives, else 0; unscaled. Grid: row blocks, column blocks."""
     m0, k0 = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_COLS
     value = load_block(X, x_strides, m0, k0, M, K, BLOCK_M, BLOCK_COLS)
-    value = DROP(drop_operands, value, m0, k0, BLOCK_M, BLOCK_COLS)
+    value = DROP(drop_operands, value, m0 + tl.arange(0, BLOCK_M), k0)
     store_block(Z, z_strides, value, m0, k0, M, K, BLOCK_M, BLOCK_COLS)

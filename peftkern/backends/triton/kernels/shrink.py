@@ -30,7 +30,7 @@ def shrink(
     for q0 in range(begin, tl.minimum(begin + steps, Q), BLOCK_Q):
         x = load_block(X, x_strides, m0, q0, M, Q, BLOCK_M, BLOCK_Q)
         f = load_block(F, f_strides, q0, r0, Q, R, BLOCK_Q, BLOCK_R)
-        x = DROP(drop_operands, x, m0, q0, BLOCK_M, BLOCK_Q)
+        x = DROP(drop_operands, x, m0 + tl.arange(0, BLOCK_M), q0)
         t = ADAPTER(x, f, t, DTYPE, PRECISION)
     t *= t_scale
     if SLICES > 1:

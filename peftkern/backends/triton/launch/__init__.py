@@ -5,6 +5,7 @@ compiles the same object for chips that are not here, and ``peftkern.testing.tra
 """
 
 from peftkern.backends.triton.launch.bank import bank
+from peftkern.backends.triton.launch.bank_gradients import Parted, bank_grad
 from peftkern.backends.triton.launch.decode import decode
 from peftkern.backends.triton.launch.gradients import Gradient, grad, reduce
 from peftkern.backends.triton.launch.kept import kept
@@ -17,8 +18,10 @@ __all__ = [
     "Direction",
     "Gradient",
     "Launch",
+    "Parted",
     "VendorProduct",
     "bank",
+    "bank_grad",
     "decode",
     "fused",
     "grad",

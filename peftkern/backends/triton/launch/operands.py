@@ -16,6 +16,7 @@ from peftkern import dropout
 from peftkern.backends.triton.kernels import adapter, epilogue, weight_load
 from peftkern.backends.triton.kernels import dropout as drop
 from peftkern.backends.triton.tiles import COUNTERS, FAR
+from peftkern.ops.bank_problem import BankOperands
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import FrozenWeight
 
@@ -198,7 +199,7 @@ def packed(weight: FrozenWeight, backward: bool) -> dict[str, Any]:
     return {"LOAD_W": plug, "W": W, "w_operands": fields}
 
 
-def numerics(operands: LoRAOperands, dtype: torch.dtype, of_sums: bool = False) -> dict[str, Any]:
+def numerics(operands: LoRAOperands | BankOperands, dtype: torch.dtype, of_sums: bool = False) -> dict[str, Any]:
     """The ADAPTER plug and the dtypes of the products."""
     backends = torch.backends.cuda.matmul
     allowed = backends.fp32_precision == "tf32" if hasattr(backends, "fp32_precision") else backends.allow_tf32

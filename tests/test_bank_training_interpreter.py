@@ -1,0 +1,231 @@
+"""Training adapters looked up by row, in the interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_bank_interpreter import TILES, Seen, as_if_on_a_device
+from test_multi_lora import RANKS, ROUTINGS, Batch, check, make, run
+
+from peftkern.backends.triton import backend as triton_backend
+from peftkern.backends.triton import bank_schedule, launch
+from peftkern.ops import bank_schema
+from peftkern.ops.bank_problem import BankBackward, BankOperands, Segment
+from peftkern.segments import plan_on_device, plan_rows
+from peftkern.testing import dropout_mask
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
+    pytest.mark.usefixtures("poisoned", "one_thread"),
+]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+E = len(RANKS)
+SMALL = dict(K=40, N=24)
+
+
+@pytest.fixture(params=[False, True], ids=["host ids", "device ids"])
+def on_device(request, monkeypatch) -> Iterator[bool]:
+    """Ids on the CPU take the way of those on a device."""
+    if request.param:
+        as_if_on_a_device(monkeypatch)
+    return request.param
+
+
+def only_base(batch: Batch) -> Batch:
+    """The same rows, and no adapter."""
+    return dataclasses.replace(batch, A=[], B=[], scaling=[], p=[], states=[], ids=torch.full_like(batch.ids, -1))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_routing(routing: str, dtype: torch.dtype, on_device: bool) -> None:
+    """design.md's rule for y and every gradient, each adapter with its own p or none; the base's bits elsewhere."""
+    batch = make(ROUTINGS[routing], dtype, **SMALL, p=0.2)
+    assert len({p for p in batch.p}) == 3 and 0.0 in batch.p
+    found, base = check(batch, "triton"), run(only_base(batch), "triton")
+    rows = batch.ids == -1
+    assert torch.equal(found["y"][rows], base["y"][rows]) and torch.equal(found["x"][rows], base["x"][rows])
+    for e in range(E):
+        if not (batch.ids == e).any():
+            assert not found[f"A{e}"].any() and not found[f"B{e}"].any()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("tile", TILES)
+def test_every_way_to_run_a_tile(tile: str, p: float, on_device: bool, monkeypatch) -> None:
+    monkeypatch.setattr(bank_schedule, "bank_tile", lambda launch, arch: TILES[tile])
+    check(make(ROUTINGS["interleaved"], BF16, **SMALL, p=p), "triton")
+    check(make(ROUTINGS["two rows each, the base between"], F32, K=39, N=23, p=p), "triton")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_fp32_precision_no_bias_and_adapters_in_the_dtype_of_the_base(dtype: torch.dtype) -> None:
+    check(make(ROUTINGS["interleaved"], dtype, **SMALL, p=0.1, precision="fp32", bias=False), "triton")
+    check(make(ROUTINGS["interleaved"], dtype, **SMALL, p=0.1, adapter_dtype=dtype), "triton")
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_a_large_rank_beside_a_small_one(sliced: bool, on_device: bool, monkeypatch) -> None:
+    """Ranks are walked in pieces of 64; the first adapter has more than two."""
+    if sliced:
+        monkeypatch.setattr(bank_schedule, "bank_tile", lambda launch, arch: TILES["slices"])
+    check(make([0, 1, 2, 1, 1, -1, 2, 2, 1, 3], BF16, **SMALL, p=0.2, ranks=(130, 1, 64, 128)), "triton")
+
+
+def test_adapters_of_several_dtypes(on_device: bool) -> None:
+    """Each gradient is in the dtype of its adapter: ``check`` asserts it."""
+    batch = make(ROUTINGS["interleaved"], BF16, **SMALL, p=0.2)
+    for e in (3, 4):
+        batch.A[e], batch.B[e] = batch.A[e].to(BF16), batch.B[e].to(BF16)
+    check(batch, "triton")
+
+
+def test_a_long_segment_is_cut_into_runs_that_add_up(on_device: bool, monkeypatch) -> None:
+    """Its parts are added in the order of its rows: the same bits each time."""
+    made = []
+    real = launch.bank_grad
+    monkeypatch.setattr(launch, "bank_grad", lambda *args: made.append(real(*args)) or made[-1])
+    batch = make([1] * 150 + [0, -1, 1, 0], BF16, **SMALL, p=0.4, ranks=(5, 70))
+    found = check(batch, "triton")
+    assert made[0][0].arguments["PARTIAL"] is not None
+    again = run(batch, "triton")
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+def test_an_adapter_that_drops_everything(on_device: bool) -> None:
+    batch = make(ROUTINGS["interleaved"], BF16, **SMALL)
+    batch.p[3], base = 1.0, run(only_base(batch), "triton")
+    found, rows = run(batch, "triton"), batch.ids == 3
+    assert not found["A3"].any() and not found["B3"].any()
+    assert torch.equal(found["y"][rows], base["y"][rows]) and torch.equal(found["x"][rows], base["x"][rows])
+
+
+def test_nothing_leaks_from_one_adapter_into_another(on_device: bool) -> None:
+    """A NaN in a row, of x or of dy, and in a factor: only what reads them is not finite."""
+    ids = [4, 0, -1, 3, 4, 5, 1, 4, 0]
+    expected = run(make(ids, BF16, **SMALL, p=0.2), "triton")
+    for where in ("x", "dy", "A", "B"):
+        batch = make(ids, BF16, **SMALL, p=0.2)
+        if where in "AB":
+            getattr(batch, where)[4][3, 1] = float("nan")
+        else:  # a row of the base is nobody's
+            getattr(batch, where)[(batch.ids == 4) | (batch.ids == -1), 2] = float("nan")
+        found = run(batch, "triton")
+        assert not (found["A4"].isfinite().all() and found["B4"].isfinite().all()), where
+        for e in set(range(E)) - {4}:
+            assert torch.equal(found[f"A{e}"], expected[f"A{e}"]) and torch.equal(found[f"B{e}"], expected[f"B{e}"])
+        others = (batch.ids != 4) & (batch.ids != -1)
+        assert torch.equal(found["x"][others], expected["x"][others])
+
+
+def test_a_dropped_nan_is_none() -> None:
+    """As with one adapter: what the mask drops is 0, whatever it was."""
+    batch = make([1] * 9, F32, **SMALL, p=0.9, ranks=(2, 3))
+    state = torch.tensor(batch.states[1])
+    row, column = (~dropout_mask(9, 40, batch.p[1], state)).nonzero()[0].tolist()
+    expected = run(batch, "triton")
+    batch.x[row, column] = float("nan")
+    found = run(batch, "triton")
+    assert torch.equal(found["A1"], expected["A1"]) and torch.equal(found["B1"], expected["B1"])
+
+
+@pytest.mark.parametrize("ids", [[], [-1, -1, -1], [2, -1, 2]], ids=["no rows", "the base alone", "rank 0 alone"])
+def test_gradients_of_adapters_without_rows_are_zeros(ids: list[int], on_device: bool) -> None:
+    batch = make(ids, BF16, **SMALL, p=0.2)
+    found, base = run(batch, "triton"), run(only_base(batch), "triton")
+    assert torch.equal(found["x"], base["x"]) and found["x"].shape == (len(ids), 40)
+    for e in range(E):
+        assert not found[f"A{e}"].any() and found[f"A{e}"].shape == batch.A[e].shape
+        assert not found[f"B{e}"].any() and found[f"B{e}"].shape == batch.B[e].shape
+
+
+def test_dy_and_x_of_any_strides(on_device: bool) -> None:
+    batch = make(ROUTINGS["two rows each, the base between"], BF16, **SMALL, p=0.2)
+    expected = run(batch, "triton")
+    turned = run(dataclasses.replace(batch, x=batch.x.T.contiguous().T, dy=batch.dy.T.contiguous().T), "triton")
+    assert all(torch.equal(turned[name], expected[name]) for name in expected)
+    rows = run(dataclasses.replace(batch, dy=batch.dy[:1].expand(10, -1)), "triton")
+    copied = run(dataclasses.replace(batch, dy=batch.dy[:1].repeat(10, 1)), "triton")
+    assert all(torch.equal(rows[name], copied[name]) for name in rows)
+
+
+def test_only_what_is_needed_has_a_gradient(on_device: bool) -> None:
+    batch = make([0, 3, -1, 4, 3], BF16, **SMALL, p=0.1)
+    expected = run(batch, "triton")
+    for needs in (("x",), ("A",), ("B",), ("bias",), ("x", "A"), ("A", "B")):
+        found = run(batch, "triton", needs)
+        assert {name.rstrip("0123456789") for name in found} == {"y", *needs}
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def backward_of(batch: Batch, device_ids: bool, need_pairs: list[bool], need_x: bool = True) -> list[torch.Tensor]:
+    plan = plan_on_device(batch.ids, range(E)) if device_ids else plan_rows(batch.ids)
+    spans = {span.id: span for span in plan.spans}
+    starts, counts = ([getattr(spans[e], of) if e in spans else 0 for e in range(E)] for of in ("start", "length"))
+    shared = (
+        batch.W, batch.bias, batch.A, batch.B, batch.scaling, batch.p, [n for pair in batch.states for n in pair],
+        plan.rows, starts, counts, "base", "triton", plan.inside,
+    )  # fmt: skip
+    _, s = bank_schema.forward(batch.x, *shared)
+    return bank_schema.backward(batch.dy, batch.x, s, *shared, need_x, need_pairs, False)
+
+
+@pytest.mark.parametrize("need_x", [True, False])
+def test_a_frozen_pair_beside_trained_ones(need_x: bool, on_device: bool) -> None:
+    batch = make([4, 0, -1, 3, 4, 5, 6, 4, 0], BF16, **SMALL, p=0.1)
+    every = backward_of(batch, on_device, [True] * E)
+    dx, pairs = every[0], [every[1 + 2 * e : 3 + 2 * e] for e in range(E)]
+    need = [e in (0, 4, 6) for e in range(E)]
+    found = backward_of(batch, on_device, need, need_x)
+    expected = [*([dx] if need_x else []), *(factor for e in (0, 4, 6) for factor in pairs[e])]
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+def test_operators_pass_opcheck() -> None:
+    """No gradient shares memory with another, although one launch writes them into one tensor."""
+    batch = make([0, 3, -1, 3], ranks=(2, 3, 1, 4), p=0.2)
+    states = [number for pair in batch.states for number in pair]
+    shared = (
+        batch.W, batch.bias, batch.A, batch.B, batch.scaling, batch.p, states, plan_rows(batch.ids).rows,
+        [1, 0, 0, 2], [1, 0, 0, 2], "base", "triton", None,
+    )  # fmt: skip
+    torch.library.opcheck(bank_schema.forward, (batch.x, *shared))
+    s = bank_schema.forward(batch.x, *shared)[1]
+    torch.library.opcheck(bank_schema.backward, (batch.dy, batch.x, s, *shared, True, [True, True, False, True], True))
+
+
+def numbers_of(one: launch.Launch) -> dict:
+    return {name: value for name, value in one.arguments.items() if isinstance(value, (int, float, str))}
+
+
+def test_neither_launches_nor_their_arguments_depend_on_ids_on_a_device(monkeypatch) -> None:
+    """Three launches; so a captured step is replayed with other ids, and nothing reads a value on the host."""
+    batch = make([0, 3, -1, 3, 4, 4], BF16, **SMALL)
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "_to_copy", "copy_")
+    made, seen = [], []
+    monkeypatch.setattr(launch.Launch, "run", lambda self: made.append(self))
+    for ids in ([0, 3, -1, 3, 4, 4], [6, 6, 6, 6, 6, 6], [-1] * 6, [99, 5, 1, -7, 0, 0]):
+        plan = plan_on_device(torch.tensor(ids), range(E))
+        segments = [
+            Segment(A, B, 2.0, 0.1, 5, 6, span.start, span.length)
+            for A, B, span in zip(batch.A, batch.B, plan.spans, strict=True)
+        ]
+        operands = BankOperands(batch.W, batch.bias, segments, plan.rows, "base", plan.inside)
+        s = torch.zeros(operands.thin_size)
+        with Seen() as mode:
+            triton_backend.TritonBackend().bank_backward(operands, BankBackward(batch.dy, batch.x, s, True, [True] * E))
+        names = [name for name in mode.names if "_foreach_copy_" not in name]  # the last launch of three
+        assert not [name for name in names if any(word in name for word in waits)]
+        seen.append(mode.names)
+    assert [one.name for one in made] == ["fused", "bank_grad"] * 4 and all(names == seen[0] for names in seen)
+    for first, *others in (made[::2], made[1::2]):
+        for one in others:
+            assert one.grid == first.grid and one.options == first.options
+            assert numbers_of(one) == numbers_of(first)
+            assert torch.equal(one.arguments["drop_operands"][0], first.arguments["drop_operands"][0])
+    assert all(torch.equal(one.arguments["PIECES"], made[1].arguments["PIECES"]) for one in made[1::2])
