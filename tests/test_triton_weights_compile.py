@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import os
+import re
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from peftkern.backends.triton import codes, select, tiles
+from peftkern.backends.triton import codes, packed, select, tiles
 from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.tiles import Choice, Pass, TileConfig
 from peftkern.ops.problem import Problem
@@ -23,12 +24,48 @@ PACKED = [name for name in formats() if name != "dense"]
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 @pytest.mark.parametrize("backward", [False, True], ids=["y", "dx"])
 def test_nf4_128x128x64_on_hopper_has_at_most_90_kb_of_shared_memory(backward):
-    from peftkern.backends.triton.inspect_kernels import Variant, inspect
+    """In three stages, every operand by pointers; as it is shipped, the bulk copies' barriers come on top."""
+    from peftkern.backends.triton.inspect_kernels import Variant, failure, inspect
 
-    tile = TileConfig(128, 128, 64, 8, 3)
-    row = inspect(Variant("split", weight_format="nf4", backward=backward, tile=tile), "sm_90")
-    assert row.shared_memory <= 90 * 1024 and row.mma == "wgmma"
-    assert (row.stack, row.spills) == (0, 0) and not row.traps
+    usual = Variant("split", adapter_dtype=F32, weight_format="nf4", dropout=True, backward=backward)
+    shipped = TileConfig(128, 128, 64, 8, 3, SUBTILES=2, tma=True)
+    assert shipped in {c.tile for c in tiles.choices(usual.launch, ARCHES["sm_90"]) if not c.decoded}
+    for tile, barriers in ((dataclasses.replace(shipped, tma=False), 0), (shipped, 3 * 8)):
+        variant = dataclasses.replace(usual, tile=tile)
+        row = inspect(variant, "sm_90")
+        assert row.shared_memory <= 90 * 1024 + barriers and failure(row, variant) is None, row
+
+
+@pytest.mark.compile_lane
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+@pytest.mark.parametrize("name", ["nf4", "int4", "fp8"])
+@pytest.mark.parametrize("backward", [False, True], ids=["y", "dx"])
+def test_packed_bytes_are_copied_while_a_tile_before_is_decoded(name, backward):
+    """A mask that the compiler cannot see through makes them loads of one byte each, waited for in every step."""
+    from peftkern.backends.triton import inspect_kernels
+
+    tile = TileConfig(16, 64, 64, 8, 3)
+    variant = inspect_kernels.Variant("split", weight_format=name, backward=backward, M=16, tile=tile)
+    made, _ = inspect_kernels._launch(variant, ARCHES["sm_90"])
+    text = inspect_kernels._compile(made, inspect_kernels.TARGETS["sm_90"]).asm["ttgir"]
+    tile_of_bytes = r"tensor<64x(32|64)x!tt.ptr<i8>"
+    assert re.search(rf"async_copy_global_to_local .*{tile_of_bytes}", text)
+    assert not re.search(rf"tt.load .*{tile_of_bytes}", text)
+
+
+@pytest.mark.compile_lane
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+@pytest.mark.parametrize("BLOCK_M", [16, 32])
+def test_warps_of_few_rows_share_the_columns(BLOCK_M):
+    """Both of recompute's products: with the rows shared out, every warp but the first would repeat the whole tile."""
+    from peftkern.backends.triton import inspect_kernels
+
+    tile = TileConfig(BLOCK_M, 64, 64, 8, 3)
+    variant = inspect_kernels.Variant("one_pass/recompute", weight_format="nf4", M=BLOCK_M, tile=tile)
+    made, _ = inspect_kernels._launch(variant, ARCHES["sm_90"])
+    text = inspect_kernels._compile(made, inspect_kernels.TARGETS["sm_90"]).asm["ttgir"]
+    warps = re.findall(r"nvidia_mma<.*warpsPerCTA = \[(\d+), (\d+)\]", text)
+    assert warps and all(16 * int(rows) <= BLOCK_M for rows, _ in warps), warps
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -36,9 +73,10 @@ def test_nf4_128x128x64_on_hopper_has_at_most_90_kb_of_shared_memory(backward):
 def test_many_rows_decode_once(name, arch):
     """In the tile W is decoded by every row of tiles anew; how many rows that pays for is the estimate's to say."""
     for backward in (False, True):
+        few = Pass(Problem("cuda", 16, 4096, 4096, 16, BF16, F32, name), backward)
 
-        def decoded(M: int, backward: bool = backward) -> bool:
-            launch = Pass(Problem("cuda", M, 4096, 4096, 16, BF16, F32, name), backward)
+        def decoded(M: int, few: Pass = few, backward: bool = backward) -> bool:
+            launch = Pass(dataclasses.replace(few.problem, M=M), backward)
             choice = select.choose(launch, ARCHES[arch])
             assert tiles.supports(launch, choice, ARCHES[arch]) is None
             return tiles.decodes(name, choice)
@@ -46,7 +84,9 @@ def test_many_rows_decode_once(name, arch):
         assert decoded(8192)
         found = [decoded(M) for M in (16, 64, 256, 1024, 4096)]
         assert found == sorted(found)
-        if arch in ("sm_80", "sm_90"):  # elsewhere no tile that decodes is known not to spill, but int8's
+        if name in packed.FORMATS and arch not in packed.SHIPPED:
+            assert all(found) and f"on {arch}" in packed.refusal(few.problem, ARCHES[arch])
+        else:
             assert not found[0]
 
 
@@ -54,9 +94,24 @@ def test_what_cannot_be_decoded():
     problem = Problem("cuda", 64, 4096, 4096, 16, BF16, F32, "dense")
     tile = TileConfig(64, 64, 64, 4, 3)
     assert "no decoding" in tiles.supports(Pass(problem, False), Choice("split", tile, True), ARCHES["sm_90"])
-    packed = Pass(dataclasses.replace(problem, weight_format="nf4"), False)
-    assert tiles.supports(packed, Choice("split", tile, True), ARCHES["sm_90"]) is None
-    assert "no decoding" in tiles.supports(packed, Choice("library", tile, True), ARCHES["sm_90"])
+    nf4 = Pass(dataclasses.replace(problem, weight_format="nf4"), False)
+    assert tiles.supports(nf4, Choice("split", tile, True), ARCHES["sm_90"]) is None
+    assert "no decoding" in tiles.supports(nf4, Choice("library", tile, True), ARCHES["sm_90"])
+    for K in (4097, 4104):
+        ragged = Pass(dataclasses.replace(nf4.problem, K=K), False)
+        assert "begin within" in tiles.supports(ragged, Choice("split", tile), ARCHES["sm_90"])
+        assert tiles.supports(ragged, Choice("split", tile), ARCHES["interpreter"]) is None
+        assert tiles.decodes("nf4", select.choose(ragged, ARCHES["sm_90"]))
+
+
+@pytest.mark.parametrize("name", packed.FORMATS)
+def test_every_tile_of_a_packed_format_is_among_the_choices(name):
+    """By one schedule at least; fp32 rows have tiles of their own."""
+    for arch, dtype, backward in itertools.product(packed.SHIPPED, (BF16, F32), (False, True)):
+        problem = Problem("cuda", 8192, 4096, 4096, 16, dtype, F32, name)
+        found = [c for c in tiles.choices(Pass(problem, backward), ARCHES[arch]) if not tiles.decodes(name, c)]
+        shapes = {(t.BLOCK_M, t.BLOCK_P, t.BLOCK_Q, t.num_warps, t.num_stages) for t in (c.tile for c in found)}
+        assert shapes == set(packed.tiles_on(ARCHES[arch], problem))
 
 
 @pytest.mark.compile_lane

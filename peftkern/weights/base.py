@@ -243,6 +243,6 @@ def split_format(format: str) -> tuple[str, str | None]:
     return found, cls.base_compute
 
 
-def formats() -> tuple[str, ...]:
-    """The names of the registered formats, as weights are stored."""
-    return tuple(sorted(name for name, cls in _FORMATS.items() if cls.base_compute is None))
+def formats(computed: bool = False) -> tuple[str, ...]:
+    """The names of the registered formats, as weights are stored; with ``computed`` those with a base_compute too."""
+    return tuple(sorted(name for name, cls in _FORMATS.items() if computed or cls.base_compute is None))

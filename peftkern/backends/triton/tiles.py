@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from peftkern._env import SCHEDULES
-from peftkern.backends.triton import codes
+from peftkern.backends.triton import codes, packed
 from peftkern.backends.triton.arch import Arch
 from peftkern.ops.problem import Problem
 
@@ -98,13 +98,13 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
     "sm_80": {
         (16, 64, 64, 4, 4): (_ANY, _NO, _ANY),
         (32, 64, 64, 4, 4): (10, _NO, _ANY),
-        (64, 64, 64, 4, 3): (8, 6, _ANY),
+        (64, 64, 64, 4, 3): (7, 6, _ANY),
         (64, 128, 32, 8, 4): (11, 8, _ANY),
         (128, 128, 32, 8, 4): (5, 7, _ANY),
         (128, 128, 64, 8, 3): (3, _NO, _ANY),
     },
     "sm_90": {
-        (16, 64, 64, 4, 5): (4, _NO, _ANY),
+        (16, 64, 64, 4, 5): (10, _NO, _ANY),
         (32, 64, 64, 4, 4): (4, _NO, _ANY),
         (64, 64, 64, 4, 3): (9, 7, _ANY),
         (64, 128, 64, 4, 4): (9, 7, _ANY),
@@ -112,8 +112,8 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
         (128, 256, 64, 8, 3): (5, 5, 7),
     },
     "sm_100": {
-        (16, 64, 64, 4, 4): (4, _NO, _ANY),
-        (32, 64, 64, 4, 4): (8, _NO, _ANY),
+        (16, 64, 64, 4, 4): (10, _NO, _ANY),
+        (32, 64, 64, 4, 4): (6, _NO, _ANY),
         (64, 64, 64, 4, 3): (8, 7, 6),
         (128, 64, 64, 4, 4): (3, 8, _ANY),
         (128, 128, 64, 8, 4): (3, 9, 7),
@@ -130,11 +130,8 @@ _SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
 _SHIPPED_FP32: dict[_Shape, tuple[int, int, int]] = {
     (16, 32, 16, 8, 3): (_ANY, _NO, _ANY),
     (32, 32, 16, 8, 3): (_ANY, _NO, _ANY),
-    (64, 64, 16, 8, 3): (5, _NO, _NO),
+    (64, 64, 16, 8, 3): (2, _NO, _NO),
 }
-# Where the decoder holds more registers than int8's: 8 warps, few elements each.
-_DECODED_BY_TABLE = ("int4", "nf4", "fp4", "fp8")
-_SHIPPED_PACKED: dict[_Shape, tuple[int, int, int]] = {(64, 64, 64, 8, 3): (_NO, _NO, 7)}
 _SLICES = (1, 2, 4, 8, 16)
 
 
@@ -173,10 +170,11 @@ def _candidates(schedule: str, launch: Pass, arch: Arch) -> list[Choice]:
 def _shipped(launch: Pass, arch: Arch) -> dict[_Shape, tuple[int, int, int]]:
     if launch.problem.base_compute is not None:
         return codes.SHIPPED.get(arch.name, {})
-    wide = launch.problem.dtype == torch.float32 and arch.name != "interpreter"
-    if launch.problem.weight_format in _DECODED_BY_TABLE and arch.name != "interpreter":
-        return {} if wide or arch.name not in ("sm_80", "sm_90") else _SHIPPED_PACKED
-    return _SHIPPED_FP32 if wide else _SHIPPED[arch.name]
+    if arch.name == "interpreter":
+        return _SHIPPED[arch.name]
+    if launch.problem.weight_format in packed.FORMATS:
+        return packed.tiles_on(arch, launch.problem)
+    return _SHIPPED_FP32 if launch.problem.dtype == torch.float32 else _SHIPPED[arch.name]
 
 
 def _variants(schedule: str, launch: Pass, arch: Arch) -> list[TileConfig]:
@@ -184,10 +182,11 @@ def _variants(schedule: str, launch: Pass, arch: Arch) -> list[TileConfig]:
     narrow = launch.problem.dtype != torch.float32
     made = []
     for tile in shipped(launch, arch):
-        if tile.BLOCK_M >= 64 and narrow and launch.problem.weight_format not in _DECODED_BY_TABLE:
+        if tile.BLOCK_M >= 64 and narrow:
             tile = replace(tile, tma=arch.tma, SUBTILES=max(1, tile.BLOCK_P // 64))
         if schedule == SHARED:
-            made.append(replace(tile, resident=1 if tile.BLOCK_M * tile.BLOCK_P > 64 * 64 else 2))
+            small = tile.BLOCK_M * tile.BLOCK_P <= 64 * 64 and tile.num_warps == 4
+            made.append(replace(tile, resident=2 if small else 1))
         elif schedule == RECOMPUTE and tile.BLOCK_M == 16:
             made += [replace(tile, SLICES=slices) for slices in _SLICES]
         else:
@@ -236,6 +235,9 @@ def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
         return f"{choice.schedule} of a {launch.problem.weight_format} weight has no decoding to choose"
     if decodes(launch.problem.weight_format, choice):
         return supports(dense(launch), replace(choice, decoded=False), arch)
+    reason = packed.refusal(launch.problem, arch)
+    if reason is not None:
+        return reason
     blocks = (tile.BLOCK_M, tile.BLOCK_P // tile.SUBTILES, tile.BLOCK_Q)
     if min(blocks) < 16 or any(size & (size - 1) for size in (*blocks, tile.BLOCK_P, tile.num_warps)):
         return f"blocks {blocks} are not powers of two of at least 16, or BLOCK_P and num_warps no powers of two"
@@ -309,7 +311,7 @@ def pressure(launch: Pass, choice: Choice) -> int:
     if narrow and problem.precision == "fp32":
         total += 2
     if problem.weight_format != "dense":
-        total += 5 if choice.tile.tma else 2  # decoded in registers, from pointers
+        total += 5 if choice.tile.tma else 2 if narrow else 3  # decoded in registers, from pointers
     if problem.scaled_steps:
         total += codes.SCALED_STEPS
     return total

@@ -70,8 +70,9 @@ def contract_with_thin(
         x = load_block(X, x_strides, m0, q0, M, Q, BLOCK_M, BLOCK_Q)
         w = LOAD_W(W, w_operands, q0, p0, Q, P, BLOCK_Q, BLOCK_P, BACKWARD, DTYPE)
         f = load_block(F, f_strides, q0, 0, Q, R, BLOCK_Q, BLOCK_R)
-        acc = dot(x, w, acc, PRECISION)
+        kept = x
         if DROP_IN:
-            x = DROP(drop_operands, x, m0 + tl.arange(0, BLOCK_M), q0)
-        t = ADAPTER(x, f, t, DTYPE, PRECISION)
+            kept = DROP(drop_operands, x, m0 + tl.arange(0, BLOCK_M), q0)
+        t = ADAPTER(kept, f, t, DTYPE, PRECISION)
+        acc = dot(x, w, acc, PRECISION)
     return acc, t

@@ -2,7 +2,11 @@
 
 op(W)[q, p] is W[p, q] forward and W[q, p] backward, in DTYPE. Elements outside [Q, P] are zero. A loader agrees with
 its format's ``materialize``. k0 and BLOCK_K are multiples of 16, the smallest run of K that shares a scale in every
-format but the two flattened ones with rows of another length (``four_bit_any``).
+format but the two flattened ones with rows of another length (``four_bit_any``). Where runs of 64 share one, ``wide``
+is 1, a constant of the binary; else it is None.
+
+What keeps a tile in few registers: a pointer moves by a 64-bit scalar and everything within the tile is 32 bits; masks
+compare what is contiguous in memory, so that loads are of many bytes, and on the way while a tile before is decoded.
 """
 
 import triton
@@ -48,41 +52,45 @@ def _as_asked(value, BACKWARD: tl.constexpr):
 
 
 @triton.jit
-def _scale_runs(scale, along_n, along_k, shift_n, shift_k, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_N, BLOCK_K / 16]: scale[n >> shift_n, k >> shift_k] for every run of 16 along K; 0 outside."""
-    n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
-    k = k0 + tl.arange(0, BLOCK_K // 16) * 16
-    offsets = (n >> shift_n)[:, None] * along_n + (k >> shift_k)[None, :] * along_k
-    return tl.load(scale + offsets, mask=(n < N)[:, None] & (k < K)[None, :], other=0)
+def _scale_runs(
+    scale, along_n, along_k, shift_n, shift_k, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RUN: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_K / RUN]: scale[n >> shift_n, k >> shift_k] for every run along K; 0 outside."""
+    n, k = tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K // RUN) * RUN
+    inside = (n0 + n < N)[:, None] & (k < K)[None, :]
+    scale += tl.cast(n0 >> shift_n, tl.int64) * along_n
+    n = ((n0 & ((1 << shift_n) - 1)) + n) >> shift_n
+    return tl.load(scale + (n[:, None] * along_n + (k >> shift_k)[None, :] * along_k), mask=inside, other=0)
 
 
 @triton.jit
-def _scaled(value, runs, DTYPE: tl.constexpr):
-    """value [n, K / 16, 16] times the scales of its runs, as a tile [n, K]."""
-    ROWS: tl.constexpr = value.shape[0]
-    return tl.reshape(narrow(value * runs[:, :, None], DTYPE), (ROWS, value.shape[1] * 16))
+def _spread(runs, RUN: tl.constexpr):
+    """[n, k] from [n, k / RUN]: each run's number for all of it."""
+    ROWS: tl.constexpr = runs.shape[0]
+    RUNS: tl.constexpr = runs.shape[1]
+    return tl.reshape(tl.broadcast_to(runs[:, :, None], (ROWS, RUNS, RUN)), (ROWS, RUNS * RUN))
 
 
 @triton.jit
-def _nibbles(W, along_n, origin, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_N, BLOCK_K / 16, 16] values below 16 from rows of bytes, the even ones high; 0 outside."""
-    n, pair = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K // 2)
-    inside = (n0 + n < N)[:, None] & (k0 + 2 * pair < K)[None, :]
-    bytes = tl.load(W + origin + n[:, None] * along_n + pair[None, :], mask=inside, other=0).to(tl.int32)
-    return tl.reshape(tl.join(bytes >> 4, bytes & 15), (BLOCK_N, BLOCK_K // 16, 16))
+def _nibbles(W, along_n, row_bytes, n0, k0, N, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, BLOCK_K] values below 16 from rows of bytes, the even ones high; 0 outside."""
+    bytes = load_block(W, (along_n, 1), n0, k0 // 2, N, row_bytes, BLOCK_N, BLOCK_K // 2).to(tl.int32)
+    return tl.reshape(tl.join(bytes >> 4, bytes & 15), (BLOCK_N, BLOCK_K))
 
 
 @triton.jit
 def int8_groups(
     W, operands, q0, p0, Q, P, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BACKWARD: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """operands: data's strides along n and k, scale, its strides, log2 of the group."""
+    """operands: data's strides along n and k, scale, its strides, log2 of the group, wide."""
     BLOCK_N: tl.constexpr = BLOCK_Q if BACKWARD else BLOCK_P
     BLOCK_K: tl.constexpr = BLOCK_P if BACKWARD else BLOCK_Q
+    RUN: tl.constexpr = 16 if operands[6] is None else min(64, BLOCK_K)
     n0, k0, N, K = (q0, p0, Q, P) if BACKWARD else (p0, q0, P, Q)
     data = load_block(W, (operands[0], operands[1]), n0, k0, N, K, BLOCK_N, BLOCK_K).to(tl.float32)
-    runs = _scale_runs(operands[2], operands[3], operands[4], 0, operands[5], n0, k0, N, K, BLOCK_N, BLOCK_K)
-    return _as_asked(_scaled(tl.reshape(data, (BLOCK_N, BLOCK_K // 16, 16)), runs, DTYPE), BACKWARD)
+    runs = _scale_runs(operands[2], operands[3], operands[4], 0, operands[5], n0, k0, N, K, BLOCK_N, BLOCK_K, RUN)
+    return _as_asked(narrow(data * _spread(runs, RUN), DTYPE), BACKWARD)
 
 
 @triton.jit
@@ -95,41 +103,48 @@ def fp8(
     """
     BLOCK_N: tl.constexpr = BLOCK_Q if BACKWARD else BLOCK_P
     BLOCK_K: tl.constexpr = BLOCK_P if BACKWARD else BLOCK_Q
+    RUN: tl.constexpr = min(128, BLOCK_K)  # a block's, or a part of a row's
     n0, k0, N, K = (q0, p0, Q, P) if BACKWARD else (p0, q0, P, Q)
     bits = load_block(W, (operands[0], operands[1]), n0, k0, N, K, BLOCK_N, BLOCK_K).to(tl.int32)
     size = ((bits & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
     size = tl.where((bits & 127) == 127, float("nan"), size)
-    value = tl.reshape(tl.where(bits > 127, -size, size), (BLOCK_N, BLOCK_K // 16, 16))
-    runs = _scale_runs(operands[2], operands[3], operands[4], operands[5], operands[6], n0, k0, N, K, BLOCK_N, BLOCK_K)
-    return _as_asked(_scaled(value, runs, DTYPE), BACKWARD)
+    value = tl.where(bits > 127, -size, size)
+    runs = _scale_runs(operands[2], operands[3], operands[4], operands[5], operands[5], n0, k0, N, K, BLOCK_N, BLOCK_K,
+                       RUN)  # fmt: skip
+    return _as_asked(narrow(value * _spread(runs, RUN), DTYPE), BACKWARD)
 
 
 @triton.jit
 def int4(
     W, operands, q0, p0, Q, P, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BACKWARD: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """operands: bytes a row, scale, zero_point, groups a row, log2 of the group."""
+    """operands: from row to row in bytes, bytes a row, scale, zero_point, groups a row, log2 of the group, wide."""
     BLOCK_N: tl.constexpr = BLOCK_Q if BACKWARD else BLOCK_P
     BLOCK_K: tl.constexpr = BLOCK_P if BACKWARD else BLOCK_Q
+    RUN: tl.constexpr = 16 if operands[6] is None else min(64, BLOCK_K)
     n0, k0, N, K = (q0, p0, Q, P) if BACKWARD else (p0, q0, P, Q)
-    origin = tl.cast(n0, tl.int64) * operands[0] + k0 // 2
-    codes = _nibbles(W, operands[0], origin, n0, k0, N, K, BLOCK_N, BLOCK_K)
-    runs = _scale_runs(operands[1], operands[3], 1, 0, operands[4], n0, k0, N, K, BLOCK_N, BLOCK_K)
-    zeros = _scale_runs(operands[2], operands[3], 1, 0, operands[4], n0, k0, N, K, BLOCK_N, BLOCK_K)
-    value = _scaled((codes - zeros.to(tl.int32)[:, :, None]).to(tl.float32), runs, DTYPE)
-    inside = k0 + tl.arange(0, BLOCK_K) < K  # a row may end within a run
-    return _as_asked(tl.where(inside[None, :], value, tl.zeros_like(value)), BACKWARD)
+    codes = _nibbles(W, operands[0], operands[1], n0, k0, N, BLOCK_N, BLOCK_K)
+    runs = _scale_runs(operands[2], operands[4], 1, 0, operands[5], n0, k0, N, K, BLOCK_N, BLOCK_K, RUN)
+    zeros = _scale_runs(operands[3], operands[4], 1, 0, operands[5], n0, k0, N, K, BLOCK_N, BLOCK_K, RUN)
+    value = (codes.to(tl.float32) - _spread(zeros.to(tl.float32), RUN)) * _spread(runs, RUN)
+    if operands[6] is None:  # a row may end within a run
+        value = tl.where((k0 + tl.arange(0, BLOCK_K) < K)[None, :], value, 0.0)
+    return _as_asked(narrow(value, DTYPE), BACKWARD)
 
 
 @triton.jit
 def _absmax(operands, origin, local, inside):
     """The scales of the blocks that hold the elements origin + local; 0 outside. operands: see ``four_bit``."""
     shift = operands[1]
-    block = (origin >> shift) + (((origin & ((1 << shift) - 1)) + local) >> shift)
-    found = tl.load(operands[2] + block, mask=inside, other=0)
+    first = origin >> shift
+    block = ((origin & ((1 << shift) - 1)).to(tl.int32) + local) >> shift  # from the first on
+    found = tl.load(operands[2] + first + block, mask=inside, other=0)
     if operands[4] is not None:
-        found = tl.load(operands[5] + found.to(tl.int32)) * tl.load(operands[4] + (block >> 8), mask=inside, other=0.0)
-        found = tl.where(inside, found + tl.load(operands[6]), 0.0)
+        nested = operands[4] + (first >> 8)
+        size = tl.load(nested + (((first & 255).to(tl.int32) + block) >> 8), mask=inside, other=0.0)
+        product = tl.load(operands[5] + found.to(tl.int32)) * size
+        # A selection, which changes nothing: the compiler would round the product and the sum as one.
+        found = tl.where(inside, tl.where(size == size, product, size) + tl.load(operands[6]), 0.0)
     return found
 
 
@@ -146,24 +161,26 @@ def four_bit(
 ):
     """K a multiple of 16: whole bytes, and runs of 16 that lie in one block.
 
-    operands: K, log2 of the blocksize, absmax, code, and nested_absmax, nested_code, offset, or None three times.
+    operands: K / 16, log2 of the blocksize, absmax, code, and nested_absmax, nested_code, offset, or None three times;
+    wide.
     """
     BLOCK_N: tl.constexpr = BLOCK_Q if BACKWARD else BLOCK_P
     BLOCK_K: tl.constexpr = BLOCK_P if BACKWARD else BLOCK_Q
-    n0, k0, N, K = (q0, p0, Q, P) if BACKWARD else (p0, q0, P, Q)
-    origin = tl.cast(n0, tl.int64) * operands[0] + k0
-    codes = _nibbles(W, operands[0] // 2, origin // 2, n0, k0, N, K, BLOCK_N, BLOCK_K)
-    n, run = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K // 16) * 16
-    inside = (n0 + n < N)[:, None] & (k0 + run < K)[None, :]
-    runs = _absmax(operands, origin, n[:, None] * operands[0] + run[None, :], inside)
-    return _as_asked(_scaled(_looked_up(operands[3], codes), runs, DTYPE), BACKWARD)
+    RUN: tl.constexpr = 16 if operands[7] is None else min(64, BLOCK_K)
+    n0, k0, N = (q0, p0, Q) if BACKWARD else (p0, q0, P)
+    K, row_bytes = operands[0] * 16, operands[0] * 8
+    codes = _nibbles(W, row_bytes, row_bytes, n0, k0, N, BLOCK_N, BLOCK_K)
+    n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K // RUN) * RUN
+    inside = (n0 + n < N)[:, None] & (k0 + k < K)[None, :]
+    runs = _absmax(operands, tl.cast(n0, tl.int64) * K + k0, n[:, None] * K + k[None, :], inside)
+    return _as_asked(narrow(_looked_up(operands[3], codes) * _spread(runs, RUN), DTYPE), BACKWARD)
 
 
 @triton.jit
 def four_bit_any(
     W, operands, q0, p0, Q, P, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BACKWARD: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Any K: element by element; rows may begin within a byte and blocks anywhere. operands: as ``four_bit``."""
+    """Any K: element by element; rows may begin within a byte and blocks anywhere. operands: as ``four_bit``, but K."""
     BLOCK_N: tl.constexpr = BLOCK_Q if BACKWARD else BLOCK_P
     BLOCK_K: tl.constexpr = BLOCK_P if BACKWARD else BLOCK_Q
     n0, k0, N, K = (q0, p0, Q, P) if BACKWARD else (p0, q0, P, Q)
@@ -171,7 +188,7 @@ def four_bit_any(
     n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside = (n0 + n < N)[:, None] & (k0 + k < K)[None, :]
     local = n[:, None] * operands[0] + k[None, :]
-    place = (origin & 1) + local
+    place = (origin & 1).to(tl.int32) + local
     byte = tl.load(W + (origin >> 1) + (place >> 1), mask=inside, other=0).to(tl.int32)
     code = tl.load(operands[3] + tl.where((place & 1) == 0, byte >> 4, byte & 15))
     return _as_asked(narrow(code * _absmax(operands, origin, local, inside), DTYPE), BACKWARD)

@@ -178,21 +178,24 @@ def packed(weight: FrozenWeight, backward: bool) -> dict[str, Any]:
     """LOAD_W, W and LOAD_W's operands for a weight that is decoded in registers."""
     W, scale = near(weight.data), weight.scale
     assert scale is not None
-    shift = max(0, weight.group_size.bit_length() - 1)
+    K, group = weight.shape[1], weight.group_size
+    shift = max(0, group.bit_length() - 1)
+    wide = None if group % 64 or (weight.format != "int8" and K % 64) else 1
     along_n, along_k = W.stride() if W.ndim == 2 else (0, 1)
     if weight.format in ("nf4", "fp4"):
         nested = weight.tables[1:] or (None, None, None)
-        plug = weight_load.four_bit_any if weight.shape[1] % 16 else weight_load.four_bit
-        fields: tuple[Any, ...] = (weight.shape[1], shift, scale, weight.tables[0], *nested)
+        plug, row = (weight_load.four_bit_any, K) if K % 16 else (weight_load.four_bit, K // 16)
+        fields: tuple[Any, ...] = (row, shift, scale, weight.tables[0], *nested, wide)
     elif weight.format == "int4":
-        plug, fields = weight_load.int4, (along_n, scale, weight.tables[0], scale.stride(0), shift)
+        plug = weight_load.int4
+        fields = (along_n, W.shape[1], scale, weight.tables[0], scale.stride(0), shift, wide)
     elif weight.format == "fp8":
         W, plug = W.view(torch.uint8), weight_load.fp8
         by_row = int(scale.ndim == 1 and len(scale) > 1)
         strides = scale.stride() if scale.ndim == 2 else (by_row, 0)
-        fields = (along_n, along_k, scale, *strides, shift, shift)
-    elif weight.group_size:
-        plug, fields = weight_load.int8_groups, (along_n, along_k, scale, *scale.stride(), shift)
+        fields = (along_n, along_k, scale, *strides, shift)
+    elif group:
+        plug, fields = weight_load.int8_groups, (along_n, along_k, scale, *scale.stride(), shift, wide)
     else:
         along = (along_n, along_k) if backward else (along_k, along_n)
         plug, fields = weight_load.int8, (*along, scale, scale.stride(0))

@@ -53,8 +53,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of x and the weight: bf16, fp16 or fp32; default: bf16")  # fmt: skip
     add("--adapters", type=_list_of(_one_of(("fp32", "base"))), default=["fp32"], metavar="T,...",
         help="dtype of the adapters: fp32 (PEFT's default) or base (that of x); default: fp32")  # fmt: skip
-    add("--weight", type=_list_of(_one_of(weights.formats())), default=["dense"], metavar="F,...",
-        help=f"format of the frozen weight: {', '.join(weights.formats())}; default: dense")  # fmt: skip
+    add("--weight", type=_list_of(_one_of(weights.formats(computed=True))), default=["dense"], metavar="F,...",
+        help=f"format of the frozen weight: {', '.join(weights.formats())}, or fp8xfp8, which is fp8 with base_compute "
+             "'fp8'; default: dense")  # fmt: skip
     add("--minutes", type=float, default=30.0, metavar="M", help="stop after so many; default: 30")
     add(
         "--output",

@@ -17,7 +17,7 @@ from peftkern.backends.triton.tiles import Choice
 from peftkern.backends.triton.tune.search import Cell, DeviceLost
 from peftkern.ops.problem import LoRAOperands, Needs
 from peftkern.testing.numerics import relative_error
-from peftkern.weights import DenseWeight, FrozenWeight
+from peftkern.weights import DenseWeight, FrozenWeight, split_format
 
 Timer = Callable[[Callable[[], None]], float]
 _ONLY_X = Needs(True, False, False, False, False)
@@ -91,18 +91,22 @@ class DeviceBench:
 
     def _by(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Z and T by the reference backend in ``dtype``."""
-        operands, X = self.operands, self.X.to(dtype)
+        operands, X, product = self.operands, self.X.to(dtype), None
         if dtype != self.X.dtype:
+            rows, met = operands.weight.factors(self.X, self.backward)  # the adapter's rows are not rounded
+            W = met.materialize(dtype)
+            product = rows.to(dtype) @ (W if self.backward else W.t())
             operands = operands._replace(
-                weight=DenseWeight(operands.weight.materialize(dtype)), lora_A=operands.lora_A.to(dtype),
+                weight=DenseWeight(torch.zeros_like(W)), lora_A=operands.lora_A.to(dtype),
                 lora_B=operands.lora_B.to(dtype),
             )  # fmt: skip
-        if not self.backward:
-            return self.reference.forward(operands, X)
-        dx = self.reference.backward(operands, X, None, None, _ONLY_X).x
-        if dx is None:
+        if self.backward:
+            Z, T = self.reference.backward(operands, X, None, None, _ONLY_X).x, X @ operands.lora_B.to(dtype)
+        else:
+            Z, T = self.reference.forward(operands, X)
+        if Z is None:
             raise RuntimeError("the reference gave no dx")
-        return dx, X @ operands.lora_B.to(dtype)
+        return Z if product is None else Z + product, T
 
     def _require_device(self, choice: Choice) -> None:
         """Raises: DeviceLost if what has just failed left the device unusable, as an illegal access does."""
@@ -129,8 +133,9 @@ def _operands(cell: Cell, device: torch.device) -> tuple[LoRAOperands, Tensor]:
         return torch.randn(rows, columns, generator=generator, device=device, dtype=dtype).mul_(scale)
 
     W = normal(problem.N, problem.K, problem.dtype, problem.K**-0.5)
+    stored, base_compute = split_format(problem.weight_format)
     operands = LoRAOperands(
-        weight=FrozenWeight.quantize(W, problem.weight_format),
+        weight=FrozenWeight.quantize(W, stored, base_compute=base_compute),
         lora_A=normal(problem.R, problem.K, problem.adapter_dtype, problem.K**-0.5),
         lora_B=normal(problem.N, problem.R, problem.adapter_dtype, problem.R**-0.5),
         bias=None, lora_bias=None, scaling=_SCALING, scaling_tensor=None, dropout_p=cell.dropout_p,
