@@ -13,6 +13,7 @@ from test_multi_lora import RANKS, ROUTINGS, Batch, check, make, run
 
 from peftkern.backends.triton import backend as triton_backend
 from peftkern.backends.triton import bank_schedule, launch
+from peftkern.backends.triton.arch import ARCHES
 from peftkern.ops import bank_schema
 from peftkern.ops.bank_problem import BankBackward, BankOperands, Segment
 from peftkern.segments import plan_on_device, plan_rows
@@ -152,6 +153,26 @@ def test_dy_and_x_of_any_strides(on_device: bool) -> None:
     rows = run(dataclasses.replace(batch, dy=batch.dy[:1].expand(10, -1)), "triton")
     copied = run(dataclasses.replace(batch, dy=batch.dy[:1].repeat(10, 1)), "triton")
     assert all(torch.equal(rows[name], copied[name]) for name in rows)
+
+
+def test_columns_further_apart_than_32_bits_count_are_brought_together() -> None:
+    """The kernels look rows up with 64-bit offsets, and the columns in them with 32."""
+    M, K = 2**20, 2**12
+
+    def far(columns: int) -> torch.Tensor:
+        return torch.empty(columns, M, dtype=BF16, device="meta").T
+
+    A, B = torch.empty(2, K, device="meta"), torch.empty(K, 2, device="meta")
+    operands = BankOperands(
+        torch.empty(K, K, dtype=BF16, device="meta"), None, [Segment(A, B, 1.0, 0.0, 0, 0, 0, M)],
+        torch.empty(M, dtype=torch.int64, device="meta"), "base",
+    )  # fmt: skip
+    arch = ARCHES["interpreter"]
+    forward, s = (made := bank_schedule.produce(operands, far(K), False, arch)).steps[0], made.T
+    backward, grad, _ = bank_schedule.backward(operands, BankBackward(far(K), far(K), s, True, [True]), arch).steps
+    strides = [one.arguments["G"][6:8] for one in (forward, backward)]
+    strides += [grad.arguments[name] for name in ("x_strides", "dy_strides")]
+    assert all((K - 1) * along_column < 2**31 for _, along_column in strides), strides
 
 
 def test_only_what_is_needed_has_a_gradient(on_device: bool) -> None:

@@ -40,7 +40,7 @@ class Backward:
 def produce(operands: BankOperands, X: Tensor, backward: bool, arch: Arch, product: bool = True) -> Produced:
     """One direction; ``product``: Z as well as T."""
     tile = bank_tile(select.pass_of(operands.problem(X.shape[0], X.dtype), backward), arch)
-    X = launch.near(X)
+    X = launch.gathered(X)
     Z = X.new_empty(X.shape[0], operands.weight.shape[1 if backward else 0]) if product else None
     T = X.new_empty(operands.thin_size, dtype=torch.float32)
     return Produced([launch.bank(operands, X, T, Z, tile, arch, backward)], Z, T)
@@ -49,7 +49,7 @@ def produce(operands: BankOperands, X: Tensor, backward: bool, arch: Arch, produ
 def backward(operands: BankOperands, given: BankBackward, arch: Arch) -> Backward:
     """What is needed of dx and the pairs; a pair of rank 0 is empty, and there is nothing to launch for it."""
     dy, x, s, need_x, need_pairs = given
-    dy = launch.near(dy)
+    dy = launch.gathered(dy)
     asked = [i for i, (one, need) in enumerate(zip(operands.segments, need_pairs, strict=True)) if need and one.R]
     some = any(operands.segments[i].length for i in asked)
     steps: list[Step] = []
@@ -63,7 +63,7 @@ def backward(operands: BankOperands, given: BankBackward, arch: Arch) -> Backwar
     ]
     if asked:
         assert x is not None and s is not None
-        both, parted, made = launch.bank_grad(operands, launch.near(x), t, dy, s.contiguous(), asked, arch)
+        both, parted, made = launch.bank_grad(operands, launch.gathered(x), t, dy, s.contiguous(), asked, arch)
         steps += [both, parted]
         for i, pair in zip(asked, made, strict=True):
             pairs[i] = pair

@@ -9,7 +9,7 @@ from peftkern.backends.triton.launch.bank_gradients import Parted, bank_grad
 from peftkern.backends.triton.launch.decode import decode
 from peftkern.backends.triton.launch.gradients import Gradient, grad, reduce
 from peftkern.backends.triton.launch.kept import kept
-from peftkern.backends.triton.launch.operands import Direction, Launch, VendorProduct, loads, near
+from peftkern.backends.triton.launch.operands import Direction, Launch, VendorProduct, gathered, loads, near
 from peftkern.backends.triton.launch.produce import fused, shrink
 from peftkern.backends.triton.launch.quantise import Codes, quantise
 
@@ -24,6 +24,7 @@ __all__ = [
     "bank_grad",
     "decode",
     "fused",
+    "gathered",
     "grad",
     "kept",
     "loads",

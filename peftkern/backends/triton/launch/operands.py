@@ -153,6 +153,12 @@ def near(tensor: Tensor) -> Tensor:
     return tensor if max(tensor.stride(), default=0) < FAR else tensor.contiguous()
 
 
+def gathered(matrix: Tensor) -> Tensor:
+    """``near`` where a kernel looks rows up: there, a column's offset in its row has 32 bits, too."""
+    matrix = near(matrix)
+    return matrix if matrix.stride(1) * matrix.shape[1] < 2**31 else matrix.contiguous()
+
+
 def describable(matrix: Tensor) -> bool:
     """Whether a TMA descriptor can describe a matrix: rows of adjacent elements, 16-byte aligned."""
     size = matrix.dtype.itemsize
