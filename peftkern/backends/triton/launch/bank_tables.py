@@ -13,6 +13,7 @@ import functools
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -118,7 +119,9 @@ def on(device: torch.device, make: Callable[[_Numbers], _Numbers], numbers: _Num
         found = _tables.pop(key, None)
         if found is None and capturing:  # a warm call makes this one faster
             return _filled(device, make(numbers))
-        found = _copied(device, make(numbers)) if found is None else found
+        if found is None:
+            # From a thread of its own, as ``counters``: a pool that the caller's allocates from may take it back.
+            found = _thread().submit(_copied, device, make(numbers)).result()
         (_captured if capturing else _tables)[key] = found
         if len(_tables) > _KEPT:
             _tables.popitem(last=False)
@@ -134,6 +137,11 @@ def _copied(device: torch.device, values: _Numbers) -> Tensor:
         table = torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
     stream.synchronize()
     return table
+
+
+@functools.cache
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1)
 
 
 @functools.cache
