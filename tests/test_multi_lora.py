@@ -300,6 +300,17 @@ def test_operators_pass_opcheck(backend: str) -> None:
     torch.library.opcheck(bank_schema.backward, (batch.dy, batch.x, s, *shared, True, [True, True, False, True], True))
 
 
+def test_gradients_of_no_rows_lie_as_the_operator_promises(backend: str) -> None:
+    """Row-major, also where the factors are not."""
+    batch = make([], ranks=(2, 3))
+    A, B = ([factor.T.contiguous().T for factor in factors] for factors in (batch.A, batch.B))
+    shared = (
+        batch.W, None, A, B, [1.0] * 2, [0.0] * 2, [0] * 4, batch.ids, [0] * 2, [0] * 2, "base", backend, None
+    )  # fmt: skip
+    s = bank_schema.forward(batch.x, *shared)[1]
+    torch.library.opcheck(bank_schema.backward, (batch.dy, batch.x, s, *shared, True, [True, True], False))
+
+
 def test_autocast_casts_x_and_the_base(backend: str) -> None:
     batch = make([0, 3, -1, 3])
     with torch.autocast("cpu", torch.bfloat16):

@@ -246,7 +246,7 @@ def bank_backward(operands: BankOperands, given: BankBackward, need_bias: bool, 
     if dy.shape[0] == 0:
         found += [dy.new_empty(0, operands.weight.shape[1])] if given.need_x else []
         for segment, need in zip(operands.segments, given.need_pairs, strict=True):
-            found += [torch.zeros_like(segment.lora_A), torch.zeros_like(segment.lora_B)] if need else []
+            found += [factor.new_zeros(factor.shape) for factor in segment[:2]] if need else []
     else:
         chosen = select(operands.problem(dy.shape[0], dy.dtype), backend)
         with without_autocast(dy.device.type):
