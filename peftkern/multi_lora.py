@@ -53,6 +53,7 @@ def multi_lora_linear(
         bias: [N].
         dropout_p: one probability, or E of them; training: dropout is off when False.
         rng_states: E pairs (seed, offset) that key each adapter's mask; drawn from torch's generator when None.
+            They are the host's numbers: a captured graph drops the same elements at every replay.
         precision, backend: as in ``lora_linear``.
 
     Returns: y [..., N].
@@ -101,6 +102,9 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None, settings: BankSettings
         raise ValueError("weight requires grad, but only adapters are trained: call weight.requires_grad_(False)")
     x, frozen, bias = functional.autocast(x, DenseWeight(weight), bias)
     weight = frozen.data
+    if any(factor.device != x.device for factor in factors):  # a backend reads them by their addresses
+        named = {f"lora_{'AB'[i % 2]} of segment {i // 2}": factor for i, factor in enumerate(factors)}
+        inputs.check_devices({"x": x, "weight": weight, **named})
     for A, B in {(A.dtype, B.dtype): (A, B) for A, B in zip(factors[::2], factors[1::2], strict=True)}.values():
         inputs.check_dtypes(x, frozen, A, B, bias, None)
     if not factors and x.dtype != weight.dtype:

@@ -10,7 +10,8 @@ from conftest import CPU_TARGETS
 from torch import Tensor
 
 from peftkern.backends.reference import formula
-from peftkern.multi_lora import multi_lora_linear
+from peftkern.bank_autograd import BankSettings
+from peftkern.multi_lora import apply, multi_lora_linear
 from peftkern.ops import bank_schema, dispatch
 from peftkern.ops.bank_schema import BankArguments
 from peftkern.ops.problem import LoRAOperands
@@ -309,6 +310,15 @@ def test_gradients_of_no_rows_lie_as_the_operator_promises(backend: str) -> None
     )  # fmt: skip
     s = bank_schema.forward(batch.x, *shared)[1]
     torch.library.opcheck(bank_schema.backward, (batch.dy, batch.x, s, *shared, True, [True, True], False))
+
+
+def test_an_adapter_on_another_device_is_an_error(backend: str) -> None:
+    """Layers of a bank come here directly; a backend would read memory that is not there."""
+    batch = make([0, 1, -1], ranks=(2, 3))
+    settings = BankSettings([1.0] * 2, [0.0] * 2, [0] * 4, plan_rows(batch.ids).rows, [1, 2], [1, 1], "base", backend)
+    factors = [batch.A[0], batch.B[0], batch.A[1], batch.B[1].to("meta")]
+    with pytest.raises(ValueError, match="lora_A of segment 1 on cpu, lora_B of segment 1 on meta"):
+        apply(batch.x, batch.W, batch.bias, settings, factors)
 
 
 def test_autocast_casts_x_and_the_base(backend: str) -> None:

@@ -27,7 +27,8 @@ def route(ids: Ids, bank: AdapterBank | None = None) -> Route:
     Args:
         ids: one entry per sequence [batch], or per token [batch, tokens]: adapters' names, None for the base, or their
             ids (``bank.id_of(name)``), -1 for the base; or an int64 or int32 tensor of ids, which is copied. One on a
-            GPU stays there, and nothing waits for it: a graph that captures the route too is replayed with other ids.
+            GPU stays there, and nothing waits for it: a graph that captures the route too is replayed with other ids
+            (and with the dropout masks that it captured: they are keyed by numbers of the host).
             The rows of an id that is no adapter's are then the base's, or with PEFTKERN_CHECK_IDS=1 an error. Where
             Triton does not run it costs as if all rows were each adapter's; a list is faster, if there is one.
         bank: whose adapters are meant; without it, the only bank that is alive in the process.
