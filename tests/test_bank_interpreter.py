@@ -310,3 +310,14 @@ def test_a_table_is_made_once_and_kept_for_good_where_a_graph_reads_it(monkeypat
     assert threads and get_ident() not in threads
     spans = module.on(device, module.spans, (16, 5, 20, 3, 40, 1, 2))
     assert spans == (2, 3, 62, 0, 5, 20, 0, 0, 40, 1, 60, 0, 0, 0, 0, 16, 1, 0)
+
+
+def test_what_keys_the_masks_is_pinned_whatever_the_default_device(monkeypatch) -> None:
+    """``torch.set_default_device("cuda")`` would have it on the GPU, where nothing can be pinned."""
+    module, pinned = importlib.import_module("peftkern.backends.triton.launch.bank_tables"), []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.device.type) or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: self)
+    with torch.device("meta"):
+        module._sent(torch.device("cuda", 0), [1, 2])
+    assert pinned == ["cpu"]

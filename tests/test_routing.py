@@ -39,6 +39,14 @@ def test_every_way_to_say_the_same(ids) -> None:
     assert torch.equal(bank.layer(x, route=bank.route(ids)), y)
 
 
+def test_a_list_is_the_hosts_whatever_the_default_device() -> None:
+    bank = bank_of("a", "b")
+    with torch.device("meta"):  # "cuda" would take ids where nobody checks them
+        assert torch.equal(bank.route(["b", None]).ids, torch.tensor([1, -1], device="cpu"))
+        with pytest.raises(ValueError, match="no adapter with id 7"):
+            bank.route([7])
+
+
 def test_per_sequence_ids_serve_prefill_and_decoding_and_per_token_ids_flattened_tokens() -> None:
     bank = bank_of("a", "b")
     with bank.route(["b", "a"]) as route:

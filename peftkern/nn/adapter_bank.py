@@ -266,7 +266,10 @@ class AdapterBank:
         """
         with _lock:
             table = {adapter.id: adapter for adapter in self._adapters.values()}
-            found = _tensor(ids) if isinstance(ids, Tensor) else torch.tensor(self._numbers(ids), dtype=torch.int64)
+            if isinstance(ids, Tensor):
+                found = _tensor(ids)
+            else:
+                found = torch.tensor(self._numbers(ids), dtype=torch.int64, device="cpu")
         if found.ndim not in (1, 2):
             raise ValueError(f"adapter ids are [batch] or [batch, tokens], got {list(found.shape)}")
         if on_device(found):

@@ -58,7 +58,7 @@ def _sent(device: torch.device, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=device)
     if torch.cuda.is_current_stream_capturing():
         return _filled(device, numbers)
-    return torch.tensor(numbers, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
 
 
 def _filled(device: torch.device, numbers: Sequence[int]) -> Tensor:
