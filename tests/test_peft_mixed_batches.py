@@ -180,6 +180,20 @@ def test_rows_are_worked_out_once_a_batch(calls, monkeypatch) -> None:
 
 
 @torch.no_grad()
+def test_a_stream_has_rows_of_its_own(calls, monkeypatch) -> None:
+    """On another stream those of the first may not be there yet."""
+    layer, planned, streams = layer_of(), [], iter((1, 1, 2))
+    genuine = mixed_batch.plan_rows
+    monkeypatch.setattr(mixed_batch, "plan_rows", lambda *given: planned.append(len(given[0])) or genuine(*given))
+    monkeypatch.setattr(mixed_batch, "_stream", lambda x: next(streams), raising=False)
+    mixed_batch._rows.cache_clear()
+    peftkern.patch(layer)
+    for _ in range(3):
+        layer(torch.randn(6, 5, 32), adapter_names=NAMES)
+    assert planned == [30, 30]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("search", [dict(), dict(num_beams=2)])
 def test_generation_is_pefts(calls, search) -> None:
     model = mixed()

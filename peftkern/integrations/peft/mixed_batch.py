@@ -24,8 +24,11 @@ class _Rows(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _rows(names: tuple[str, ...], tokens: int, device: torch.device) -> _Rows:
-    """Worked out once a batch, by its first layer, and not again while the same names come with as many tokens."""
+def _rows(names: tuple[str, ...], tokens: int, device: torch.device, stream: int) -> _Rows:
+    """Worked out once a batch, by its first layer, and not again while the same names come with as many tokens.
+
+    A stream has its own: on another they might not be there yet, or be in use when the cache drops them.
+    """
     used = tuple(dict.fromkeys(name for name in names if name != BASE))
     numbers = {name: i for i, name in enumerate(used)} | {BASE: -1}
     with torch.inference_mode(False):  # the next batch may be one of training
@@ -44,7 +47,7 @@ def mixed_batch(layer: Any, x: Tensor, names: Any) -> Tensor | None:
         return None
     if len(names) != len(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None  # a graph would hold on to rows that the cache may drop
-    used, plan = _rows(tuple(names), x.shape[1:-1].numel(), x.device)
+    used, plan = _rows(tuple(names), x.shape[1:-1].numel(), x.device, _stream(x))
     present = layer._modules["lora_A"]._modules
     spans = [span for span in plan.spans if used[span.id] in present]
     parts = plain_parts(layer, [used[span.id] for span in spans])
@@ -60,6 +63,10 @@ def mixed_batch(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     )  # fmt: skip
     factors = [factor for adapter in parts.adapters for factor in adapter[:2]]
     return apply(x, parts.weight, parts.bias, settings, factors)
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
 def _is_plain(adapter: Adapter) -> bool:
