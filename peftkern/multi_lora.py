@@ -102,9 +102,10 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None, settings: BankSettings
         raise ValueError("weight requires grad, but only adapters are trained: call weight.requires_grad_(False)")
     x, frozen, bias = functional.autocast(x, DenseWeight(weight), bias)
     weight = frozen.data
-    if any(factor.device != x.device for factor in factors):  # a backend reads them by their addresses
+    read = (weight, *factors) if bias is None else (weight, bias, *factors)
+    if any(tensor.device != x.device for tensor in read):  # a backend goes by their addresses
         named = {f"lora_{'AB'[i % 2]} of segment {i // 2}": factor for i, factor in enumerate(factors)}
-        inputs.check_devices({"x": x, "weight": weight, **named})
+        inputs.check_devices({"x": x, "weight": weight, "bias": bias, **named})
     for A, B in {(A.dtype, B.dtype): (A, B) for A, B in zip(factors[::2], factors[1::2], strict=True)}.values():
         inputs.check_dtypes(x, frozen, A, B, bias, None)
     if not factors and x.dtype != weight.dtype:
