@@ -6,6 +6,7 @@
 #include <cpuid.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -50,16 +51,28 @@ static std::vector<const Kernels *> runnable() {
   return result;
 }
 
-static const Kernels *chosen = runnable().front();
+static std::vector<const Kernels *> sets = runnable();
+static const Kernels *chosen = sets.front();
 
 static void use(const std::string &name) {
-  for (const Kernels *kernels : runnable()) {
+  for (const Kernels *kernels : sets) {
     if (name == kernels->name) {
       chosen = kernels;
       return;
     }
   }
   throw std::invalid_argument("this processor does not run the kernels for " + name);
+}
+
+// Forget the sets above `name`, whether this processor has it or not.
+static void limit(const std::string &name) {
+  static const std::vector<std::string> worst_first = {"baseline", "avx2", "avx512", "avx512bf16"};
+  const auto rank = [](const std::string &set) {
+    return std::find(worst_first.begin(), worst_first.end(), set) - worst_first.begin();
+  };
+  const auto above = [&](const Kernels *kernels) { return rank(kernels->name) > rank(name); };
+  sets.erase(std::remove_if(sets.begin(), sets.end(), above), sets.end());
+  chosen = sets.front();
 }
 
 template <class T> static T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
@@ -215,9 +228,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("build_stamp") = py::str(build_stamp);  // which also keeps it in the file
   m.def("instruction_sets", [] {
     py::list names;
-    for (const Kernels *kernels : runnable()) names.append(kernels->name);
+    for (const Kernels *kernels : sets) names.append(kernels->name);
     return names;
-  }, "The instruction sets that this processor runs, best first.");
+  }, "The instruction sets that this processor runs, best first, up to the limit.");
+  m.def("limit", &limit, "Use no instruction set above this one.");
   m.def("use", &use, "Choose the kernels of one instruction set; for tests.");
   m.def("instruction_set", [] { return std::string(chosen->name); });
   m.def("use_openmp", &parallel_use_openmp, "Whether to run on torch's OpenMP pool; False is for tests.");

@@ -14,6 +14,9 @@ variable                  values                                   default
                           frozen weights packed for y, or y and dx
 ``PEFTKERN_CHECK_IDS``    ``0 | 1``: adapter ids on a device     ``0``
                           are read, and refused out of range
+``PEFTKERN_MAX_ISA``      ``auto | baseline | avx2 | avx512 |      ``auto``
+                          avx512bf16``: C++ uses no instruction
+                          set above it, read when it is loaded
 ``PEFTKERN_CACHE``        a folder: the user's tuned tables         ``~/.cache/peftkern``
 ========================  =======================================  ========
 
@@ -30,6 +33,7 @@ from pathlib import Path
 
 BACKENDS = ("triton", "cpp", "reference")
 PREPACK = ("off", "forward", "both")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")  # module.cpp, limit
 SCHEDULES = ("one_pass/recompute", "one_pass/shared", "split", "library")
 
 
@@ -43,6 +47,7 @@ class Settings:
     overlap: bool
     prepack: str
     check_ids: bool
+    max_isa: str
 
 
 def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
@@ -69,6 +74,7 @@ def settings() -> Settings:
         overlap=_switch("PEFTKERN_OVERLAP", "1"),
         prepack=_choice("PEFTKERN_PREPACK", "off", PREPACK),
         check_ids=_switch("PEFTKERN_CHECK_IDS", "0"),
+        max_isa=_choice("PEFTKERN_MAX_ISA", "auto", ISAS),
     )
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it on CUDA
 
+import lanes  # before torch, whose libraries read what it sets
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,7 @@ from peftkern.testing import dropout_mask
 from peftkern.testing.numerics import assert_as_good_as
 from peftkern.weights import DenseWeight, FrozenWeight
 
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cases", type=int, help="random configurations to try, other ones at every run")
-
-
+pytest_addoption, pytest_collection_modifyitems = lanes.pytest_addoption, lanes.pytest_collection_modifyitems
 ROOT = pathlib.Path(peftkern.__file__).parent.parent
 NAMES = ("y", "x", "lora_A", "lora_B", "bias", "lora_bias")  # y and what can have a gradient
 TRAINABLE = NAMES[1:]
@@ -42,12 +39,12 @@ class Target(NamedTuple):
     device: str
 
 
-_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))
 CPU_TARGETS = [
     Target(name, "cpu") for name in ("reference", "cpp") if dispatch.backend_named(name).unavailable() is None
 ]
+GPU_TARGETS = [Target(name, "cuda") for name in ("triton", "reference") if torch.cuda.is_available()]
 TARGETS = [pytest.param(target, id=target.backend) for target in CPU_TARGETS] + [
-    pytest.param(Target(name, "cuda"), id=f"{name}-cuda", marks=_GPU) for name in ("triton", "reference")
+    pytest.param(target, id=f"{target.backend}-cuda", marks=pytest.mark.gpu) for target in GPU_TARGETS
 ]
 
 
@@ -235,12 +232,21 @@ def run_truth(case: Case, t: Tensors) -> Found:
     return {"y": y} | {name: None if getattr(t, name) is None else found[name] for name in TRAINABLE}
 
 
-def judge(case: Case, backend: str, *trials: tuple[Tensors, Found]) -> None:
-    """design.md's rule, for y and each gradient, pooled over the trials; and each one's dtype, shape and device."""
+def expect(case: Case, t: Tensors, backend: str = "cpp") -> tuple[Found, Found]:
+    """What ``judge`` compares with: plain PyTorch with the same roundings, and the truth in fp64."""
+    return run_plain(case, t) if backend == "reference" else run(case, t, "reference"), run_truth(case, t)
+
+
+def judge(
+    case: Case, backend: str, *trials: tuple[Tensors, Found], expected: tuple[Found, Found] | None = None
+) -> None:
+    """The error rule, for y and each gradient, pooled over the trials; and each one's dtype, shape and device.
+
+    ``expected``: what ``expect`` gave for the one trial, where a test judges many results on the same operands.
+    """
     judged: dict[str, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {name: ([], [], []) for name in NAMES}
     for t, found in trials:
-        truth = run_truth(case, t)
-        peer = run_plain(case, t) if backend == "reference" else run(case, t, "reference")
+        peer, truth = expected or expect(case, t, backend)
         for name in NAMES:
             value, like = found[name], t.dy if name == "y" else getattr(t, name)
             if like is None:

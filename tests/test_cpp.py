@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,50 +10,50 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import NAMES, ROOT, Case, judge, make, run
+from conftest import NAMES, ROOT, Case, expect, judge, make, run
+from instruction_sets import SETS, C, kernels, settings
+from pairwise import pairwise
 
 import peftkern
 from peftkern import dropout
 from peftkern.backends.cpp import call
-from peftkern.backends.cpp.backend import extension
 from peftkern.ops import dispatch
 from peftkern.testing import dropout_mask
 from peftkern.testing.numerics import assert_as_good_as
 from peftkern.weights import DenseWeight
 
-C = extension()[0]
 pytestmark = [
     pytest.mark.skipif(C is None, reason="pure Python install"),
     pytest.mark.usefixtures("poisoned"),
 ]
-SETS = C.instruction_sets() if C is not None else []
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-@pytest.fixture(params=SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each set of kernels that this processor runs, forced in turn."""
-    before = C.instruction_set()
-    C.use(request.param)
-    yield request.param
-    C.use(before)
-
-
-@pytest.fixture(params=[True, False], ids=["one_pass", "on_top_of_torch"])
-def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """With the product with the frozen weight in the kernels, and without, wherever the default is something else."""
-    monkeypatch.setattr(call, "one_pass", lambda *_: request.param)
-    return request.param
-
-
-@pytest.fixture(params=[(1, True), (2, True), (3, True), (2, False), (3, False)], ids=str)
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Counts of threads, on torch's OpenMP pool and on threads that end with each region."""
+@contextlib.contextmanager
+def threads(count: int, openmp: bool = True) -> Iterator[int]:
+    """A number of threads, on torch's OpenMP pool or on threads that end with each region."""
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param[0])
-    C.use_openmp(request.param[1])
-    yield request.param[0]
-    C.use_openmp(True)
-    torch.set_num_threads(before)
+    torch.set_num_threads(count)
+    C.use_openmp(openmp)
+    try:
+        yield count
+    except AssertionError as error:
+        raise AssertionError(f"{count} threads, openmp={openmp}: {error}") from error
+    finally:
+        C.use_openmp(True)
+        torch.set_num_threads(before)
+
+
+THREADS = [(1, True), (2, True), (3, True), (2, False), (3, False)]
+
+
+def judge_everywhere(case: Case, tensors=None) -> None:
+    """A case in every set and on both schedules, against one truth."""
+    tensors = make(case) if tensors is None else tensors
+    expected = expect(case, tensors)
+    for setting in settings():
+        with setting:
+            judge(case, "cpp", (tensors, run(case, tensors, "cpp")), expected=expected)
 
 
 def test_the_best_set_is_taken_and_the_worst_is_always_there():
@@ -61,43 +62,53 @@ def test_the_best_set_is_taken_and_the_worst_is_always_there():
         C.use("no_such_set")
 
 
-@pytest.mark.parametrize("p", [1e-4, 0.05, 0.5, 0.9999, 1.0])
 @pytest.mark.parametrize(("M", "K"), [(1, 1), (3, 64), (2, 65), (5, 513), (4, 1030)])
-def test_mask_bits(instruction_set, M, K, p):
+def test_mask_bits(M, K):
     """Every instruction set draws the frozen mask, for seeds and offsets that use all 64 bits."""
     for state in ([0, 0], [-1, -1], [0x0123456789ABCDEF, -0x0123456789ABCDEF]):
-        rng_state = torch.tensor(state)
-        words = torch.zeros(M, (K + 63) // 64, dtype=torch.int64)
-        C.keep_bits(dropout.threshold(p), rng_state.data_ptr(), M, K, words.data_ptr())
-        bits = (words.unsqueeze(-1) >> torch.arange(64)) & 1
-        assert torch.equal(bits.reshape(M, -1)[:, :K].bool(), dropout_mask(M, K, p, rng_state))
+        for p in (1e-4, 0.05, 0.5, 0.9999, 1.0):
+            rng_state = torch.tensor(state)
+            mask = dropout_mask(M, K, p, rng_state)
+            for setting in settings(one_pass=(None,)):
+                with setting:
+                    words = torch.zeros(M, (K + 63) // 64, dtype=torch.int64)
+                    C.keep_bits(dropout.threshold(p), rng_state.data_ptr(), M, K, words.data_ptr())
+                    bits = (words.unsqueeze(-1) >> torch.arange(64)) & 1
+                    assert torch.equal(bits.reshape(M, -1)[:, :K].bool(), mask), (p, state)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("p", [0.05, 0.5, 1.0])
 @pytest.mark.parametrize(("M", "K"), [(1, 1), (3, 64), (2, 65), (19, 513), (40, 1030)])
-def test_kept(instruction_set, threads, M, K, p, dtype):
+def test_kept(M, K, p):
     """What is kept, in every instruction set and number of threads: the bits of x, or zero, and nothing beyond."""
-    rng_state, x = torch.tensor([-1, 0x0123456789ABCDEF]), torch.randn(M, K + 3).to(dtype)[:, :K]
-    kept = torch.full((M + 1, K), 9.0, dtype=dtype)
-    C.keep(
-        dropout.threshold(p), rng_state.data_ptr(), M, K, call.DTYPES[dtype], x.data_ptr(), x.stride(0),
-        kept.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+    rng_state = torch.tensor([-1, 0x0123456789ABCDEF])
     mask = dropout_mask(M, K, p, rng_state)
-    assert torch.equal(kept[:M], torch.where(mask, x, torch.zeros_like(x))) and (kept[M] == 9).all()
+    for dtype in (F32, BF16):
+        x = torch.randn(M, K + 3).to(dtype)[:, :K]
+        expected = torch.where(mask, x, torch.zeros_like(x))
+        for name in SETS:
+            for count in THREADS:
+                with kernels(name), threads(*count):
+                    kept = torch.full((M + 1, K), 9.0, dtype=dtype)
+                    C.keep(
+                        dropout.threshold(p), rng_state.data_ptr(), M, K, call.DTYPES[dtype], x.data_ptr(),
+                        x.stride(0), kept.data_ptr(), torch.get_num_threads(),
+                    )  # fmt: skip
+                    assert torch.equal(kept[:M], expected) and (kept[M] == 9).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("M", [1, 5, 70])
-def test_the_bare_product(instruction_set, schedule, M, dtype):
+def test_the_bare_product(M, dtype):
     """The product with the frozen weight alone, both ways: no low-rank pair, no address of one."""
     t = make(Case(M, 257, 65, 1, dtype))
     for rows, backward in ((t.x, False), (t.dy, True)):
-        found = dispatch.backend_named("cpp").product(DenseWeight(t.weight), rows, backward)
         peer = rows @ (t.weight if backward else t.weight.T)
         truth = rows.double() @ (t.weight.double() if backward else t.weight.double().T)
-        assert_as_good_as(found, peer, truth)
+        for setting in settings():
+            with setting:
+                found = dispatch.backend_named("cpp").product(DenseWeight(t.weight), rows, backward)
+                assert_as_good_as(found, peer, truth)
 
 
 # Rows around the block of 192 (64, 16), the tile (12, 6) and the handful (4), columns around the chunk of 256 and the
@@ -117,40 +128,46 @@ EDGES = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["base", "fp32"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = [(F32, "base"), *((narrow, precision) for narrow in (BF16, F16) for precision in ("base", "fp32"))]
+
+
+@pytest.mark.parametrize(("dtype", "precision"), DTYPES, ids=str)
 @pytest.mark.parametrize("edge", EDGES, ids=str)
-def test_edges(instruction_set, schedule, edge, dtype, precision):
-    case = Case(*edge, dtype, torch.float32, 0.1, bias=True, lora_bias=True, precision=precision)
-    tensors = make(case)
-    judge(case, "cpp", (tensors, run(case, tensors, "cpp")))
+def test_edges(edge, dtype, precision):
+    judge_everywhere(Case(*edge, dtype, F32, 0.1, bias=True, lora_bias=True, precision=precision))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_threads(threads, schedule, dtype):
+@pytest.mark.parametrize("M", [1, 40, 200])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_threads(dtype, M):
     """Right for any number of threads, also more than there are blocks, and the same bits every time."""
-    for M in (1, 40, 200):
-        case = Case(M, 96, 80, 16, dtype, torch.float32, 0.2, lora_bias=True)
-        tensors = make(case)
-        found = run(case, tensors, "cpp")
-        judge(case, "cpp", (tensors, found))
-        again = run(case, tensors, "cpp")
-        assert all(torch.equal(found[name], again[name]) for name in NAMES if found[name] is not None)
+    case = Case(M, 96, 80, 16, dtype, F32, 0.2, lora_bias=True)
+    tensors = make(case)
+    expected = expect(case, tensors)
+    for one_pass in (True, False):
+        for count in THREADS:
+            with kernels(SETS[0], one_pass), threads(*count):
+                found = run(case, tensors, "cpp")
+                judge(case, "cpp", (tensors, found), expected=expected)
+                again = run(case, tensors, "cpp")
+                assert all(torch.equal(found[name], again[name]) for name in NAMES if found[name] is not None)
 
 
-def test_fp16_conversions(instruction_set, schedule):
+def test_fp16_conversions():
     """Every finite fp16 value, subnormals too, survives the accumulation into y, and halves round to even."""
-    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(F16)
     values = values[values.isfinite()].reshape(1, -1)  # [1, K]
     K = values.shape[1]
-    A, B = torch.zeros(1, K), torch.zeros(K, 1)
-    y = forward(values.T.contiguous(), torch.ones(1, 1).half(), A[:, :1], B[:1])
-    assert torch.equal(y, values.T)  # x W^T with W = 1, plus an update of 0: the accumulation reads and writes y
-    # y + c s B^T at the midpoint between neighbours: 1 + 2^-11 rounds to even, that is to 1; 1 + 3 2^-11 to 1 + 2^-9
-    x = torch.ones(1, 1).half()
-    for delta, expected in ((2.0**-11, 1.0), (3 * 2.0**-11, 1 + 2.0**-9), (2.0**-10, 1 + 2.0**-10)):
-        y = forward(x, torch.ones(1, 1).half(), torch.tensor([[delta]]), torch.ones(1, 1), precision="fp32")
-        assert y.item() == expected
+    A, B = torch.zeros(1, 1), torch.zeros(1, 1)
+    one = torch.ones(1, 1).half()
+    for setting in settings():
+        with setting:
+            y = forward(values.T.contiguous(), one, A, B)
+            assert y.shape == (K, 1) and torch.equal(y, values.T)  # W = 1, and an update of 0: y is read and written
+            # y + c s B^T at the midpoint between neighbours: 1 + 2^-11 is 1, being even; 1 + 3 2^-11 is 1 + 2^-9
+            for delta, expected in ((2.0**-11, 1.0), (3 * 2.0**-11, 1 + 2.0**-9), (2.0**-10, 1 + 2.0**-10)):
+                y = forward(one, one, torch.tensor([[delta]]), torch.ones(1, 1), precision="fp32")
+                assert y.item() == expected
 
 
 def forward(x, W, A, B, **options):
@@ -163,10 +180,10 @@ def test_one_pool_of_threads():
         assert C.parallel_runtime() == "openmp"
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("default", [BF16, torch.float64], ids=str)
 def test_s_does_not_depend_on_the_default_dtype(default):
     """The kernels write fp32 into s, whatever torch.empty would have made."""
-    case = Case(70, 96, 80, 16, torch.float32, p=0.1)
+    case = Case(70, 96, 80, 16, F32, p=0.1)
     tensors = make(case)
     expected = run(case, tensors, "cpp")
     before = torch.get_default_dtype()
@@ -178,18 +195,18 @@ def test_s_does_not_depend_on_the_default_dtype(default):
     assert all(torch.equal(found[name], expected[name]) for name in NAMES if expected[name] is not None)
 
 
-def test_unaligned_rows(instruction_set, schedule):
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_unaligned_rows(dtype):
     """Addresses that are multiples of the element's size and of nothing else; the bytes around them stay untouched."""
-    for dtype in (torch.float32, torch.bfloat16):
-        case = Case(35, 70, 66, 9, dtype, torch.float32, 0.1)
-        tensors = make(case)
-        guard = torch.full((1 + 35 * 71,), 7.0, dtype=dtype)
-        view = guard[1:].view(35, 71)[:, :70]
-        view.copy_(tensors.x)
-        tensors.x = view
-        tensors.lora_A = torch.cat([torch.zeros(1), tensors.lora_A.flatten()])[1:].view(9, 70)
-        judge(case, "cpp", (tensors, run(case, tensors, "cpp")))
-        assert (guard[1:].view(35, 71)[:, 70] == 7).all() and guard[0] == 7
+    case = Case(35, 70, 66, 9, dtype, F32, 0.1)
+    tensors = make(case)
+    guard = torch.full((1 + 35 * 71,), 7.0, dtype=dtype)
+    view = guard[1:].view(35, 71)[:, :70]
+    view.copy_(tensors.x)
+    tensors.x = view
+    tensors.lora_A = torch.cat([torch.zeros(1), tensors.lora_A.flatten()])[1:].view(9, 70)
+    judge_everywhere(case, tensors)
+    assert (guard[1:].view(35, 71)[:, 70] == 7).all() and guard[0] == 7
 
 
 def test_a_missing_extension_is_said(monkeypatch):
@@ -198,24 +215,26 @@ def test_a_missing_extension_is_said(monkeypatch):
     assert backend.unavailable() == "not built here" and not backend.broken
 
 
-def test_what_lies_behind_an_odd_row_is_not_read_as_a_number(instruction_set, schedule):
+def test_what_lies_behind_an_odd_row_is_not_read_as_a_number():
     """bf16 elements are multiplied in pairs: the neighbour of the last one must not come in, not even times zero."""
-    case = Case(35, 71, 67, 5, torch.bfloat16, torch.float32)
+    case = Case(35, 71, 67, 5, BF16, F32)
     tensors = make(case)
     for name in ("x", "dy"):
         value = getattr(tensors, name)
-        guarded = torch.full((value.shape[0], value.shape[1] + 1), torch.nan, dtype=torch.bfloat16)
+        guarded = torch.full((value.shape[0], value.shape[1] + 1), torch.nan, dtype=BF16)
         guarded[:, :-1] = value
         setattr(tensors, name, guarded[:, :-1])
-    judge(case, "cpp", (tensors, run(case, tensors, "cpp")))
+    judge_everywhere(case, tensors)
 
 
-def test_an_infinity_stays_one(instruction_set, schedule):
+def test_an_infinity_stays_one():
     """Ranks are padded to a vector: infinity times a padding zero must not reach y as NaN."""
     x = torch.ones(3, 8).bfloat16()
     x[1, 2] = torch.inf
-    y = forward(x, torch.ones(4, 8).bfloat16(), torch.ones(5, 8), torch.ones(4, 5))
-    assert (y[1] == torch.inf).all() and y[[0, 2]].isfinite().all()
+    for setting in settings():
+        with setting:
+            y = forward(x, torch.ones(4, 8).bfloat16(), torch.ones(5, 8), torch.ones(4, 5))
+            assert (y[1] == torch.inf).all() and y[[0, 2]].isfinite().all()
 
 
 def test_a_runtime_that_gives_fewer_threads_than_asked():
@@ -245,22 +264,20 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("M", [2, 70])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", WEIGHTS)
-def test_a_weight_is_read_where_it_lies(instruction_set, schedule, layout, dtype, M):
-    case = Case(M, 300, 70, 9, dtype, torch.float32, bias=True)
+@pytest.mark.parametrize(("layout", "dtype", "M"), pairwise(list(WEIGHTS), (F32, BF16, F16), (2, 70)), ids=str)
+def test_a_weight_is_read_where_it_lies(layout, dtype, M):
+    case = Case(M, 300, 70, 9, dtype, F32, bias=True)
     tensors = make(case)
     tensors.weight = WEIGHTS[layout](tensors.weight)
-    judge(case, "cpp", (tensors, run(case, tensors, "cpp")))
+    judge_everywhere(case, tensors)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("M", [2, 100])
 def test_one_pass_has_the_same_bits_for_any_number_of_threads(monkeypatch, M, dtype):
     """y and dx, whose sums no thread shares with another."""
     monkeypatch.setattr(call, "one_pass", lambda *_: True)
-    case = Case(M, 300, 130, 9, dtype, torch.float32, 0.2)
+    case = Case(M, 300, 130, 9, dtype, F32, 0.2)
     tensors = make(case)
     before, found = torch.get_num_threads(), []
     for count in (1, 2, 5):
@@ -292,23 +309,16 @@ def test_nothing_is_written_beside_the_outputs(monkeypatch, case):
     assert all((memory[:16] == 7).all() and (memory[-16:] == 7).all() for memory in guarded)
 
 
+@pytest.mark.skipif("avx2" not in SETS, reason="the kernels multiply by a dense weight with AVX2 alone")
 def test_dx_of_few_rows_in_fp32_is_torchs_product():
     """Its bits, with nothing on top where B is zero; in 16 bits, for more rows and for y the kernels compute."""
-    before, C = extension()[0].instruction_set(), extension()[0]
-    if "avx2" not in C.instruction_sets():
-        pytest.skip("the kernels multiply by a dense weight with AVX2 alone")
-    C.use("avx2")
-    try:
+    with kernels("avx2"):
         few = call.FEW_ROWS_OF_DX
-        assert not call.one_pass(torch.float32, few - 1, "dense", False) and call.one_pass(
-            torch.float32, few, "dense", False
-        )
-        assert call.one_pass(torch.bfloat16, 1, "dense", False) and call.one_pass(torch.float32, 1, "dense")
+        assert not call.one_pass(F32, few - 1, "dense", False) and call.one_pass(F32, few, "dense", False)
+        assert call.one_pass(BF16, 1, "dense", False) and call.one_pass(F32, 1, "dense")
         x, W, dy = torch.randn(16, 96, requires_grad=True), torch.randn(80, 96), torch.randn(16, 80)
         y = peftkern.lora_linear(x, W, torch.randn(4, 96), torch.zeros(80, 4), backend="cpp")
         assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy @ W)
-    finally:
-        C.use(before)
 
 
 def test_a_block_of_wide_rows_takes_no_more_than_16_mib():

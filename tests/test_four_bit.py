@@ -153,13 +153,10 @@ def bnb():
     return pytest.importorskip("bitsandbytes")
 
 
-def follows_the_format(K: int, blocksize: int) -> bool:
-    """Where bitsandbytes' decoder is right: its AVX-512 one (0.50.2) takes it that blocks end where rows do."""
-    return K % blocksize == 0 or "AVX512" not in torch.backends.cpu.get_cpu_capability()
-
-
 @pytest.mark.parametrize("quant_type", CODES)
 def test_decoder_and_encoder_are_bitsandbytes(quant_type, bnb):
+    """What bitsandbytes packs is decoded as specified; and as it decodes, where its blocks end with rows, since its
+    AVX-512 decoder (0.50.2) takes it that they do."""
     checked = 0
     for dtype, nested, N, K, blocksize in SWEEP[::7]:
         if K % 2 or N * K == 2:  # it compiles something for each odd K; it takes a single byte for a transposed weight
@@ -172,9 +169,11 @@ def test_decoder_and_encoder_are_bitsandbytes(quant_type, bnb):
         entries = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()} | {"weight": packed}
         taken = FrozenWeight.from_state_dict(entries)
         own = FrozenWeight.quantize(W, quant_type, blocksize=blocksize, double_quant=nested)
-        if follows_the_format(K, blocksize):
+        wanted = torch.from_numpy(specified(entries, quant_type)).to(dtype)
+        assert torch.equal(taken.materialize(dtype), wanted), (dtype, nested, N, K, blocksize)
+        if K % blocksize == 0:
             theirs = bnb.functional.dequantize_4bit(packed, state)
-            assert torch.equal(taken.materialize(dtype), theirs), (dtype, nested, N, K, blocksize)
+            assert torch.equal(wanted, theirs), (dtype, nested, N, K, blocksize)
             checked += 1
         if not nested:
             assert torch.equal(own.materialize(dtype), taken.materialize(dtype))
@@ -185,7 +184,8 @@ def test_decoder_and_encoder_are_bitsandbytes(quant_type, bnb):
         assert all(torch.equal(again[k], v) for k, v in entries.items() if "quant_state" not in k)
         facts = next(key for key in entries if "quant_state" in key)
         assert json.loads(bytes(again[facts].tolist())) == json.loads(bytes(entries[facts].tolist()))
-    assert checked >= 50
+    of_whole_rows = [K for *_, K, blocksize in SWEEP[::7] if K % blocksize == 0]
+    assert checked == len(of_whole_rows) > 10
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -194,23 +194,21 @@ def test_a_layer_of_bitsandbytes(quant_type, nested, bnb):
     from peftkern.integrations.bitsandbytes import from_bitsandbytes
 
     torch.manual_seed(0)
-    layer = bnb.nn.Linear4bit(80, 48, quant_type=quant_type, compress_statistics=nested, compute_dtype=F32)
+    layer = bnb.nn.Linear4bit(128, 48, quant_type=quant_type, compress_statistics=nested, compute_dtype=F32)
     with pytest.raises(ValueError, match="not quantised yet"):
         from_bitsandbytes(layer)
     layer.to("cpu")
     weight = from_bitsandbytes(layer)
-    assert (weight.format, weight.shape, weight.dtype) == (quant_type, (48, 80), F32)
+    assert (weight.format, weight.shape, weight.dtype) == (quant_type, (48, 128), F32)
     assert weight.data.data_ptr() == layer.weight.data.data_ptr()
-    if follows_the_format(80, 64):
-        assert torch.equal(
-            weight.materialize(F32), bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
-        )
+    theirs = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+    assert torch.equal(weight.materialize(F32), theirs)
     theirs = {name: value for name, value in layer.state_dict().items() if name != "bias"}
     assert torch.equal(FrozenWeight.from_state_dict(theirs).materialize(F32), weight.materialize(F32))
     state = bnb.functional.QuantState.from_dict(
         {k.removeprefix("weight."): v for k, v in weight.state_dict().items() if k != "weight"}, torch.device("cpu")
     )
-    assert state.shape == (48, 80) and state.nested == nested and torch.equal(state.absmax, weight.scale)
+    assert state.shape == (48, 128) and state.nested == nested and torch.equal(state.absmax, weight.scale)
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match="repacked"):
         from_bitsandbytes(layer)

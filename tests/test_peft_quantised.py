@@ -150,7 +150,7 @@ def test_the_weight_is_shared_and_never_stale(calls):
         return layer(x) - layer.scaling["default"] * layer.lora_B["default"](layer.lora_A["default"](x))
 
     def dense() -> torch.Tensor:
-        return x @ bnb.functional.dequantize_4bit(base.weight, base.weight.quant_state).T
+        return x @ from_bitsandbytes(base).materialize(F32).T
 
     with torch.no_grad():
         for change in (

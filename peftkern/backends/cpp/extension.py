@@ -13,7 +13,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from peftkern import _version
+from peftkern import _env, _version
 from peftkern.backends.cpp import stamp
 
 _PACKAGE = Path(__file__).parents[2]
@@ -31,7 +31,10 @@ def extension() -> tuple[Any, str | None, bool]:
     try:
         reason = stamp.refusal(Path(spec.origin), _version.__version__, _sources(), stamp.processor_features())
         if reason is None:
-            return importlib.import_module("peftkern._C"), None, False
+            module = importlib.import_module("peftkern._C")
+            if _env.settings().max_isa != "auto":
+                module.limit(_env.settings().max_isa)
+            return module, None, False
     except (ImportError, OSError) as error:
         reason = str(error)
     return None, f"the C++ extension does not load: {reason}", True
