@@ -1,13 +1,16 @@
 # make demo   fine-tune a real language model with plain PEFT, then with peftkern
 # make demo QUANT=nf4   the same on a base in 4 bits (or fp4), beside the dense one
 # make demo-many   train three adapters in one batch, serve them in one batch, sweep 8 trials in one batch
-# make test   lint, import contracts, types and every test that this machine can run
+# make test   lint, import contracts, types and the tests, in two processes: twelve minutes on two cores
+# make test-all   the same with the long lane: more of everything, compilers and emulators, the benchmarks' own tests
+# make lesser   the tests of the CPU kernels as on a processor with AVX2 alone, and as on one with nothing newer than SSE
 # make versions   the tests of PEFT and the Trainer with the oldest supported pair of PEFT and transformers
 # make sanitize   the extension's tests under AddressSanitizer and UBSan
 PYTHON ?= python3
 STEPS ?=
 QUANT ?=
 OUT ?= demo_out
+JOBS ?= 2
 
 # The one place that pins torch. It is installed before anything that depends on it.
 TORCH := torch==2.13.0
@@ -17,7 +20,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-many test lint types unit interpreter versions sanitize clean
+.PHONY: demo demo-many test test-all lint types unit interpreter lesser versions sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -36,14 +39,24 @@ lint: .venv/ready
 types: .venv/ready
 	$(BIN)/mypy
 
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 unit: .venv/ready
-	$(BIN)/python -m pytest
+	$(PYTEST) $(LONG)
 
 # Triton decides at import whether it interprets, so its kernels run on the CPU in a process of their own.
 interpreter: .venv/ready
 	@if $(BIN)/python -c "import triton" 2>/dev/null; then \
-	  echo "TRITON_INTERPRET=1 pytest -m interpreter"; TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter; \
+	  echo "TRITON_INTERPRET=1 pytest"; TRITON_INTERPRET=1 $(PYTEST) $(LONG); \
 	else echo "no Triton on this platform: the interpreter lane is left out"; fi
+
+test-all: LONG := --long
+test-all: test
+
+# What of the CPU kernels a rule or a library decides by the instruction set.
+CPU := cpp cpp_weights products weight_formats prepack frozen_layer experts peft_quantised multi_lora
+lesser: .venv/ready
+	PEFTKERN_MAX_ISA=avx2 $(PYTEST) $(CPU:%=tests/test_%.py)
+	PEFTKERN_MAX_ISA=baseline $(PYTEST) $(CPU:%=tests/test_%.py)
 
 # The newest pair is what `unit` runs with. The extension is the one that .venv/ready has built in place.
 OLDEST := .venv/oldest

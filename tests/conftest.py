@@ -283,13 +283,16 @@ ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(2))
 
 
-def llama(dtype: torch.dtype = torch.float32, seed: int = 0, bias: bool = False) -> nn.Module:
+def llama(
+    dtype: torch.dtype = torch.float32, seed: int = 0, bias: bool = False, widths: tuple[int, int] = (32, 48)
+) -> nn.Module:
     import transformers
 
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=32, attention_bias=bias, attn_implementation="eager",
+        hidden_size=widths[0], intermediate_size=widths[1], num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, max_position_embeddings=32, attention_bias=bias,
+        attn_implementation="eager",
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).to(dtype)
 
@@ -317,21 +320,6 @@ def injected(dtype: torch.dtype = torch.float32, *, base_bias: bool = False, **o
     model = llama(dtype, bias=base_bias).eval()
     peftkern.inject(model, **(dict(r=4, lora_alpha=8, target_modules=ALL_LINEAR) | options))
     return randomise(model)
-
-
-def bits(model: nn.Module) -> dict[str, tuple]:
-    """Everything that a load could change."""
-    state = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
-    kinds = {name: (type(module), getattr(module, "scaling", None)) for name, module in model.named_modules()}
-    return {"state": state, "kinds": kinds}
-
-
-def assert_same_bits(model: nn.Module, before: dict[str, tuple]) -> None:
-    after = bits(model)
-    assert after["kinds"] == before["kinds"] and after["state"].keys() == before["state"].keys()
-    for name, (value, trained) in before["state"].items():
-        found, now_trained = after["state"][name]
-        assert torch.equal(found, value) and trained == now_trained, name
 
 
 def logits(model: nn.Module, **options) -> torch.Tensor:

@@ -333,7 +333,7 @@ class Pool:
         self.size += truth.norm().item() ** 2
 
     def verdict(self) -> str | None:
-        """design.md's rule: err(ours) <= 2 err(PEFT) + 1e-6."""
+        """The error rule: err(ours) <= 2 err(PEFT) + 1e-6."""
         size = math.sqrt(self.size) or 1.0
         own, peer = math.sqrt(self.own) / size, math.sqrt(self.peer) / size
         return None if own <= 2 * peer + 1e-6 else f"error {own:.3e}, allowed 2 x {peer:.3e} + 1e-6"

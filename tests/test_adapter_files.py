@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from conftest import ATTENTION, ROOT, adapted, assert_same_bits, bits, injected, llama, logits, randomise
+from conftest import ATTENTION, ROOT, adapted, injected, llama, logits, randomise
+from model_state import assert_same_bits, bits
 from torch import nn
 
 import peftkern

@@ -330,7 +330,7 @@ def test_a_layer_keeps_it_and_its_state_dict_does_not():
         layer().merge()
 
 
-def test_row_16_a_compiled_layer_trains(target: Target):
+def test_a_compiled_layer_trains(target: Target):
     torch.compiler.reset()
     one = layer().to(target.device)
     x = torch.randn(6, 77, dtype=BF16, device=target.device)
@@ -348,7 +348,7 @@ def test_row_16_a_compiled_layer_trains(target: Target):
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_row_16_opcheck(scaling, target: Target):
+def test_opcheck(scaling, target: Target):
     """All of it but the check for mutated arguments, which multiplies them: torch has no product of e4m3 tensors."""
     if refused(BF16, target):
         return

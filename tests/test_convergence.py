@@ -97,7 +97,7 @@ def loss_of(family: str, model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def assert_same_training(own: Curve, plain: Curve, exact: Curve, base: torch.dtype) -> None:
-    """Every loss by the tolerance of the base; the results by design.md's rule, with a wider training as the truth."""
+    """Every loss by the tolerance of the base; the results by the error rule, with a wider training as the truth."""
     torch.testing.assert_close(own.losses, plain.losses, rtol=LOSS_RTOL[base], atol=0)
     for name in ("log_probabilities", "adapter"):
         assert_as_good_as(getattr(own, name), getattr(plain, name), getattr(exact, name), name)

@@ -14,7 +14,11 @@ from conftest import ROOT
 from peftkern.backends.cpp import stamp
 
 CROSS = "aarch64-linux-gnu-g++"
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="the kernels are not built on Windows")
+pytestmark = [
+    pytest.mark.long,  # a compilation of the kernels for each
+    pytest.mark.xdist_group("the portable driver"),
+    pytest.mark.skipif(os.name == "nt", reason="the kernels are not built on Windows"),
+]
 
 
 COMPILERS = ["g++", "g++-11", "clang++", "clang++-14"]

@@ -1,4 +1,4 @@
-"""Adapter ids that lie on a device: bounded there, checked on request, and never waited for (bad_inputs.md, row 6)."""
+"""Adapter ids that lie on a device: bounded there, checked on request, and never waited for."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_values_and_gradients_are_those_of_ids_on_the_host(routing, dtype, p, mo
 
 
 @pytest.mark.parametrize("bad", [E, -2, 2**40, -(2**63)])
-def test_row_6_an_id_out_of_range_is_bounded_to_the_base(bad: int, poisoned, as_if_on_a_device) -> None:
+def test_an_id_out_of_range_is_bounded_to_the_base(bad: int, poisoned, as_if_on_a_device) -> None:
     batch = make(ROUTINGS["interleaved"])
     wrong = dataclasses.replace(batch, ids=batch.ids.where(batch.ids != 3, bad))
     base = dataclasses.replace(batch, ids=batch.ids.where(batch.ids != 3, -1))
@@ -59,7 +59,7 @@ def test_row_6_an_id_out_of_range_is_bounded_to_the_base(bad: int, poisoned, as_
 
 
 @pytest.mark.parametrize("bad", [E, -2, 2**40])
-def test_row_6_the_checked_mode_refuses_it(bad: int, dispatch_env, as_if_on_a_device) -> None:
+def test_the_checked_mode_refuses_an_id_out_of_range(bad: int, dispatch_env, as_if_on_a_device) -> None:
     batch = make([0, 3, -1])
     expected = run(batch, "reference")["y"]
     dispatch_env(PEFTKERN_CHECK_IDS="1")
@@ -68,7 +68,7 @@ def test_row_6_the_checked_mode_refuses_it(bad: int, dispatch_env, as_if_on_a_de
         run(dataclasses.replace(batch, ids=torch.tensor([0, bad, -1])), "reference")
 
 
-def test_row_6_ids_on_the_host_are_checked_in_any_mode() -> None:
+def test_ids_on_the_host_are_checked_in_any_mode() -> None:
     with pytest.raises(ValueError, match=f"adapter id {E} is out of range"):
         run(dataclasses.replace(make([0, 3]), ids=torch.tensor([0, E])), "reference")
 

@@ -385,6 +385,7 @@ def outcome() -> dict[str, str]:
     return distributed.run_in_two(__file__)
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_processes(name: str, outcome: dict[str, str]) -> None:
     assert name in outcome, "an earlier check failed"

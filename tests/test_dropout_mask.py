@@ -39,7 +39,7 @@ def philox_in_integers(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[
 
 
 def kept_in_integers(row: int, col: int, p: float, seed: int, offset: int) -> bool:
-    """One element of the mask, straight from design.md's sentence."""
+    """One element of the mask, straight from the definition in words."""
     seed, offset = seed % 2**64, offset % 2**64
     counter = (col // 8, row, offset % 2**32, offset >> 32)
     word = philox_in_integers(counter, (seed % 2**32, seed >> 32))[col % 8 // 2]

@@ -65,7 +65,7 @@ def specified(entries: dict, quant_type: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("quant_type", CODES)
-def test_row_26_the_decoder_is_the_specification_bit_for_bit(quant_type):
+def test_the_decoder_is_the_specification_bit_for_bit(quant_type):
     assert len(SWEEP) >= 1000
     for seed, (dtype, nested, N, K, blocksize) in enumerate(SWEEP):
         entries = random_entries(N, K, blocksize, nested, quant_type, seed)
@@ -99,7 +99,7 @@ def test_the_encoder_takes_the_nearest_code():
 
 
 @pytest.mark.parametrize("storage", [BF16, F16, F32])
-def test_row_26_packed_bytes_stored_as_another_dtype(storage):
+def test_packed_bytes_stored_as_another_dtype(storage):
     entries = random_entries(8, 64, 64, True, "nf4", 0)
     want = FrozenWeight.from_state_dict(entries)
     entries["weight"] = entries["weight"].view(-1).view(storage).unsqueeze(1)
@@ -107,7 +107,7 @@ def test_row_26_packed_bytes_stored_as_another_dtype(storage):
     assert torch.equal(found.data, want.data) and torch.equal(found.materialize(F32), want.materialize(F32))
 
 
-def test_row_27_metadata():
+def test_metadata_that_does_not_fit_is_named():
     good = random_entries(8, 64, 64, True, "nf4", 0)
     key = "weight.quant_state.bitsandbytes__nf4"
     facts = json.loads(bytes(good[key].tolist()))

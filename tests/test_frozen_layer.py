@@ -102,7 +102,7 @@ def test_loading_is_strict():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_row_30_merge_is_refused_and_to_linear_gives_the_sum_in_full(name):
+def test_merge_is_refused_and_to_linear_gives_the_sum_in_full(name):
     made = layer(name, torch.bfloat16)
     before = bits(made)
     with pytest.raises(NotImplementedError, match=name):
@@ -145,7 +145,7 @@ def test_fsdp2_leaves_the_packed_weight_whole(tmp_path):
 
 
 @pytest.mark.parametrize("weight_format", ["int8", "nf4"])
-def test_row_16_a_compiled_layer_with_a_packed_weight_trains(weight_format):
+def test_a_compiled_layer_with_a_packed_weight_trains(weight_format):
     torch.compiler.reset()
     linear = torch.nn.Linear(25, 15, dtype=torch.bfloat16)
     layer = LoRALinear.from_linear(linear, 4, 8, weight_format=weight_format)

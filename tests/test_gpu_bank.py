@@ -48,7 +48,7 @@ def base(batch: Batch) -> torch.Tensor:
 
 
 def judge(batch: Batch, y: torch.Tensor, ids: Sequence[int] | torch.Tensor) -> None:
-    """design.md's rule, against the same on the CPU."""
+    """The error rule, against the same on the CPU."""
     one = dataclasses.replace(batch, ids=torch.as_tensor(ids))
     assert_as_good_as(y.cpu(), plain(one)["y"], truth(one)["y"], "y")
 
@@ -115,7 +115,7 @@ def test_a_graph_is_replayed_with_other_ids(routing: str, warm: bool) -> None:
 
 
 def judge_all(batch: Batch, found: dict[str, torch.Tensor]) -> None:
-    """design.md's rule for y and every gradient, those of all adapters pooled; exact zeros where there are no rows."""
+    """The error rule for y and every gradient, those of all adapters pooled; exact zeros where there are no rows."""
     expected, peer = truth(batch), plain(batch)
     assert found.keys() == expected.keys()
     for pool in ("y", "x", "bias", "A", "B"):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL_LINEAR, assert_same_bits, bits, injected, llama, logits
+from conftest import ALL_LINEAR, injected, llama, logits
+from model_state import assert_same_bits, bits
 
 import peftkern
 from peftkern.nn import LoRALinear
@@ -65,7 +66,7 @@ class Bomb:
         return (os.mkdir, (os.environ["PEFTKERN_TEST_BOMB"],))
 
 
-def test_row_29_a_pickle_is_neither_read_nor_run(folder, monkeypatch):
+def test_a_pickle_is_neither_read_nor_run(folder, monkeypatch):
     crater = folder.parent / "crater"
     monkeypatch.setenv("PEFTKERN_TEST_BOMB", str(crater))
     bomb = pickle.dumps(Bomb())
@@ -79,19 +80,19 @@ def test_row_29_a_pickle_is_neither_read_nor_run(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
-def test_row_29_a_truncated_file(folder, keep):
+def test_a_truncated_file(folder, keep):
     content = weights(folder).read_bytes()
     weights(folder).write_bytes(content[:keep])
     refused(folder, ValueError, "adapter_model.safetensors: not a safetensors file")
 
 
-def test_row_29_a_file_with_more_at_its_end(folder):
+def test_a_file_with_more_at_its_end(folder):
     weights(folder).write_bytes(weights(folder).read_bytes() + b"\0")
     refused(folder, ValueError, "not a safetensors file")
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**40, 10**8 + 1])
-def test_row_29_a_huge_header_length(folder, length):
+def test_a_huge_header_length(folder, length):
     weights(folder).write_bytes(struct.pack("<Q", length) + weights(folder).read_bytes()[8:])
     refused(folder, ValueError, "not a safetensors file")
 
@@ -121,7 +122,7 @@ def moved(key: str, change):
         lambda header: header | {f"{Q0}.lora_A.weight": 3},
     ],
 )
-def test_row_29_a_header_that_lies(folder, change):
+def test_a_header_that_lies(folder, change):
     with_header(folder, change)
     refused(folder, ValueError, "adapter_model.safetensors: not a safetensors file")
 
@@ -175,7 +176,7 @@ A0, B0 = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
         (lambda t: t.clear(), ValueError, "no tensors"),
     ],
 )
-def test_row_29_tensors_that_do_not_fit(folder, change, error, words):
+def test_tensors_that_do_not_fit(folder, change, error, words):
     with_tensors(folder, change)
     refused(folder, error, words)
 
@@ -183,7 +184,7 @@ def test_row_29_tensors_that_do_not_fit(folder, change, error, words):
 @pytest.mark.parametrize(
     "name", ["__class__", "model.layers.9.mlp.up_proj", "model.layers.0.mlp.act_fn", "model", "a\n.b"]
 )
-def test_row_36_a_layer_that_the_model_lacks(folder, name):
+def test_a_layer_that_the_model_lacks(folder, name):
     def add(tensors):
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.zeros(4, 32)
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(32, 4)
@@ -192,7 +193,7 @@ def test_row_36_a_layer_that_the_model_lacks(folder, name):
     refused(folder, (ValueError, TypeError), f"base_model.model.{name}.lora_A.weight")
 
 
-def test_row_36_a_model_with_other_layers_is_refused(folder):
+def test_a_model_with_other_layers_is_refused(folder):
     refused(
         folder,
         ValueError,
@@ -259,7 +260,7 @@ def test_an_injected_model_with_other_ranks_or_biases_is_refused(folder):
     ],
     ids=str,
 )
-def test_row_29_a_config_that_is_not_plain_lora(folder, changes, error, words):
+def test_a_config_that_is_not_plain_lora(folder, changes, error, words):
     with_config(folder, **changes)
     refused(folder, error, words)
 
@@ -267,7 +268,7 @@ def test_row_29_a_config_that_is_not_plain_lora(folder, changes, error, words):
 @pytest.mark.parametrize(
     "text", [b"", b"nul", b"[1]", b"\xff\xfe{", b"{" * 10, b"[" * 10**5, b"1" * 5000, b" " * (2**20 + 1)]
 )
-def test_row_29_a_config_that_is_no_object(folder, text):
+def test_a_config_that_is_no_object(folder, text):
     (folder / "adapter_config.json").write_bytes(text)
     refused(folder, ValueError, "adapter_config.json")
 

@@ -329,7 +329,7 @@ def test_an_unfrozen_weight_is_a_value_error():
         layer(torch.ones(7, 24))
 
 
-def test_row_21_training_draws_a_mask_and_evaluation_does_not(target: Target, dispatch_env):
+def test_training_draws_a_mask_and_evaluation_does_not(target: Target, dispatch_env):
     dispatch_env(PEFTKERN_BACKEND=target.backend)
     layer = LoRALinear(32, 24, 4, 8, lora_dropout=0.5, device=target.device)
     torch.nn.init.normal_(layer.lora_B)
@@ -339,7 +339,7 @@ def test_row_21_training_draws_a_mask_and_evaluation_does_not(target: Target, di
     assert torch.equal(layer(x), layer(x))
 
 
-def test_row_25_new_values_are_used_after_a_step_and_a_reload(target: Target, dispatch_env):
+def test_new_values_are_used_after_a_step_and_a_reload(target: Target, dispatch_env):
     dispatch_env(PEFTKERN_BACKEND=target.backend)
     layer = LoRALinear(32, 24, 4, 8, device=target.device)
     x = torch.randn(16, 32, device=target.device)

@@ -1,4 +1,4 @@
-"""Row 33 of bad_inputs.md: no Triton, no compiler, no extension; what is missing is left out with one warning."""
+"""No Triton, no compiler, no extension; what is missing is left out with one warning."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def gone(monkeypatch, backend: type, reason: str | None, broken: bool) -> None:
     [("cuda", TritonBackend, False, 1), ("cpu", CppBackend, False, 0), ("cpu", CppBackend, True, 1)],
     ids=["no triton on a GPU", "no extension", "broken extension"],
 )
-def test_row_33_falls_back_with_one_warning(device, backend, broken, warned, dispatch_env, monkeypatch, caplog):
+def test_it_falls_back_with_one_warning(device, backend, broken, warned, dispatch_env, monkeypatch, caplog):
     dispatch_env(PEFTKERN_BACKEND="auto")
     gone(monkeypatch, backend, "simulated: out of order", broken)
     with caplog.at_level(logging.WARNING, logger="peftkern"):
@@ -46,20 +46,20 @@ def test_row_33_falls_back_with_one_warning(device, backend, broken, warned, dis
     assert peftkern.env_report()["backends"][backend.name] == "simulated: out of order"
 
 
-def test_row_33_same_numerics_after_a_fallback(dispatch_env, monkeypatch):
+def test_the_numerics_are_the_same_after_a_fallback(dispatch_env, monkeypatch):
     gone(monkeypatch, CppBackend, "simulated: out of order", True)
     dispatch_env(PEFTKERN_BACKEND="auto")
     check(Case(34, 48, 40, 8, BF16, F32, 0.2, bias=True), Target("auto", "cpu"))
 
 
-def test_row_33_a_bad_variable_names_the_values(dispatch_env):
+def test_a_bad_variable_names_the_values(dispatch_env):
     dispatch_env(PEFTKERN_BACKEND="cuda")
     with pytest.raises(ValueError, match="PEFTKERN_BACKEND='cuda' is not one of auto, triton, cpp, reference"):
         peftkern.lora_linear(*(torch.eye(4) for _ in range(4)))
 
 
 @pytest.mark.parametrize("missing", [["triton"], ["peftkern._C"], ["triton", "peftkern._C", "peft", "transformers"]])
-def test_row_33_works_where_packages_are_missing(missing):
+def test_it_works_where_packages_are_missing(missing):
     program = f"""
 import json, sys, torch
 sys.modules.update(dict.fromkeys({missing!r}))  # importing any of these is a ModuleNotFoundError
@@ -79,6 +79,6 @@ print(json.dumps(peftkern.env_report()["backends"]))
     assert "triton" not in missing or backends["triton"] == "triton is not installed"
 
 
-def test_row_33_a_built_extension_is_ready():
+def test_a_built_extension_is_ready():
     """It may not silently be left out: where the file is, the backend runs."""
     assert not EXTENSION or peftkern.env_report()["backends"]["cpp"] == "ready"

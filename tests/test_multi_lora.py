@@ -142,7 +142,7 @@ def truth(batch: Batch) -> dict[str, Tensor]:
 
 
 def check(batch: Batch, backend: str) -> dict[str, Tensor]:
-    """design.md's rule for y and the gradients; those of all adapters are pooled: one tiny tensor is mostly luck."""
+    """The error rule for y and the gradients; those of all adapters are pooled: one tiny tensor is mostly luck."""
     found, expected, peer = run(batch, backend), truth(batch), plain(batch)
     assert found.keys() == expected.keys()
     pools = {

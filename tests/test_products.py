@@ -1,4 +1,4 @@
-"""y and every gradient, on every backend, against fp64 by design.md's rule: err(ours) <= 2 err(torch) + 1e-6."""
+"""y and every gradient, on every backend, against fp64 by the error rule: err(ours) <= 2 err(torch) + 1e-6."""
 
 from __future__ import annotations
 

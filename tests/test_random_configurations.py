@@ -1,7 +1,8 @@
 """Hunting wrong gradients: random configurations of one LoRA layer against PEFT's own layer, patched and not.
 
 Every draw is a ``Configuration``; a failing one is shrunk and printed, and ``random_layers.hunt`` of it is the
-reproduction. The default run is the same at every time; ``pytest --cases 50000`` looks further, elsewhere each time.
+reproduction. The default run is the same at every time, and the long lane's its continuation; ``pytest --cases 50000``
+looks further, elsewhere each time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from random_layers import BF16, F64, Configuration, build, configurations, hunt 
 from benchmarks import memory  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-DEFAULT_CASES = 2000
+DEFAULT_CASES, LONG_CASES = 500, 2000
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +33,12 @@ def one_thread(caplog):
     torch.set_num_threads(threads)
 
 
-def hunting(cases: int | None, share: float = 1.0, **options) -> settings:
-    """The default run is the same each time; one of another length looks elsewhere each time."""
+def hunting(config: pytest.Config, share: float = 1.0, **options) -> settings:
+    """The default run is the same each time; one of a length that was asked for looks elsewhere each time."""
+    cases = config.getoption("--cases")
+    length = cases or (LONG_CASES if config.getoption("--long") else DEFAULT_CASES)
     return settings(
-        max_examples=int((cases or DEFAULT_CASES) * share), derandomize=cases is None, deadline=None, database=None,
+        max_examples=int(length * share), derandomize=cases is None, deadline=None, database=None,
         suppress_health_check=list(HealthCheck), print_blob=False, **options,
     )  # fmt: skip
 
@@ -43,7 +46,7 @@ def hunting(cases: int | None, share: float = 1.0, **options) -> settings:
 @pytest.mark.parametrize(("backend", "share"), [("auto", 1.0), ("reference", 0.1)])
 def test_every_configuration_is_pefts(backend, share, pytestconfig, dispatch_env):
     dispatch_env(PEFTKERN_BACKEND=backend)
-    profile, seen = hunting(pytestconfig.getoption("--cases"), share), Counter()
+    profile, seen = hunting(pytestconfig, share), Counter()
 
     @profile
     @given(configurations())
@@ -65,7 +68,7 @@ def test_memory_held_by_autograd_is_x_and_s(pytestconfig):
     scaling; of DoRA also two vectors of length N and h, of y's size, which the magnitude's gradient needs.
     """
 
-    @hunting(pytestconfig.getoption("--cases"), share=0.1)
+    @hunting(pytestconfig, share=0.1)
     @given(configurations(vanilla=True))
     def weigh(case: Configuration):
         layer = build(case)
@@ -91,7 +94,7 @@ def expected_bytes(case: Configuration, x: torch.Tensor) -> int:
     return trains * (total + x.nbytes * any(adapter.trains[0] for adapter in case.used))
 
 
-def test_the_hunt_finds_a_wrong_gradient(monkeypatch):
+def test_the_hunt_finds_a_wrong_gradient(monkeypatch, pytestconfig):
     """A gradient of B that is 2 % off, in one corner only: a rank above 8 with dropout, in bf16."""
     from peftkern.ops import dispatch
 
@@ -106,7 +109,7 @@ def test_the_hunt_finds_a_wrong_gradient(monkeypatch):
 
     monkeypatch.setattr(dispatch, "backward", wrong)
 
-    @hunting(None, phases=[Phase.generate])
+    @hunting(pytestconfig, phases=[Phase.generate])
     @given(configurations())
     def judge(case: Configuration):
         hunt(case)

@@ -85,7 +85,7 @@ def weight_tables(t) -> dict:
 
 @pytest.mark.parametrize("tensor_scaling", [False, True])
 @pytest.mark.parametrize("which", OPERAND_SETS)
-def test_row_16_opcheck(which, tensor_scaling, target: Target):
+def test_opcheck(which, tensor_scaling, target: Target):
     case = OPERAND_SETS[which]
     backend = "auto" if case.R == 0 else target.backend
     t = make(case, target.device)
@@ -99,7 +99,7 @@ def test_row_16_opcheck(which, tensor_scaling, target: Target):
 
 @pytest.mark.parametrize("which", OPERAND_SETS)
 @pytest.mark.parametrize("strided", [False, True])
-def test_row_16_fake_kernels_have_the_real_shapes_strides_and_dtypes(which, strided, target: Target):
+def test_fake_kernels_have_the_real_shapes_strides_and_dtypes(which, strided, target: Target):
     case = OPERAND_SETS[which]
     t = make(case, target.device)
     if strided:
@@ -150,7 +150,7 @@ def fresh_compiler():
     [Case(9, 24, 16, 4, F32, F32, 0.3, bias=True, lora_bias=True), Case(9, 24, 16, 4, F32, F32)],
     ids=str,
 )
-def test_row_16_compiled_equals_eager(case, target: Target, fresh_compiler):
+def test_compiled_equals_eager(case, target: Target, fresh_compiler):
     t = make(case, target.device)
     layer = layer_of(t, case, target.backend, t.rng_state)
     eager = call_layer(layer, t)
@@ -160,7 +160,7 @@ def test_row_16_compiled_equals_eager(case, target: Target, fresh_compiler):
             torch.testing.assert_close(compiled[name], eager[name])  # sin and cos around it are the compiler's own
 
 
-def test_row_16_compiled_draws_the_mask_that_eager_draws(target: Target, fresh_compiler):
+def test_compiled_draws_the_mask_that_eager_draws(target: Target, fresh_compiler):
     case = Case(9, 24, 16, 4, F32, F32, 0.5)
     t = make(case, target.device)
     layer = layer_of(t, case, target.backend, None)
@@ -175,7 +175,7 @@ def test_row_16_compiled_draws_the_mask_that_eager_draws(target: Target, fresh_c
         assert torch.equal(found[1][name], found[2][name])
 
 
-def test_row_16_compiled_forward_and_backward_share_one_mask(target: Target, fresh_compiler):
+def test_compiled_forward_and_backward_share_one_mask(target: Target, fresh_compiler):
     """Without fallback_random the compiler draws its own numbers; forward and backward must still see the same ones."""
     eye, A, B = (torch.eye(40, device=target.device) for _ in range(3))
     layer = torch.compile(
@@ -189,7 +189,7 @@ def test_row_16_compiled_forward_and_backward_share_one_mask(target: Target, fre
     assert not torch.equal(layer(x), first)
 
 
-def test_row_16_dynamic_shapes_compile_once(target: Target, fresh_compiler):
+def test_dynamic_shapes_compile_once(target: Target, fresh_compiler):
     case = Case(9, 24, 16, 4, F32, F32, 0.3, bias=True, lora_bias=True)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     t = make(case, target.device)
@@ -207,7 +207,7 @@ def test_row_16_dynamic_shapes_compile_once(target: Target, fresh_compiler):
 
 
 @pytest.mark.parametrize("weight_format", ["int8", "nf4"])
-def test_row_16_compiled_module_with_a_tensor_scaling_and_a_packed_weight(weight_format, target, fresh_compiler):
+def test_compiled_module_with_a_tensor_scaling_and_a_packed_weight(weight_format, target, fresh_compiler):
     case = Case(9, 24, 16, 4, BF16, F32, weight_format=weight_format)
     t = make(case, target.device)
     scaling = torch.tensor(0.5, device=target.device)
@@ -222,7 +222,7 @@ def test_row_16_compiled_module_with_a_tensor_scaling_and_a_packed_weight(weight
 
 
 @pytest.mark.parametrize("lora_bias", [False, True])
-def test_row_16_a_patched_peft_model_compiles_in_one_graph(lora_bias, fresh_compiler):
+def test_a_patched_peft_model_compiles_in_one_graph(lora_bias, fresh_compiler):
     model = adapted(lora_bias=lora_bias, base_bias=lora_bias, target_modules=ATTENTION)
     peftkern.patch(model)
     expected = step(model)
@@ -245,7 +245,7 @@ AUTOCAST = [  # x, weight and bias, adapter, autocast's dtype
 
 @pytest.mark.parametrize("kinds", AUTOCAST, ids=str)
 @pytest.mark.parametrize("precision", ["base", "fp32"])
-def test_row_17_autocast_is_f_linears_rule(kinds, precision, target: Target):
+def test_autocast_is_f_linears_rule(kinds, precision, target: Target):
     """y as F.linear's dtype; every gradient in its parameter's dtype; values as of a call on cast operands."""
     x_dtype, w_dtype, a_dtype, dtype = kinds
     case = Case(19, 40, 24, 5, F32, F32, 0.25, bias=True, lora_bias=True, precision=precision)
@@ -264,7 +264,7 @@ def test_row_17_autocast_is_f_linears_rule(kinds, precision, target: Target):
         assert torch.equal(found[name], cast[name].to(found[name].dtype)), name
 
 
-def test_row_17_autocast_leaves_fp64_and_a_disabled_region_alone():
+def test_autocast_leaves_fp64_and_a_disabled_region_alone():
     case = Case(9, 24, 16, 4, F64, F64)
     t = make(case)
     with torch.autocast("cpu", BF16):
@@ -274,7 +274,7 @@ def test_row_17_autocast_leaves_fp64_and_a_disabled_region_alone():
             assert peftkern.lora_linear(t.x, t.weight, t.lora_A, t.lora_B).dtype == F32
 
 
-def test_row_17_backward_outside_the_autocast_region(target: Target):
+def test_backward_outside_the_autocast_region(target: Target):
     case = Case(19, 40, 24, 5, BF16, F32)
     t = make(case, target.device)
     leaf = leaves_of(t)
@@ -290,7 +290,7 @@ def test_row_17_backward_outside_the_autocast_region(target: Target):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_row_17_autocast_of_a_patched_fp32_model(dtype, calls):
+def test_autocast_of_a_patched_fp32_model(dtype, calls):
     model = adapted()
     truth = step(copy.deepcopy(model).double())
     with torch.autocast("cpu", dtype):
@@ -303,7 +303,7 @@ def test_row_17_autocast_of_a_patched_fp32_model(dtype, calls):
     assert_as_good_as(pooled(found, truth), pooled(expected, truth), pooled(truth, truth), "the gradients")
 
 
-def test_row_17_fp32_input_of_a_bf16_layer_without_autocast_is_pefts_error(calls):
+def test_fp32_input_of_a_bf16_layer_without_autocast_is_pefts_error(calls):
     layer = linears(adapted(BF16))["base_model.model.model.layers.0.mlp.up_proj"]
     peftkern.patch(torch.nn.ModuleList([layer]))
     with pytest.raises(RuntimeError, match="same dtype"):
@@ -314,7 +314,7 @@ def test_row_17_fp32_input_of_a_bf16_layer_without_autocast_is_pefts_error(calls
 # ----------------------------------------------------------------------------------------------------------- autograd
 
 
-def test_row_22_backward_twice_over_a_retained_graph(target: Target, poisoned):
+def test_backward_twice_over_a_retained_graph(target: Target, poisoned):
     t = make(Case(19, 40, 24, 5, F32, F32, 0.3), target.device)
     leaves = [tensor.requires_grad_() for tensor in (t.x, t.lora_A, t.lora_B)]
     y = peftkern.lora_linear(t.x, t.weight, t.lora_A, t.lora_B, dropout_p=0.3, backend=target.backend)
@@ -325,7 +325,7 @@ def test_row_22_backward_twice_over_a_retained_graph(target: Target, poisoned):
         torch.autograd.grad(y, leaves, t.dy)
 
 
-def test_row_22_double_backward_is_an_error_that_says_so(target: Target):
+def test_double_backward_is_an_error_that_says_so(target: Target):
     t = make(Case(19, 40, 24, 5), target.device)
     y = peftkern.lora_linear(t.x.requires_grad_(), t.weight, t.lora_A, t.lora_B, backend=target.backend)
     (dx,) = torch.autograd.grad(y.square().sum(), t.x, create_graph=True)
@@ -334,7 +334,7 @@ def test_row_22_double_backward_is_an_error_that_says_so(target: Target):
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "rng_state"])
-def test_row_23_a_saved_tensor_changed_in_place_is_torchs_error(name, target: Target):
+def test_a_saved_tensor_changed_in_place_is_torchs_error(name, target: Target):
     case = Case(19, 40, 24, 5, p=0.3)
     t = make(case, target.device)
     t.x.requires_grad_(), t.lora_A.requires_grad_(), t.lora_B.requires_grad_()

@@ -94,7 +94,7 @@ def flat_weight(N: int, K: int, n0: int, k0: int) -> tuple[FrozenWeight, torch.T
 
 @pytest.mark.parametrize("K", [FAR - 16, FAR - 3], ids=["whole bytes", "any"])
 @pytest.mark.parametrize("name", ["nf4", "int8", "int4", "fp8"])
-def test_row_8_offsets_beyond_2_31(name, K):
+def test_offsets_beyond_2_31(name, K):
     """The last tile of a weight of 2^32 elements, in the longest rows; only the pages that are written take memory."""
     N, BLOCK_N, BLOCK_K = 512, 256, 128
     n0, k0 = N - BLOCK_N, K // BLOCK_K * BLOCK_K

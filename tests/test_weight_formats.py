@@ -209,7 +209,7 @@ def test_held_bytes_of_nf4_are_at_most_4_13_bits_a_weight():
 
 
 @pytest.mark.parametrize("weight_format", formats())
-def test_row_8_rows_too_long_for_32_bits_within_a_tile_are_refused(weight_format):
+def test_rows_too_long_for_32_bits_within_a_tile_are_refused(weight_format):
     pytest.importorskip("triton")
     triton = dispatch.backend_named("triton")
 
