@@ -3,6 +3,7 @@
 # make demo-many   train three adapters in one batch, serve them in one batch, sweep 8 trials in one batch
 # make test   lint, import contracts, types and every test that this machine can run
 # make versions   the tests of PEFT and the Trainer with the oldest supported pair of PEFT and transformers
+# make mutants   forty small mistakes, one at a time, each of which a test must find
 # make sanitize   the extension's tests under AddressSanitizer and UBSan
 PYTHON ?= python3
 STEPS ?=
@@ -17,7 +18,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-many test lint types unit interpreter versions sanitize clean
+.PHONY: demo demo-many test lint types unit interpreter versions mutants sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -56,6 +57,10 @@ $(OLDEST)/ready: .venv/ready
 	$(OLDEST)/bin/python -m pip install --quiet $(TORCH)
 	$(OLDEST)/bin/python -m pip install --quiet peft==0.15.2 transformers==4.56.2 "accelerate>=1.15" "trl>=1.16,<2" numpy pytest
 	touch $@
+
+# Mistakes in C++ are compiled in the copies that they are made in.
+mutants: .venv/ready
+	$(BIN)/python tests/mutants.py
 
 # The extension's own tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own.
 SANITIZE := -fsanitize=address,undefined
