@@ -5,6 +5,7 @@
 # make test-all   the same with the long lane: more of everything, compilers and emulators, the benchmarks' own tests
 # make lesser   the tests of the CPU kernels as on a processor with AVX2 alone, and as on one with nothing newer than SSE
 # make versions   the tests of PEFT and the Trainer with the oldest supported pair of PEFT and transformers
+# make mutants   forty small mistakes, one at a time, each of which a test must find
 # make sanitize   the extension's tests under AddressSanitizer and UBSan
 PYTHON ?= python3
 STEPS ?=
@@ -20,7 +21,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-many test test-all lint types unit interpreter lesser versions sanitize clean
+.PHONY: demo demo-many test test-all lint types unit interpreter lesser versions mutants sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -69,6 +70,10 @@ $(OLDEST)/ready: .venv/ready
 	$(OLDEST)/bin/python -m pip install --quiet $(TORCH)
 	$(OLDEST)/bin/python -m pip install --quiet peft==0.15.2 transformers==4.56.2 "accelerate>=1.15" "trl>=1.16,<2" numpy pytest
 	touch $@
+
+# Mistakes in C++ are compiled in the copies that they are made in.
+mutants: .venv/ready
+	$(BIN)/python tests/mutants.py
 
 # The extension's own tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own.
 SANITIZE := -fsanitize=address,undefined

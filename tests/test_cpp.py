@@ -62,9 +62,12 @@ def test_the_best_set_is_taken_and_the_worst_is_always_there():
         C.use("no_such_set")
 
 
-@pytest.mark.parametrize(("M", "K"), [(1, 1), (3, 64), (2, 65), (5, 513), (4, 1030)])
+@pytest.mark.parametrize(("M", "K"), [(1, 1), (3, 64), (2, 65), (5, 513), (200, 1030)])
 def test_mask_bits(M, K):
-    """Every instruction set draws the frozen mask, for seeds and offsets that use all 64 bits."""
+    """Every instruction set draws the frozen mask, for seeds and offsets that use all 64 bits.
+
+    Of 206,000 elements a few have the very lane value that is the threshold, wherever it is.
+    """
     for state in ([0, 0], [-1, -1], [0x0123456789ABCDEF, -0x0123456789ABCDEF]):
         for p in (1e-4, 0.05, 0.5, 0.9999, 1.0):
             rng_state = torch.tensor(state)

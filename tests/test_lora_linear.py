@@ -223,8 +223,9 @@ def test_a_merged_layer_passes_gradients_to_x():
 # -------------------------------------------------------------------------------------------------------------- state
 
 
-def test_loading_while_merged_is_never_stale():
-    layer, other = trained(), trained(seed=1)
+@pytest.mark.parametrize("bias", [False, True])
+def test_loading_while_merged_is_never_stale(bias):
+    layer, other = trained(bias=bias, lora_bias=bias), trained(seed=1, bias=bias, lora_bias=bias)
     layer.merge()
     layer.load_state_dict(other.state_dict())
     x = torch.randn(7, 24)

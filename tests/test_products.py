@@ -92,6 +92,14 @@ def test_each_option_alone(dtype, adapter, option, target: Target):
     check(case, target)
 
 
+def test_gradients_of_an_fp32_adapter_are_not_rounded_to_the_base(target: Target):
+    """They leave an fp32 accumulator; of the reference, the factors alone come from products in the base's dtype."""
+    case = Case(29, 120, 88, 8, BF16, F32, lora_bias=True)
+    found = run(case, make(case, target.device), target.backend)
+    for name in ("lora_bias",) if target.backend == "reference" else ("lora_A", "lora_B", "lora_bias"):
+        assert not torch.equal(found[name], found[name].bfloat16().float()), name
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_fp64_of_the_reference_is_fp64(p):
     case = Case(17, 65, 33, 7, F64, F64, p, bias=True, lora_bias=True)

@@ -324,7 +324,8 @@ def test_a_table_of_estimates_says_what_the_estimate_says(arch: str, capsys):
     others = [(forward(M, R=R), product) for M in (1, 3, 100, 4097, 8191) for R in (1, 16, 33, 64)]
     for launch, here in [*others, *((forward(M), smaller) for M in (1, 64, 2048, 8192))]:
         assert select.choose(launch, here) == select.estimated(launch, here)
-    assert table.lookup(forward(8191), chip) is None and table.lookup(forward(), smaller) is None
+    assert table.lookup(forward(8191), chip) is None and table.lookup(forward(R=9), chip) is None
+    assert table.lookup(forward(), smaller) is None
 
 
 def test_an_estimate_replaces_no_measurement_and_no_old_estimate_stays():
