@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Rows of one value an axis: each two values of two axes stand together in a row. The same rows every time.
@@ -31,3 +33,9 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
         used.update(row)
         rows.append(tuple(axes[a][i] for a, i in row))
     return rows
+
+
+def covering(*axes: Sequence[Any]) -> list[Any]:
+    """Parameters of a test: the product of all axes, of which the long lane alone runs what is not in ``pairwise``."""
+    few = pairwise(*axes)
+    return [pytest.param(*row, marks=() if row in few else pytest.mark.long) for row in itertools.product(*axes)]

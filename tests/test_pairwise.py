@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from pairwise import pairwise
+from pairwise import covering, pairwise
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,11 @@ def test_values_need_be_neither_hashable_nor_different() -> None:
 def test_fewer_than_two_axes_have_no_pairs() -> None:
     with pytest.raises(ValueError, match="not of 1"):
         pairwise([1, 2])
+
+
+def test_the_long_lane_has_the_rest_of_the_product() -> None:
+    axes = [1, 2, 3], ["a", "b"], [{}, {"p": 1}]
+    found = covering(*axes)
+    assert [one.values for one in found] == list(itertools.product(*axes))
+    assert [one.values for one in found if not one.marks] == sorted(pairwise(*axes), key=str)
+    assert {mark.name for one in found for mark in one.marks} == {"long"}

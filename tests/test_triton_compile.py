@@ -12,68 +12,138 @@ import pathlib
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+import triton
+
 from peftkern.__main__ import main
-from peftkern.backends.triton import select, tiles
+from peftkern.backends.triton import inspect_kernels, select, tiles
 from peftkern.backends.triton.arch import ARCHES, nvidia
+from peftkern.backends.triton.inspect_kernels import TARGETS, Row, Variant
 from peftkern.backends.triton.tiles import Choice, Pass, TileConfig
 from peftkern.ops.problem import Problem
 from peftkern.testing import problems
 
-pytest.importorskip("triton")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+Name = tuple[str, str, str]  # target, variant, tile
 
-
-RECORD = pathlib.Path(__file__).parent / "triton_binaries.json"  # python -m peftkern kernels --json
-
-
-def _cells() -> list:
-    """A quarter of all variants, another quarter on each target; the record holds them all."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return []
-    from peftkern.backends.triton import inspect_kernels
-
-    cells = []
-    for i, target in enumerate(inspect_kernels.TARGETS):
-        for variant in list(dict.fromkeys(inspect_kernels.variants(ARCHES[target])))[i::4]:
-            cells.append(pytest.param(variant, target, id=f"{target} {variant} {variant.tile or ''}"))
-    return cells
+RECORD = pathlib.Path(__file__).parent / "triton_binaries.json"
+AGAIN = f"python -m peftkern kernels --json > tests/{RECORD.name}"
+compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
 
 @functools.cache
-def recorded() -> tuple[str, dict[tuple, dict]]:
-    """The Triton version of the record, and its rows by target, variant and tile."""
+def recorded() -> tuple[str, dict[Name, Row]]:
+    """The Triton version of the record, and its rows."""
     content = json.loads(RECORD.read_text())
-    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
-    return content["triton"], {(row["target"], row["variant"], row["tile"]): row for row in rows}
+    assert content["columns"] == [field.name for field in dataclasses.fields(Row)], AGAIN
+    rows = [Row(*row) for row in content["rows"]]
+    return content["triton"], {(row.target, row.variant, row.tile): row for row in rows}
 
 
-@pytest.mark.parametrize(("variant", "target"), _cells())
-@pytest.mark.compile_lane
-def test_binary(variant, target: str):
-    """It may be shipped, and, under the record's Triton, is what the record says: registers to within a few."""
-    import triton
+@functools.cache
+def canaries() -> set[Name]:
+    """As few binaries as show every target, body, dtype, format and matrix instruction of the record."""
 
-    from peftkern.backends.triton import inspect_kernels
-
-    row = inspect_kernels.inspect(variant, target)
-    assert inspect_kernels.failure(row, variant) is None, row
-    version, rows = recorded()
-    expected = rows[target, row.variant, row.tile]
-    if triton.__version__.split("+")[0] == version:
-        found = dataclasses.asdict(row)
-        assert abs(found.pop("registers") - expected["registers"]) <= 8
-        assert found == {name: value for name, value in expected.items() if name != "registers"}
-
-
-def test_the_record_holds_every_variant_and_nothing_else():
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the interpreter does not compile")
-    from peftkern.backends.triton import inspect_kernels
+    def shows(row: Row) -> set:
+        return {row.target, row.mma, row.tma, *row.variant.replace("grad with t", "grad-with-t").split()[:4]}
 
     _, rows = recorded()
-    wanted = {(target, str(v)) for target in inspect_kernels.TARGETS for v in inspect_kernels.variants(ARCHES[target])}
-    assert {key[:2] for key in rows} == wanted
-    assert all(row["stack"] == row["spills"] == 0 and not row["traps"] for row in rows.values())
+    missing, found = set().union(*map(shows, rows.values())), set()
+    while missing:
+        name = max(rows, key=lambda name: len(missing & shows(rows[name])))
+        found.add(name)
+        missing -= shows(rows[name])
+    return found
+
+
+def variants(target: str) -> list[Variant]:
+    return list(dict.fromkeys(inspect_kernels.variants(ARCHES[target])))
+
+
+def check_binaries(target: str, every: bool) -> None:
+    """Each may be shipped and, under the record's Triton, is what the record says: registers to within a few.
+
+    Compiled are the canaries, what is made from something else than the record's, and by another Triton all.
+    """
+    version, rows = recorded()
+    same_triton = triton.__version__.split("+")[0] == version
+    faults, stale = [], []
+    for variant in variants(target):
+        tile, key = inspect_kernels.key(variant, target)
+        name = (target, str(variant), tile)
+        row = expected = rows.get(name) if same_triton else None
+        if expected is None or expected.key != key or every or name in canaries():
+            row = inspect_kernels.inspect(variant, target)
+        reason = inspect_kernels.failure(row, variant)
+        if reason is not None:
+            faults.append(f"{name}: {reason}")
+        if same_triton and (expected is None or expected.key != key):
+            stale.append(name)
+        if expected is not None:
+            close = abs(row.registers - expected.registers) <= 8
+            if not close or dataclasses.replace(row, registers=expected.registers, key=expected.key) != expected:
+                faults.append(f"{row}, where the record has {expected}")
+    assert not faults, "\n".join(faults)
+    assert not stale, f"{len(stale)} binaries may be shipped, but are not those of the record: {AGAIN}"
+
+
+@compiles
+@pytest.mark.compile_lane
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_canaries_and_what_this_tree_changed(target: str):
+    check_binaries(target, every=False)
+
+
+@compiles
+@pytest.mark.compile_lane
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_binary(target: str):
+    check_binaries(target, every=True)
+
+
+@compiles
+def test_an_edit_is_compiled_and_compared_and_a_stale_record_is_seen(monkeypatch):
+    """A tree in which one binary is made from something else than the record's."""
+    (variant,) = [v for v in variants("sm_90") if str(v).startswith("kept fp32")]
+    name = ("sm_90", str(variant), inspect_kernels.key(variant, "sm_90")[0])
+    version, rows = recorded()
+    compiled = []
+
+    def inspect(variant: Variant, target: str) -> Row:
+        compiled.append(variant)
+        return rows[target, str(variant), inspect_kernels.key(variant, target)[0]]
+
+    monkeypatch.setitem(globals(), "variants", lambda target: [variant])
+    monkeypatch.setitem(globals(), "canaries", lambda: set())
+    monkeypatch.setattr(inspect_kernels, "inspect", inspect)
+    monkeypatch.setattr(triton, "__version__", version)
+    check_binaries("sm_90", every=False)
+    assert compiled == []
+    check_binaries("sm_90", every=True)
+    assert compiled == [variant]
+    edited = dataclasses.replace(rows[name], key="of another text")
+    monkeypatch.setitem(globals(), "recorded", lambda: (version, {name: edited}))
+    with pytest.raises(AssertionError, match="1 binaries may be shipped, but are not those of the record"):
+        check_binaries("sm_90", every=False)
+    monkeypatch.setitem(globals(), "recorded", lambda: (version, {name: dataclasses.replace(edited, tma=True)}))
+    with pytest.raises(AssertionError, match="where the record has"):
+        check_binaries("sm_90", every=False)
+    monkeypatch.setitem(globals(), "recorded", lambda: (version, {}))
+    with pytest.raises(AssertionError, match="are not those of the record"):
+        check_binaries("sm_90", every=False)
+    monkeypatch.setitem(globals(), "recorded", lambda: ("2.0.0", {name: edited}))
+    check_binaries("sm_90", every=False)
+    assert compiled == 5 * [variant]
+
+
+@compiles
+def test_the_record_holds_every_variant_and_nothing_else():
+    _, rows = recorded()
+    assert {key[:2] for key in rows} == {(target, str(v)) for target in TARGETS for v in variants(target)}
+    assert all(row.stack == row.spills == 0 and not row.traps for row in rows.values())
+    assert len({row.key for row in rows.values()}) == len({(row.target, row.key) for row in rows.values()})
 
 
 @pytest.mark.parametrize(
@@ -88,28 +158,23 @@ def test_the_record_holds_every_variant_and_nothing_else():
     ],
 )
 def test_what_may_not_be_shipped(changed: dict, reason: str):
-    from peftkern.backends.triton import inspect_kernels
-
     tile = TileConfig(128, 256, 64, 8, 3, SUBTILES=4, tma=True)
-    variant = inspect_kernels.Variant("split", tile=tile)
-    row = inspect_kernels.Row("sm_90", str(variant), str(tile), 200, 0, 0, 160_000, 227 * 1024, "wgmma", True, False)
+    variant = Variant("split", tile=tile)
+    row = Row("sm_90", str(variant), str(tile), 200, 0, 0, 160_000, 227 * 1024, "wgmma", True, False, "")
     assert inspect_kernels.failure(row, variant) is None
     assert reason in inspect_kernels.failure(dataclasses.replace(row, **changed), variant)
     twice = dataclasses.replace(variant, tile=dataclasses.replace(tile, resident=2))
     assert "do not fit" in inspect_kernels.failure(row, twice)
 
 
+@compiles
 def test_kernels_command(monkeypatch, capsys):
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the interpreter does not compile")
-    from peftkern.backends.triton import inspect_kernels
-
-    monkeypatch.setattr(inspect_kernels, "variants", lambda arch: iter([inspect_kernels.Variant("shrink")]))
+    monkeypatch.setattr(inspect_kernels, "variants", lambda arch: iter([Variant("shrink")]))
     assert main(["kernels", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     found = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
-    assert [row["target"] for row in found] == list(inspect_kernels.TARGETS)
-    assert all(row["registers"] > 0 and row["shared_memory"] > 0 for row in found)
+    assert [row["target"] for row in found] == list(TARGETS)
+    assert all(row["registers"] > 0 and row["shared_memory"] > 0 and len(row["key"]) == 16 for row in found)
     assert main(["kernels"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[0].startswith("target") and "gfx942" in lines[4]

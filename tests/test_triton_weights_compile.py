@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from pairwise import covering
 
 pytest.importorskip("triton")
 
@@ -116,11 +117,12 @@ def test_every_tile_of_a_packed_format_is_among_the_choices(name):
 
 @pytest.mark.compile_lane
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
-@pytest.mark.parametrize("scaling", ["tensor", "row", "block"])
-@pytest.mark.parametrize("backward", [False, True], ids=["y", "dx"])
-@pytest.mark.parametrize(("target", "instruction"), [("sm_90", "wgmma fp8"), ("sm_100", "tcgen05 fp8")])
-def test_base_compute_fp8_multiplies_e4m3(target, instruction, backward, scaling):
+@pytest.mark.parametrize(
+    ("target", "backward", "scaling"), covering(["sm_90", "sm_100"], [False, True], ["tensor", "row", "block"])
+)
+def test_base_compute_fp8_multiplies_e4m3(target, backward, scaling):
     """By the tile that 4096 rows get: FP8 matrix instructions, whatever the weight's scales share."""
+    instruction = {"sm_90": "wgmma fp8", "sm_100": "tcgen05 fp8"}[target]
     from peftkern.backends.triton.inspect_kernels import Variant, failure, inspect
 
     options = (("scaling", scaling),)

@@ -1,12 +1,14 @@
 """What the compiler makes of every kernel, for chips that are not here: registers, stack, shared memory, MMA kind.
 
 Each row compiles the launch that the backend would start (``launch`` on meta tensors), with the tile that it would
-choose, through ``triton.compile`` and a ``GPUTarget``; no GPU, no driver.
+choose, through ``triton.compile`` and a ``GPUTarget``; no GPU, no driver. ``key`` says, without compiling, whether that
+would make another binary than the record's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import subprocess
@@ -55,7 +57,7 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one variant compiled to. ``stack`` and ``spills`` in bytes (on AMD: scratch, spilled registers)."""
+    """What one variant compiled to, and from (``key``). ``stack`` and ``spills`` in bytes (AMD: scratch, registers)."""
 
     target: str
     variant: str
@@ -68,6 +70,7 @@ class Row:
     mma: str
     tma: bool
     traps: bool
+    key: str
 
 
 def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
@@ -140,7 +143,7 @@ def _describe(value: Any, path: tuple[int, ...], specialize: bool, source: dict[
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _compile(made: launch.Launch, target: GPUTarget) -> Any:
+def _source(made: launch.Launch) -> ASTSource:
     source: dict[str, Any] = {"signature": {}, "constexprs": {}, "attrs": {}}
     for i, parameter in enumerate(made.kernel.params):
         value = made.arguments[parameter.name]
@@ -149,7 +152,26 @@ def _compile(made: launch.Launch, target: GPUTarget) -> Any:
             source["signature"][parameter.name] = "constexpr"
         else:
             source["signature"][parameter.name] = _describe(value, (i,), not parameter.do_not_specialize, source)
-    return triton.compile(ASTSource(made.kernel, **source), target=target, options=made.options)
+    return ASTSource(made.kernel, **source)
+
+
+def _compile(made: launch.Launch, target: GPUTarget) -> Any:
+    return triton.compile(_source(made), target=target, options=made.options)
+
+
+def _key(made: launch.Launch, target: GPUTarget) -> str:
+    text = f"{_source(made).hash()} {target} {sorted(made.options.items())}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def key(variant: Variant, target: str) -> tuple[str, str]:
+    """Its tile, and a digest of all that one compiler makes a binary from; nothing is compiled.
+
+    Triton's cache goes by the same: the text of the body, of its plugs and of what they call, the constants that these
+    read, the types and alignments of the arguments, the options. Not: files' names and line ends, the launch's code.
+    """
+    made, tile = _launch(variant, ARCHES[target])
+    return tile, _key(made, TARGETS[target])
 
 
 def _number(pattern: str, text: str) -> int:
@@ -190,7 +212,7 @@ def inspect(variant: Variant, target: str) -> Row:
     registers, stack, spills = _usage(compiled)
     return Row(
         target, str(variant), tile, registers, stack, spills, compiled.metadata.shared, arch.shared_memory, mma,
-        "cp.async.bulk.tensor" in text, re.search(r"^\s*trap;", text, re.M) is not None,
+        "cp.async.bulk.tensor" in text, re.search(r"^\s*trap;", text, re.M) is not None, _key(made, TARGETS[target]),
     )  # fmt: skip
 
 
@@ -244,8 +266,8 @@ def kernels_table(json_wanted: bool) -> str:
         raise ValueError("\n".join(failures))
     if json_wanted:
         return as_json(found).rstrip()
-    header = [field.name for field in dataclasses.fields(Row)]
-    lines = [header, *([str(value) for value in dataclasses.astuple(row)] for row in found)]
+    header = [field.name for field in dataclasses.fields(Row) if field.name != "key"]
+    lines = [header, *([str(getattr(row, name)) for name in header] for row in found)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
