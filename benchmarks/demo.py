@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks import demo_report, harness, memory, packages, record, smollm2
+from benchmarks import demo_report, harness, memory, packages, quiet, record, smollm2
 
 if TYPE_CHECKING:
     from benchmarks.finetune import Job, Run
@@ -269,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo and write its report."""
     options = _parse(arguments)
     packages.require("tqdm", *packages.REAL_MODEL, *(["bitsandbytes"] if options.quant else []))
+    quiet.others()
     from benchmarks.finetune import Job
 
     start = time.monotonic()

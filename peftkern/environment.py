@@ -8,9 +8,12 @@ import platform
 import torch
 
 from peftkern import _env, _version
+from peftkern.backends.cpp import stamp
+from peftkern.backends.cpp.extension import extension
 from peftkern.ops import dispatch
 
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "safetensors")
+_VECTORS = {"avx512bf16": "AVX512-BF16", "avx512": "AVX-512", "avx2": "AVX2"}  # by the extension's names
 
 
 def env_report() -> dict[str, object]:
@@ -33,9 +36,17 @@ def env_report() -> dict[str, object]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
-        "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})",
+        "device": torch.cuda.get_device_name() if cuda else f"cpu ({_instructions()})",
         "threads": torch.get_num_threads(),
         "settings": {f"PEFTKERN_{name}": value for name, value in chosen.items()},
         "backends": {name: backend.unavailable() or "ready" for name, backend in backends.items()},
         "held_bytes": sum(backend.held_bytes() for backend in backends.values()),
     }
+
+
+def _instructions() -> str:
+    """The processor's best vectors, and AMX; where the extension is missing by torch's name, which says less."""
+    module, features = extension()[0], stamp.processor_features() or frozenset()
+    best = "" if module is None else module.instruction_sets()[0]
+    vectors = _VECTORS.get(best, torch.backends.cpu.get_cpu_capability())
+    return f"{vectors}, AMX" if "amx_bf16" in features else vectors

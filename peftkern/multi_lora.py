@@ -68,8 +68,12 @@ def multi_lora_linear(
     A, B = _split(lora_A, lora_B, ranks)
     E = len(A)
     for e in range(E):
-        _naming(e, inputs.check_devices, {"x": x, "weight": weight, "lora_A": A[e], "lora_B": B[e], "bias": bias})
-        _naming(e, inputs.check_shapes, x, DenseWeight(weight), A[e], B[e], bias, None)
+        inputs.naming(
+            f"adapter {e}",
+            inputs.check_devices,
+            {"x": x, "weight": weight, "lora_A": A[e], "lora_B": B[e], "bias": bias},
+        )
+        inputs.naming(f"adapter {e}", inputs.check_shapes, x, DenseWeight(weight), A[e], B[e], bias, None)
     scaling = [_finite(e, value) for e, value in enumerate(_listed("scaling", scaling, E))]
     p = [float(value) if training else 0.0 for value in _listed("dropout_p", dropout_p, E)]
     for e, value in enumerate(p):
@@ -81,6 +85,8 @@ def multi_lora_linear(
     M = x.shape[:-1].numel()
     if not isinstance(ids, Plan) and ids.numel() != M:
         raise ValueError(f"there are {ids.numel()} adapter ids for the {M} rows of x {tuple(x.shape)}")
+    if isinstance(ids, Plan):
+        inputs.check_index(plan.rows, M)  # of a batch of another size, or made by hand
     spans = {span.id: span for span in plan.spans}
     if spans and max(spans) >= E:
         raise ValueError(f"adapter id {max(spans)} is out of range for {E} adapters")
@@ -153,13 +159,6 @@ def _finite(e: int, value: float) -> float:
     if not -math.inf < value < math.inf:
         raise ValueError(f"adapter {e}: scaling={value} is not finite")
     return float(value)
-
-
-def _naming(e: int, check, *arguments) -> None:
-    try:
-        check(*arguments)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"adapter {e}: {error}") from None
 
 
 def draw_states(p: Sequence[float]) -> Sequence[tuple[int, int]]:

@@ -64,7 +64,7 @@ class MultiLoRALinear(nn.Module):
     def _segments(self, x: Tensor, route: Route | None) -> tuple[BankSettings, list[Tensor]]:
         """What each adapter of the batch that covers this layer has to do with it."""
         if route is None or route.bank is not self.bank:
-            return BankSettings([], [], [], torch.empty(0, dtype=torch.int64), [], [], "base", ""), []
+            return BankSettings([], [], [], torch.empty(0, dtype=torch.int64, device=x.device), [], [], "base", ""), []
         plan = route.plan(x.shape[:-1], x.device)
         settings = BankSettings([], [], [], plan.rows, [], [], "base", "", plan.inside)
         factors: list[Tensor] = []

@@ -9,26 +9,21 @@ segment, not of x, keys the dropout mask, so an adapter's mask does not depend o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from peftkern.ops import dispatch
+from peftkern.ops import dispatch, inputs
 from peftkern.ops.bank_problem import BankBackward, BankOperands, Segment
+from peftkern.ops.define import define
 
 _OPERANDS = (
     "Tensor weight, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, float[] dropout_p, int[] rng, "
     "Tensor rows, int[] starts, int[] counts, str precision, str backend, "
     "Tensor? inside"
-)
-
-_library = torch.library.Library("peftkern", "FRAGMENT")
-_library.define(f"bank_forward(Tensor x, {_OPERANDS}) -> (Tensor y, Tensor s)")
-_library.define(
-    f"bank_backward(Tensor dy, Tensor? x, Tensor? s, {_OPERANDS}, bool need_x, bool[] need_pairs, bool need_bias)"
-    " -> Tensor[]"
 )
 
 
@@ -50,7 +45,13 @@ class BankArguments(NamedTuple):
     inside: Tensor | None = None
 
     def operands(self) -> BankOperands:
-        """The same, by segment."""
+        """The same, by segment. Raises: ValueError for lists that are not as long as each other."""
+        inputs.check_lists(
+            0, lora_A=self.lora_A, lora_B=self.lora_B, scaling=self.scaling, dropout_p=self.dropout_p,
+            rng=self.rng[::2], starts=self.starts, counts=self.counts,
+        )  # fmt: skip
+        if len(self.rng) % 2:
+            raise ValueError(f"rng is a seed and an offset for each segment, got {len(self.rng)} numbers")
         segments = [
             Segment(A, B, scaling, p, self.rng[2 * i], self.rng[2 * i + 1], start, count)
             for i, (A, B, scaling, p, start, count) in enumerate(
@@ -60,40 +61,64 @@ class BankArguments(NamedTuple):
         return BankOperands(self.weight, self.bias, segments, self.rows, self.precision, self.inside)
 
 
-def forward_here(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+def _given_forward(x: Tensor, *arguments) -> tuple[BankOperands, str]:
     given = BankArguments(*arguments)
-    return dispatch.bank_forward(given.operands(), x, given.backend)
+    operands = given.operands()
+    inputs.check_bank(operands, x)
+    return operands, given.backend
+
+
+def forward_here(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """The operator behind ``check_index``: for callers that have their rows from a plan."""
+    operands, backend = _given_forward(x, *arguments)
+    return dispatch.bank_forward(operands, x, backend)
+
+
+def _forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    operands, backend = _given_forward(x, *arguments)
+    inputs.check_index(operands.rows, x.shape[0])
+    return dispatch.bank_forward(operands, x, backend)
 
 
 def _forward_fake(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    given = BankArguments(*arguments)
+    operands, _ = _given_forward(x, *arguments)
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = x.new_empty(x.shape[0], given.weight.shape[0])
-    return y, x.new_empty(given.operands().thin_size, dtype=wide)
+    y = x.new_empty(x.shape[0], operands.weight.shape[0])
+    return y, x.new_empty(operands.thin_size, dtype=wide)
+
+
+def _given_backward(dy, x, s, *arguments) -> tuple[BankOperands, BankBackward, bool, str]:
+    *shared, need_x, need_pairs, need_bias = arguments
+    given = BankArguments(*shared)
+    operands, asked = given.operands(), BankBackward(dy, x, s, need_x, need_pairs)
+    inputs.check_bank_backward(operands, asked)
+    return operands, asked, need_bias, given.backend
 
 
 def backward_here(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments) -> list[Tensor]:
-    *shared, need_x, need_pairs, need_bias = arguments
-    given = BankArguments(*shared)
-    asked = BankBackward(dy, x, s, need_x, need_pairs)
-    return dispatch.bank_backward(given.operands(), asked, need_bias, given.backend)
+    """The operator behind ``check_index``."""
+    return dispatch.bank_backward(*_given_backward(dy, x, s, *arguments))
+
+
+def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments) -> list[Tensor]:
+    given = _given_backward(dy, x, s, *arguments)
+    inputs.check_index(given[0].rows, dy.shape[0])
+    return dispatch.bank_backward(*given)
 
 
 def _backward_fake(dy: Tensor, x, s, *arguments) -> list[Tensor]:
-    *shared, need_x, need_pairs, need_bias = arguments
-    given = BankArguments(*shared)
-    found = [dy.new_empty(dy.shape[0], given.weight.shape[1])] if need_x else []
-    for A, B, need in zip(given.lora_A, given.lora_B, need_pairs, strict=True):
+    (weight, bias, segments, *_), asked, need_bias, _ = _given_backward(dy, x, s, *arguments)
+    found = [dy.new_empty(dy.shape[0], weight.shape[1])] if asked.need_x else []
+    for (A, B, *_), need in zip(segments, asked.need_pairs, strict=True):
         found += [A.new_empty(A.shape), B.new_empty(B.shape)] if need else []
-    return found + ([given.bias.new_empty(given.bias.shape)] if need_bias and given.bias is not None else [])
+    return found + ([bias.new_empty(bias.shape)] if need_bias and bias is not None else [])
 
 
-for _name, _implementation, _fake in (
-    ("bank_forward", forward_here, _forward_fake),
-    ("bank_backward", backward_here, _backward_fake),
-):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"peftkern::{_name}", _fake, lib=_library)
-
-forward = torch.ops.peftkern.bank_forward.default
-backward = torch.ops.peftkern.bank_backward.default
+_define = functools.partial(define, torch.library.Library("peftkern", "FRAGMENT"))
+forward = _define(f"bank_forward(Tensor x, {_OPERANDS}) -> (Tensor y, Tensor s)", _forward, _forward_fake)
+backward = _define(
+    f"bank_backward(Tensor dy, Tensor? x, Tensor? s, {_OPERANDS}, bool need_x, bool[] need_pairs, bool need_bias)"
+    " -> Tensor[]",
+    _backward,
+    _backward_fake,
+)

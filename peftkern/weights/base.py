@@ -162,11 +162,16 @@ class FrozenWeight(ABC):
         tables: tuple[Tensor, ...] = (),
         shape: tuple[int, int] | None = None,
     ) -> FrozenWeight:
-        """Rebuild a weight from what the operators carry; it was validated when it was first made."""
+        """Rebuild a weight from what the operators carry; it was validated when it was first made.
+
+        Raises: ValueError for an unknown format; NotImplementedError for a packed one without ``shape``.
+        """
         cls = _format_class(format, _FORMATS)
+        if cls.packed and shape is None:
+            raise NotImplementedError(f"a weight of format {format!r} is for a plain forward and backward alone")
         weight = object.__new__(cls)
         weight.data, weight.scale, weight.group_size, weight.tables = data, scale, group_size, tuple(tables)
-        weight.shape = tuple(shape if cls.packed and shape is not None else data.shape)  # type: ignore[assignment]
+        weight.shape = tuple(shape if cls.packed else data.shape)  # type: ignore[assignment, arg-type]
         weight.dtype = torch.float32
         return weight
 

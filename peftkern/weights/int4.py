@@ -29,8 +29,9 @@ class Int4Weight(FrozenWeight):
         require_group(name, "group_size", self.group_size)
         shape = (N, -(-K // self.group_size))
         require(f"{name}.scale", self.scale, torch.float32, shape, device)
-        (zero_point,) = self.tables or (None,)
-        require(f"{name}.zero_point", zero_point, torch.uint8, shape, device)
+        if len(self.tables) != 1:
+            raise ValueError(f"{name} has one table, zero_point, not {len(self.tables)}")
+        require(f"{name}.zero_point", self.tables[0], torch.uint8, shape, device)
 
     def check_values(self, name: str) -> None:
         require_finite(f"{name}.scale", self.scale)
