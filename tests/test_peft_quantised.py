@@ -58,7 +58,7 @@ def qlora(kind: str, dtype: torch.dtype = F32, bias: bool = False, seed: int = 0
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_are_those_of_the_dequantised_model(kind, dtype, bias, calls):
+def test_logits_and_gradients_are_those_of_the_dequantised_model(kind, dtype, bias, calls):
     def values(base) -> torch.Tensor:
         return from_bitsandbytes(base).materialize(dtype)
 

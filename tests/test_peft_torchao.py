@@ -47,7 +47,7 @@ def qlora(dtype: torch.dtype = F32, bias: bool = False, grain: str = "row", seed
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("grain", GRAINS)
-def test_loss_and_gradients_are_those_of_the_dequantised_model(grain, dtype, bias, calls):
+def test_logits_and_gradients_are_those_of_the_dequantised_model(grain, dtype, bias, calls):
     def values(base) -> torch.Tensor:
         return base.weight.dequantize().to(dtype)
 
