@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from benchmarks import harness, memory, record
@@ -274,6 +278,18 @@ def test_the_demo_stops_at_a_disagreement(dtype, noise, wrong, monkeypatch, tmp_
         else:
             with pytest.raises(demo.Disagreement, match="bf16" if dtype == torch.bfloat16 else "fp32"):
                 demo.agreement(job, [])
+
+
+def test_what_the_demo_imports_says_nothing_but_errors():
+    pytest.importorskip("peft")
+    program = (
+        "from benchmarks import quiet; quiet.others(); import benchmarks.finetune; import importlib.util, logging\n"
+        "for name in ('torchao', 'bitsandbytes'): importlib.util.find_spec(name) and __import__(name)\n"
+        "for name in quiet._WARN: logging.getLogger(name).error('an error')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "" and done.stderr.count("an error") == len(done.stderr.splitlines()) == 3
 
 
 def test_missing_packages_are_named_in_one_line():

@@ -7,12 +7,14 @@ import logging
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from conftest import ROOT, Case, Target, check
 
 import peftkern
+from peftkern import environment
 from peftkern.backends.cpp.backend import CppBackend
 from peftkern.backends.triton.backend import TritonBackend
 from peftkern.ops import dispatch
@@ -44,6 +46,25 @@ def test_it_falls_back_with_one_warning(device, backend, broken, warned, dispatc
         with pytest.raises(RuntimeError, match="simulated: out of order"):
             dispatch.select(Problem(device, 1, 24, 16, 4, F32, F32), argument)
     assert peftkern.env_report()["backends"][backend.name] == "simulated: out of order"
+
+
+@pytest.mark.parametrize(
+    ("sets", "features", "named"),
+    [
+        (["avx512bf16", "avx512", "avx2", "baseline"], {"avx512_bf16", "amx_bf16"}, "cpu (AVX512-BF16, AMX)"),
+        (["avx512bf16", "avx512", "avx2", "baseline"], {"avx512_bf16"}, "cpu (AVX512-BF16)"),
+        (["avx512", "avx2", "baseline"], {"avx512f"}, "cpu (AVX-512)"),
+        (["avx2", "baseline"], {"avx2"}, "cpu (AVX2)"),
+        (["baseline"], None, f"cpu ({torch.backends.cpu.get_cpu_capability()})"),
+        (None, {"amx_bf16"}, f"cpu ({torch.backends.cpu.get_cpu_capability()}, AMX)"),
+    ],
+)
+def test_the_processor_is_named_by_what_it_multiplies_with(sets, features, named, monkeypatch):
+    module = None if sets is None else types.SimpleNamespace(instruction_sets=lambda: sets)
+    monkeypatch.setattr(environment, "extension", lambda: (module, None, False))
+    monkeypatch.setattr(environment.stamp, "processor_features", lambda: features)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert peftkern.env_report()["device"] == named
 
 
 def test_the_numerics_are_the_same_after_a_fallback(dispatch_env, monkeypatch):

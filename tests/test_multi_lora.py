@@ -350,6 +350,21 @@ def test_errors_name_the_value(backend: str, change: dict, message: str) -> None
         run(dataclasses.replace(make([0, 3]), **change), backend)
 
 
+def test_a_plan_of_a_larger_batch_is_refused(backend: str) -> None:
+    batch, plan = make([0, 3, -1]), plan_rows(torch.tensor([0, 3, -1, 2]))
+    with pytest.raises(ValueError, match="rows are numbers of x's 3 rows, from 0 on, got 0 to 3"):
+        multi_lora_linear(batch.x, batch.W, batch.A, batch.B, batch.scaling, plan, backend=backend)
+
+
+def test_a_factor_that_has_lost_its_shape_is_refused(backend: str) -> None:
+    """Layers of a bank have checked their factors when these were added, and somebody may have set ``.data`` since."""
+    batch = make([0, 1, -1], ranks=(2, 3))
+    settings = BankSettings([1.0] * 2, [0.0] * 2, [0] * 4, plan_rows(batch.ids).rows, [1, 2], [1, 1], "base", backend)
+    batch.A[1].data = torch.zeros(3, 8)
+    with pytest.raises(ValueError, match=r"segment 1: lora_A is \[R, 65\].*got \(3, 8\)"):
+        apply(batch.x, batch.W, batch.bias, settings, [batch.A[0], batch.B[0], batch.A[1], batch.B[1]])
+
+
 def test_dtypes_and_kinds_are_checked(backend: str) -> None:
     batch = make([0, 3])
     with pytest.raises(TypeError, match="adapter ids are int64 or int32, not torch.float32"):
