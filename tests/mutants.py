@@ -79,7 +79,7 @@ MUTANTS = [
         "keep_bits_row(p.dropout, row + i + j, 0, p.K,", "keep_bits_row(p.dropout, i + j, 0, p.K,",
         "test_cpp.py -k edges"),
     cpp("last of an odd K", "cpu/decode.h", "avx2", "memcpy(lanes[i], w + i * ldw + k, (count - k) * sizeof(T));",
-        "memcpy(lanes[i], w + i * ldw + k, (count - k - 1) * sizeof(T));", "test_cpp.py -k edges"),
+        "memcpy(lanes[i], w + i * ldw + k, (count - k - 1) * sizeof(T));", "test_cpp.py -k bare_product"),
     cpp("one column beyond half a tile", "cpu/fused.h", "avx512",
         "if (width > W) store_tail(high, target + W, width - W);",
         "if (width > W + 1) store_tail(high, target + W, width - W);", "test_cpp.py -k edges"),
@@ -168,7 +168,7 @@ MUTANTS = [
     kernel("scale of a scale in a later tile", "weight_load.py", "(((first & 255).to(tl.int32) + block) >> 8)",
         "(block >> 8)", "test_triton_weights.py -k loader"),
     kernel("the last run of the bias sums", "grad.py", "    for run in range(runs):\n",
-        "    for run in range(tl.maximum(runs - 1, 1)):\n", "test_triton_interpreter.py -k runs"),
+        "    for run in range(tl.maximum(runs - 1, 1)):\n", "test_triton_interpreter.py -k tiles_of"),
 ]
 # fmt: on
 
