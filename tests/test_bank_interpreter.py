@@ -31,7 +31,7 @@ pytestmark = [
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 E = len(RANKS)
 SMALL = dict(K=40, N=24)
-MIXED = [3, -1, 4, 4, 6, 0, 3, 3, -1, 4, 1, 3, 4, 0, 3, 3, 4, 3, 5]  # two tiles of 16 rows, and none of adapter 2
+MIXED = [3, -1, 4, 4, 6, 6, 3, 3, -1, 4, 5, 3, 4, 6, 3, 3, 4]  # two tiles of 16 rows; four adapters of seven
 TILES = {
     "several of everything": TileConfig(16, 16, 16, 4, 1, GROUP_M=2, resident=1),
     "slices": TileConfig(16, 16, 16, 4, 1, SLICES=2),

@@ -142,8 +142,10 @@ def banked(monkeypatch) -> Callable[[int], Batch]:
     return batch_of
 
 
-@pytest.mark.parametrize("slices", [1, 2])
-@pytest.mark.parametrize("resident", [None, 2])
+@pytest.mark.parametrize(
+    ("slices", "resident"),
+    [(1, 2), (2, None), *(pytest.param(*two, marks=pytest.mark.long) for two in [(1, None), (2, 2)])],
+)
 def test_bank(slices: int, resident: int | None, banked):
     batch = banked(slices)
     expected = bank_run(batch)
