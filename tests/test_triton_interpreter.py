@@ -78,24 +78,20 @@ BIASES = ((True, True), (False, False), (True, False), (False, True))
 FEATURES = (DTYPES, ("base", "fp32"), ("dense", "int8"), (0.3, 0.0))
 
 
-def case_of(dtypes, precision, weight_format, p, M, shape, R, biases) -> Case:
-    return Case(M, *shape, R, *dtypes, p, *biases, precision, 1.75, weight_format)
+def combinations() -> list:
+    """Cases and ways: every two choices together; in the long lane dtypes x precision x format x dropout x way."""
+
+    def cell(dtypes, precision, weight_format, p, way, M, shape, R, biases) -> tuple[Case, str]:
+        return Case(M, *shape, R, *dtypes, p, *biases, precision, 1.75, weight_format), way
+
+    few = [cell(*row) for row in pairwise(*FEATURES, list(WAYS), ROWS, SHAPES, RANKS, BIASES)]
+    rest = zip(*map(itertools.cycle, (ROWS, SHAPES, RANKS, BIASES)), strict=True)  # goes round
+    every = [cell(*row, *next(rest)) for row in itertools.product(*FEATURES, WAYS)]
+    cells = {c: () for c in few} | {c: pytest.mark.long for c in every if c not in few}
+    return [pytest.param(*c, marks=marks, id=f"{c[0]}-{c[1]}") for c, marks in cells.items()]
 
 
-def pairs() -> list:
-    """Every two choices of dtypes, precision, format, dropout, extents, rank, biases, and of the way to run it."""
-    rows = pairwise(*FEATURES, ROWS, SHAPES, RANKS, BIASES, list(WAYS))
-    return [pytest.param(case_of(*row), way, id=f"{case_of(*row)}-{way}") for *row, way in rows]
-
-
-def products() -> list:
-    """Dtypes x precision x format x dropout x way; the rest goes round."""
-    rest = zip(*map(itertools.cycle, (ROWS, SHAPES, RANKS, BIASES)), strict=True)
-    cases = [case_of(*features, *next(rest)) for features in itertools.product(*FEATURES)]
-    return [pytest.param(case, way, marks=pytest.mark.long, id=f"{case}-{way}") for case in cases for way in WAYS]
-
-
-@pytest.mark.parametrize(("case", "way"), [*pairs(), *products()])
+@pytest.mark.parametrize(("case", "way"), combinations())
 def test_combinations(case: Case, way: str):
     """Several tiles along each dimension that the case has room for, with an edge."""
     with select.forced(WAYS[way]):
