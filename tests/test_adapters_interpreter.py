@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from conftest import Case
+from pairwise import pairwise
 from test_adapters import a_sum, found, fresh, ours, plain
 
 from peftkern.testing.numerics import assert_as_good_as
@@ -20,9 +21,12 @@ pytestmark = [
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
 
-@pytest.mark.parametrize("invariant", ["", "1"], ids=["any", "batch invariant"])
-@pytest.mark.parametrize("needs", [None, ("x",), ("lora_A1", "lora_B0")], ids=["all", "x", "factors"])
-@pytest.mark.parametrize("case", [Case(37, 40, 24, 0, F32, bias=True), Case(37, 40, 24, 0, BF16, F32)], ids=str)
+CASES = (Case(37, 40, 24, 0, F32, bias=True), Case(37, 40, 24, 0, BF16, F32))
+
+
+@pytest.mark.parametrize(
+    ("case", "needs", "invariant"), pairwise(CASES, [None, ("x",), ("lora_A1", "lora_B0")], ["", "1"]), ids=str
+)
 def test_further_adapters_are_added_in_place(case, needs, invariant, dispatch_env):
     if invariant:
         dispatch_env(PEFTKERN_BATCH_INVARIANT="1")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_bank_interpreter import TILES, Seen, as_if_on_a_device
+from pairwise import pairwise
+from test_bank_interpreter import MIXED, SMALL, TILES, Seen, as_if_on_a_device
 from test_multi_lora import RANKS, ROUTINGS, Batch, check, make, run
 
 from peftkern.backends.triton import backend as triton_backend
@@ -26,7 +27,6 @@ pytestmark = [
 ]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 E = len(RANKS)
-SMALL = dict(K=40, N=24)
 
 
 @pytest.fixture(params=[False, True], ids=["host ids", "device ids"])
@@ -42,12 +42,15 @@ def only_base(batch: Batch) -> Batch:
     return dataclasses.replace(batch, A=[], B=[], scaling=[], p=[], states=[], ids=torch.full_like(batch.ids, -1))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_every_routing(routing: str, dtype: torch.dtype, on_device: bool) -> None:
+@pytest.mark.parametrize(
+    ("routing", "dtype", "p", "device_ids"), pairwise(list(ROUTINGS), [F32, BF16, F16], [0.2, 0.0], [True, False])
+)
+def test_every_routing(routing: str, dtype: torch.dtype, p: float, device_ids: bool, monkeypatch) -> None:
     """design.md's rule for y and every gradient, each adapter with its own p or none; the base's bits elsewhere."""
-    batch = make(ROUTINGS[routing], dtype, **SMALL, p=0.2)
-    assert len({p for p in batch.p}) == 3 and 0.0 in batch.p
+    if device_ids:
+        as_if_on_a_device(monkeypatch)
+    batch = make(ROUTINGS[routing], dtype, **SMALL, p=p)
+    assert len(set(batch.p)) == (3 if p else 1) and 0.0 in batch.p
     found, base = check(batch, "triton"), run(only_base(batch), "triton")
     rows = batch.ids == -1
     assert torch.equal(found["y"][rows], base["y"][rows]) and torch.equal(found["x"][rows], base["x"][rows])
@@ -56,37 +59,38 @@ def test_every_routing(routing: str, dtype: torch.dtype, on_device: bool) -> Non
             assert not found[f"A{e}"].any() and not found[f"B{e}"].any()
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("tile", TILES)
-def test_every_way_to_run_a_tile(tile: str, p: float, on_device: bool, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("tile", "dtype", "p", "extents", "precision", "bias", "narrow"),
+    pairwise(
+        list(TILES), [BF16, F32, F16], [0.3, 0.0], [SMALL, dict(K=39, N=23)], [None, "fp32"], [True, False],
+        [False, True],
+    ),
+)  # fmt: skip
+def test_every_way_to_run_a_tile(tile, dtype, p, extents, precision, bias, narrow, monkeypatch) -> None:
+    """``narrow``: adapters in the dtype of the base."""
     monkeypatch.setattr(bank_schedule, "bank_tile", lambda launch, arch: TILES[tile])
-    check(make(ROUTINGS["interleaved"], BF16, **SMALL, p=p), "triton")
-    check(make(ROUTINGS["two rows each, the base between"], F32, K=39, N=23, p=p), "triton")
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_fp32_precision_no_bias_and_adapters_in_the_dtype_of_the_base(dtype: torch.dtype) -> None:
-    check(make(ROUTINGS["interleaved"], dtype, **SMALL, p=0.1, precision="fp32", bias=False), "triton")
-    check(make(ROUTINGS["interleaved"], dtype, **SMALL, p=0.1, adapter_dtype=dtype), "triton")
+    adapter_dtype = dtype if narrow else F32
+    batch = make(MIXED, dtype, **extents, p=p, precision=precision, bias=bias, adapter_dtype=adapter_dtype)
+    check(batch, "triton")
 
 
 @pytest.mark.parametrize("sliced", [False, True])
-def test_a_large_rank_beside_a_small_one(sliced: bool, on_device: bool, monkeypatch) -> None:
+def test_a_large_rank_beside_a_small_one(sliced: bool, monkeypatch) -> None:
     """Ranks are walked in pieces of 64; the first adapter has more than two."""
     if sliced:
         monkeypatch.setattr(bank_schedule, "bank_tile", lambda launch, arch: TILES["slices"])
     check(make([0, 1, 2, 1, 1, -1, 2, 2, 1, 3], BF16, **SMALL, p=0.2, ranks=(130, 1, 64, 128)), "triton")
 
 
-def test_adapters_of_several_dtypes(on_device: bool) -> None:
+def test_adapters_of_several_dtypes() -> None:
     """Each gradient is in the dtype of its adapter: ``check`` asserts it."""
-    batch = make(ROUTINGS["interleaved"], BF16, **SMALL, p=0.2)
+    batch = make(MIXED, BF16, **SMALL, p=0.2)
     for e in (3, 4):
         batch.A[e], batch.B[e] = batch.A[e].to(BF16), batch.B[e].to(BF16)
     check(batch, "triton")
 
 
-def test_a_long_segment_is_cut_into_runs_that_add_up(on_device: bool, monkeypatch) -> None:
+def test_a_long_segment_is_cut_into_runs_that_add_up(monkeypatch) -> None:
     """Its parts are added in the order of its rows: the same bits each time."""
     made = []
     real = launch.bank_grad
@@ -98,15 +102,15 @@ def test_a_long_segment_is_cut_into_runs_that_add_up(on_device: bool, monkeypatc
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
-def test_an_adapter_that_drops_everything(on_device: bool) -> None:
-    batch = make(ROUTINGS["interleaved"], BF16, **SMALL)
+def test_an_adapter_that_drops_everything() -> None:
+    batch = make(MIXED, BF16, **SMALL)
     batch.p[3], base = 1.0, run(only_base(batch), "triton")
     found, rows = run(batch, "triton"), batch.ids == 3
     assert not found["A3"].any() and not found["B3"].any()
     assert torch.equal(found["y"][rows], base["y"][rows]) and torch.equal(found["x"][rows], base["x"][rows])
 
 
-def test_nothing_leaks_from_one_adapter_into_another(on_device: bool) -> None:
+def test_nothing_leaks_from_one_adapter_into_another() -> None:
     """A NaN in a row, of x or of dy, and in a factor: only what reads them is not finite."""
     ids = [4, 0, -1, 3, 4, 5, 1, 4, 0]
     expected = run(make(ids, BF16, **SMALL, p=0.2), "triton")
@@ -145,7 +149,7 @@ def test_gradients_of_adapters_without_rows_are_zeros(ids: list[int], on_device:
         assert not found[f"B{e}"].any() and found[f"B{e}"].shape == batch.B[e].shape
 
 
-def test_dy_and_x_of_any_strides(on_device: bool) -> None:
+def test_dy_and_x_of_any_strides() -> None:
     batch = make(ROUTINGS["two rows each, the base between"], BF16, **SMALL, p=0.2)
     expected = run(batch, "triton")
     turned = run(dataclasses.replace(batch, x=batch.x.T.contiguous().T, dy=batch.dy.T.contiguous().T), "triton")
@@ -175,7 +179,7 @@ def test_columns_further_apart_than_32_bits_count_are_brought_together() -> None
     assert all((K - 1) * along_column < 2**31 for _, along_column in strides), strides
 
 
-def test_only_what_is_needed_has_a_gradient(on_device: bool) -> None:
+def test_only_what_is_needed_has_a_gradient() -> None:
     batch = make([0, 3, -1, 4, 3], BF16, **SMALL, p=0.1)
     expected = run(batch, "triton")
     for needs in (("x",), ("A",), ("B",), ("bias",), ("x", "A"), ("A", "B")):
@@ -196,13 +200,13 @@ def backward_of(batch: Batch, device_ids: bool, need_pairs: list[bool], need_x: 
     return bank_schema.backward(batch.dy, batch.x, s, *shared, need_x, need_pairs, False)
 
 
-@pytest.mark.parametrize("need_x", [True, False])
-def test_a_frozen_pair_beside_trained_ones(need_x: bool, on_device: bool) -> None:
+@pytest.mark.parametrize(("need_x", "device_ids"), [(True, True), (False, False)])
+def test_a_frozen_pair_beside_trained_ones(need_x: bool, device_ids: bool) -> None:
     batch = make([4, 0, -1, 3, 4, 5, 6, 4, 0], BF16, **SMALL, p=0.1)
-    every = backward_of(batch, on_device, [True] * E)
+    every = backward_of(batch, device_ids, [True] * E)
     dx, pairs = every[0], [every[1 + 2 * e : 3 + 2 * e] for e in range(E)]
     need = [e in (0, 4, 6) for e in range(E)]
-    found = backward_of(batch, on_device, need, need_x)
+    found = backward_of(batch, device_ids, need, need_x)
     expected = [*([dx] if need_x else []), *(factor for e in (0, 4, 6) for factor in pairs[e])]
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
