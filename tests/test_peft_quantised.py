@@ -185,6 +185,35 @@ def test_patch_is_reversible_and_copies_are_patched(kind, calls):
     assert [type(module) for module in model.modules()] == before
 
 
+@torch.inference_mode()
+def evaluated(model: nn.Module) -> nn.Module:
+    peftkern.patch(model)
+    model(input_ids=IDS)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["patched inside", "copied", "unpickled", "quantised inside"])
+def test_what_was_evaluated_first_in_inference_mode_trains(how, kind, calls):
+    def step(model: nn.Module) -> list[torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    fresh = qlora(kind)
+    peftkern.patch(fresh)
+    expected = step(fresh)
+    if how == "quantised inside":
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=ALL_LINEAR, task_type="CAUSAL_LM")
+        model = randomise(get_peft_model(torch.inference_mode()(quantise)(llama(), kind, F32), config))
+    else:
+        model = qlora(kind)
+    again = {"copied": copy.deepcopy, "unpickled": lambda m: pickle.loads(pickle.dumps(m))}.get(how, lambda m: m)
+    found = step(again(evaluated(again(model))))
+    assert len(calls) == 3 * LAYERS
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize(("kind", "bits"), [("nf4", 4), ("int8", 8)])
 def test_row_30_save_load_and_merge_are_pefts(kind, bits, tmp_path, calls):
     model = qlora(kind)

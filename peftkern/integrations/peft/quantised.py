@@ -56,10 +56,23 @@ def frozen(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     entry = _known.get(base)
     if entry is None or not _same(entry[0], key):
         try:
-            entry = _known[base] = (key, from_bitsandbytes(base) if data is weight else from_torchao(weight))
+            entry = _known[base] = (key, _taken(base, weight, data is weight))
         except ValueError as error:
             return f"its base weight cannot be taken: {error}"
     return entry[1], compute
+
+
+def _taken(base: Any, weight: Any, bitsandbytes: bool) -> FrozenWeight:
+    """The weight, of tensors that backward can save: whoever asks first may be evaluating, and the next one trains."""
+    with torch.inference_mode(False):
+        found = from_bitsandbytes(base) if bitsandbytes else from_torchao(weight)
+        return found.mapped(_alias) if any(tensor.is_inference() for tensor in found.tensors) else found
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Another tensor on the same memory, which is none of inference mode's."""
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _parts_of(state: Any) -> tuple[Any, ...]:

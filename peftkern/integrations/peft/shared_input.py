@@ -225,7 +225,7 @@ def _state(parts: Parts | None, x: Tensor) -> tuple:
 
 def _traceable(x: Any) -> bool:
     """Whether x has an identity and a version to go by."""
-    return type(x) is Tensor and not x.is_inference() and not looked_through()
+    return type(x) is Tensor and not torch.is_inference_mode_enabled() and not x.is_inference() and not looked_through()
 
 
 def _observer() -> Any:
