@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ALL_LINEAR, llama, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
-from quantised_models import IDS, LAYERS, judge_patched
+from quantised_models import IDS, LAYERS, judge_patched, quantise, quantised_linear
 from torch import nn
 
 import peftkern
@@ -20,32 +20,6 @@ from peftkern.testing.numerics import assert_as_good_as
 bnb = pytest.importorskip("bitsandbytes")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = ["nf4", "fp4", "int8"]
-
-
-def quantise(model: nn.Module, kind: str, compute: torch.dtype | None, nested: bool = True) -> nn.Module:
-    """Every linear of the decoder by bitsandbytes'; the odd sizes of the heads and the embedding stay."""
-    for parent in list(model.model.modules()):
-        for name, linear in list(parent.named_children()):
-            if type(linear) is nn.Linear:
-                setattr(parent, name, quantised_linear(linear, kind, compute, nested))
-    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
-    return model
-
-
-def quantised_linear(linear: nn.Linear, kind: str, compute: torch.dtype | None, nested: bool = True) -> nn.Module:
-    N, K = linear.weight.shape
-    bias = linear.bias is not None
-    if kind == "int8":
-        layer = bnb.nn.Linear8bitLt(K, N, bias, has_fp16_weights=False)
-        layer.weight = bnb.nn.Int8Params(linear.weight.data.half(), requires_grad=False, has_fp16_weights=False)
-    else:
-        layer = bnb.nn.Linear4bit(K, N, bias, compute_dtype=compute, quant_type=kind, compress_statistics=nested)
-        layer.weight = bnb.nn.Params4bit(
-            linear.weight.data, requires_grad=False, quant_type=kind, compress_statistics=nested
-        )
-    if bias:
-        layer.bias = linear.bias
-    return layer.to("cpu")
 
 
 def qlora(kind: str, dtype: torch.dtype = F32, bias: bool = False, **options) -> nn.Module:
@@ -124,10 +98,9 @@ def test_what_is_not_covered_is_pefts_with_its_reason(calls):
     assert "first call" in str(why_not(layer))
     layer.base_layer.compute_type_is_set = True
     calls.clear()
-    x = torch.randn(2, 32, dtype=BF16)  # the base computes in fp32 and casts back
-    assert layer(x).dtype == BF16 and not calls
-    with torch.autocast("cpu", BF16):
-        assert not calls and layer(x.float()).dtype == F32 and not calls
+    with peftkern.disabled():
+        expected = layer(torch.ones(2, 32, dtype=torch.float64))
+    assert torch.equal(layer(torch.ones(2, 32, dtype=torch.float64)), expected) and not calls
 
 
 def test_a_subclass_of_the_base_is_left_alone():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftkern import dropout
 from peftkern.functional import apply, apply_adapters, apply_dora, autocast, lora_linear, split_scaling
+from peftkern.integrations.peft import quantised
 from peftkern.integrations.peft.mixed_batch import mixed_batch
 from peftkern.integrations.peft.parts import Adapter, Parts, plain_parts, why_not_input
 from peftkern.ops import dispatch
@@ -76,11 +77,25 @@ def _only_names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _one(x: Tensor, parts: Parts) -> Tensor:
     """One vanilla adapter."""
-    weight, bias, ((A, B, lora_bias, p, scaling, _),), _ = parts
+    weight, bias, (adapter,), *_ = parts
+    if isinstance(weight, FrozenWeight):
+        return _over_quantised(x, weight, parts)
     if dispatch.autocasting(x.device.type):
+        A, B, lora_bias, p, scaling, _ = adapter
         return lora_linear(x, weight, A, B, scaling, bias=bias, lora_bias=lora_bias, dropout_p=p)
-    frozen = weight if isinstance(weight, FrozenWeight) else DenseWeight(weight)
-    return apply(x, operands_of(x, frozen, bias, parts.adapters[0]))
+    return apply(x, operands_of(x, DenseWeight(weight), bias, adapter))
+
+
+def _over_quantised(x: Tensor, weight: FrozenWeight, parts: Parts) -> Tensor:
+    """One vanilla adapter beside a base that rounds x to a dtype of its own."""
+    (adapter,), bias = parts.adapters, parts.bias
+    dtype = quantised.dtype_of_products(x, parts.compute)
+    if parts.follows_autocast:
+        x = x.to(dtype)
+    if x.dtype == dtype:
+        return apply(x, operands_of(x, weight, None if bias is None else bias.to(dtype), adapter))
+    y = apply(x, operands_of(x, weight, None, adapter), compute=dtype)
+    return y if bias is None else y + bias.to(y.dtype)  # not rounded to the base's dtype, nor is its gradient
 
 
 def _several(x: Tensor, parts: Parts) -> Tensor:

@@ -48,13 +48,15 @@ class Adapter(NamedTuple):
 class Parts(NamedTuple):
     """What the fast path reads of a layer: the frozen weight [N, K], its bias, and the adapters active on it.
 
-    ``compute`` is the dtype the weight is multiplied in; None where that is x's own.
+    ``compute`` is the dtype the weight is multiplied in; None where that is x's own, or autocast's. y of a quantised
+    base is in x's dtype, or, where it ``follows_autocast``, in autocast's.
     """
 
     weight: Tensor | FrozenWeight
     bias: Tensor | None
     adapters: list[Adapter]
     compute: torch.dtype | None
+    follows_autocast: bool = False
 
 
 def why_not(layer: lora.Linear) -> str | None:
@@ -106,7 +108,7 @@ def plain_parts(layer: lora.Linear, mixed: Sequence[str] | None = None) -> Parts
         return f"{len(adapters)} adapters are active, and one of them uses DoRA"
     if isinstance(weight, FrozenWeight) and (len(adapters) > 1 or adapters[0].magnitude is not None):
         return "several adapters, or DoRA, on a quantised base"
-    return Parts(weight, bias, adapters, compute)
+    return Parts(weight, bias, adapters, compute, isinstance(weight, FrozenWeight) and quantised.follows_autocast(base))
 
 
 def _base_parts(base: Any) -> tuple[Tensor | FrozenWeight, Tensor | None, torch.dtype | None] | str:
@@ -234,10 +236,10 @@ def why_not_input(parts: Parts, x: Tensor) -> str | None:
     if x.device != weight.device:
         return f"x is on {x.device}"
     device, compute = x.device.type, parts.compute
-    dtype = torch.get_autocast_dtype(device) if dispatch.autocasting(device) else None
     if isinstance(weight, FrozenWeight):
-        reason = quantised.why_not_compute(x, compute, parts.bias, dtype)
-        return reason or why_not_dtypes(x.dtype, x.dtype, parts.adapters)
+        taken = quantised.dtype_of_products(x, compute)
+        return quantised.why_not_dtype(x, taken) or why_not_dtypes(taken, taken, parts.adapters)
+    dtype = torch.get_autocast_dtype(device) if dispatch.autocasting(device) else None
     if dtype is None:
         return why_not_dtypes(x.dtype, compute, parts.adapters)
     return why_not_dtypes(
