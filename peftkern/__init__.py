@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peftkern.integrations.peft import PatchReport as PatchReport
     from peftkern.integrations.peft import disabled as disabled
     from peftkern.integrations.peft import patch as patch
+    from peftkern.integrations.peft import report as report
     from peftkern.integrations.peft import shared_inputs as shared_inputs
     from peftkern.integrations.peft import unpatch as unpatch
     from peftkern.nn import InjectReport as InjectReport
@@ -43,6 +44,7 @@ __all__ = [
     "lora_linear",
     "multi_lora_linear",
     "patch",
+    "report",
     "route",
     "save_adapter",
     "serve",
@@ -56,6 +58,7 @@ _LAZY = {
     "PatchReport": "peftkern.integrations.peft",
     "disabled": "peftkern.integrations.peft",
     "patch": "peftkern.integrations.peft",
+    "report": "peftkern.integrations.peft",
     "shared_inputs": "peftkern.integrations.peft",
     "unpatch": "peftkern.integrations.peft",
     "env_report": "peftkern.environment",

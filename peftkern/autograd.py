@@ -83,6 +83,34 @@ def lora_linear(*arguments: Any) -> Tensor:
     return super(torch.autograd.Function, LoRALinearFunction).apply(*arguments)
 
 
+class LoRALinearInHalfFunction(torch.autograd.Function):
+    """``LoRALinearFunction`` in fp16 of an x in another dtype, which y and dx have.
+
+    dy may lie where fp16 has few digits or none: it is brought to about 2^-4 by a power of two, which is taken out
+    of every gradient again. A NaN or an infinity in dy leaves it as it is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, *arguments) -> Tensor:
+        return LoRALinearFunction.forward(ctx, x.to(torch.float16), *arguments).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        power = _power_of(dy)
+        dx, *others = _backward(ctx, (dy * power).to(torch.float16))
+        dx = None if dx is None else (dx.float() / power).to(dy.dtype)
+        return dx, *(None if gradient is None else (gradient / power) for gradient in others)
+
+
+def _power_of(dy: Tensor) -> Tensor:
+    """The power of two that takes the largest |dy| to between 2^-5 and 2^-4, fp32; 1 where there is none."""
+    size = dy.abs().amax().float() if dy.numel() else dy.new_zeros((), dtype=torch.float32)
+    usable = (size > 0) & (size < torch.inf)
+    exponent = torch.frexp(torch.where(usable, size, 2.0**-4)).exponent
+    return torch.ldexp(torch.ones_like(size), (-4 - exponent).clamp(-100, 100))
+
+
 _FIELDS = 7  # of an adapter among LoRAAdaptersFunction's arguments
 
 

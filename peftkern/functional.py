@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from peftkern import autograd, dora, dropout, shared_input
-from peftkern.autograd import LoRAAdaptersFunction
+from peftkern.autograd import LoRAAdaptersFunction, LoRALinearInHalfFunction
 from peftkern.backends.reference import formula
 from peftkern.ops import dispatch, eager, inputs
 from peftkern.ops.problem import LoRAOperands
@@ -72,15 +72,23 @@ def lora_linear(
     return apply(x, operands, backend or "")
 
 
-def apply(x: Tensor, operands: LoRAOperands, backend: str = "") -> Tensor:
-    """``lora_linear`` behind its checks: for callers that know their operands to fit. x is in the compute dtype."""
+def apply(x: Tensor, operands: LoRAOperands, backend: str = "", compute: torch.dtype | None = None) -> Tensor:
+    """``lora_linear`` behind its checks: for callers that know their operands to fit.
+
+    x is in the compute dtype, or is rounded to ``compute``, as dy is, and y and dx are in x's own.
+    """
     W = operands.weight
     flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), W.shape[1])
+    if compute is not None and compute != x.dtype:
+        if compute != torch.float16 or looked_through() or not _trains(flat, operands):
+            return apply(x.to(compute), operands, backend).to(x.dtype)
+        weight = (W.data, W.scale, W.format, W.group_size)
+        return unflattened(LoRALinearInHalfFunction.apply(flat, *weight, *operands[1:], backend, *W.tables), x)
     arguments = (flat, W.data, W.scale, W.format, W.group_size, *operands[1:], backend)
     if looked_through():
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # promote_types would be a node of a graph
         y = formula.forward(operands, flat.to(wide))[0].to(x.dtype)
-    elif torch.is_grad_enabled() and _any_requires_grad(flat, *operands[1:5]):
+    elif _trains(flat, operands):
         y = autograd.lora_linear(*arguments, *W.tables)
     else:
         y = eager.forward(*arguments, w_tables=W.tables or None)[0]
@@ -142,6 +150,10 @@ def looked_through() -> bool:
         or torch.compiler.is_exporting()
         or torch.jit.is_tracing()
     )
+
+
+def _trains(x: Tensor, operands: LoRAOperands) -> bool:
+    return torch.is_grad_enabled() and _any_requires_grad(x, *operands[1:5])
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

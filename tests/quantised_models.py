@@ -72,3 +72,32 @@ def judge_patched(
         gradients.append(torch.stack([torch.cat([one[name].flatten() for name in names]) for _, one in found]))
     assert_as_good_as(*torch.cat(logits, 1), "logits")
     assert_as_good_as(*torch.cat(gradients, 1), "gradients")
+
+
+def quantise(model: nn.Module, kind: str, compute: torch.dtype | None, nested: bool = True) -> nn.Module:
+    """Every linear of the decoder by bitsandbytes'; the odd sizes of the heads and the embedding stay."""
+    for parent in list(model.model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear:
+                setattr(parent, name, quantised_linear(linear, kind, compute, nested))
+    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
+    return model
+
+
+def quantised_linear(linear: nn.Linear, kind: str, compute: torch.dtype | None, nested: bool = True) -> nn.Module:
+    """The same layer as bitsandbytes has it."""
+    import bitsandbytes as bnb
+
+    N, K = linear.weight.shape
+    bias = linear.bias is not None
+    if kind == "int8":
+        layer = bnb.nn.Linear8bitLt(K, N, bias, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(linear.weight.data.half(), requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.Linear4bit(K, N, bias, compute_dtype=compute, quant_type=kind, compress_statistics=nested)
+        layer.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, quant_type=kind, compress_statistics=nested
+        )
+    if bias:
+        layer.bias = linear.bias
+    return layer.to("cpu")

@@ -54,6 +54,19 @@ def test_each_row_takes_its_adapter() -> None:
     assert bank["b"].factors["block.proj"].scaling == 2.0 and bank["b"].factors["block.proj"].lora_A.shape == (5, K)
 
 
+def test_an_adapter_that_came_in_inference_mode_trains() -> None:
+    bank = bank_of("a")
+    with torch.inference_mode():
+        bank.add("b", LoRAConfig(2, 4, ["proj"]), is_trainable=True)
+        bank.replace("a", LoRAConfig(2, 4), tensors(2), is_trainable=True)
+        route = bank.route(["a", "b", None])
+        with route:
+            bank.layer(X)
+    with route:
+        bank.layer(X).square().sum().backward()
+    assert all(f.grad is not None for name in bank.names for f in bank.parameters(name))
+
+
 def test_ids_are_never_given_out_again() -> None:
     bank = bank_of("a", "b")
     assert (bank.id_of("a"), bank.id_of("b"), len(bank), bank.names) == (0, 1, 2, ("a", "b"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ALL_LINEAR, llama, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
-from quantised_models import IDS, LAYERS, judge_patched
+from quantised_models import IDS, LAYERS, judge_patched, quantise, quantised_linear
 from torch import nn
 
 import peftkern
@@ -20,32 +20,6 @@ from peftkern.testing.numerics import assert_as_good_as
 bnb = pytest.importorskip("bitsandbytes")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = ["nf4", "fp4", "int8"]
-
-
-def quantise(model: nn.Module, kind: str, compute: torch.dtype | None, nested: bool = True) -> nn.Module:
-    """Every linear of the decoder by bitsandbytes'; the odd sizes of the heads and the embedding stay."""
-    for parent in list(model.model.modules()):
-        for name, linear in list(parent.named_children()):
-            if type(linear) is nn.Linear:
-                setattr(parent, name, quantised_linear(linear, kind, compute, nested))
-    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
-    return model
-
-
-def quantised_linear(linear: nn.Linear, kind: str, compute: torch.dtype | None, nested: bool = True) -> nn.Module:
-    N, K = linear.weight.shape
-    bias = linear.bias is not None
-    if kind == "int8":
-        layer = bnb.nn.Linear8bitLt(K, N, bias, has_fp16_weights=False)
-        layer.weight = bnb.nn.Int8Params(linear.weight.data.half(), requires_grad=False, has_fp16_weights=False)
-    else:
-        layer = bnb.nn.Linear4bit(K, N, bias, compute_dtype=compute, quant_type=kind, compress_statistics=nested)
-        layer.weight = bnb.nn.Params4bit(
-            linear.weight.data, requires_grad=False, quant_type=kind, compress_statistics=nested
-        )
-    if bias:
-        layer.bias = linear.bias
-    return layer.to("cpu")
 
 
 def qlora(kind: str, dtype: torch.dtype = F32, bias: bool = False, seed: int = 0, **options) -> nn.Module:
@@ -127,10 +101,9 @@ def test_what_is_not_covered_is_pefts_with_its_reason(calls):
     assert "first call" in str(why_not(layer))
     layer.base_layer.compute_type_is_set = True
     calls.clear()
-    x = torch.randn(2, 32, dtype=BF16)  # the base computes in fp32 and casts back
-    assert layer(x).dtype == BF16 and not calls
-    with torch.autocast("cpu", BF16):
-        assert not calls and layer(x.float()).dtype == F32 and not calls
+    with peftkern.disabled():
+        expected = layer(torch.ones(2, 32, dtype=torch.float64))
+    assert torch.equal(layer(torch.ones(2, 32, dtype=torch.float64)), expected) and not calls
 
 
 def test_a_subclass_of_the_base_is_left_alone():
@@ -186,6 +159,35 @@ def test_patch_is_reversible_and_copies_are_patched(kind, calls):
     assert type(pickle.loads(pickle.dumps(type(layer)))) is type(type(layer))
     peftkern.unpatch(model)
     assert [type(module) for module in model.modules()] == before
+
+
+@torch.inference_mode()
+def evaluated(model: nn.Module) -> nn.Module:
+    peftkern.patch(model)
+    model(input_ids=IDS)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["patched inside", "copied", "unpickled", "quantised inside"])
+def test_what_was_evaluated_first_in_inference_mode_trains(how, kind, calls):
+    def step(model: nn.Module) -> list[torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    fresh = qlora(kind)
+    peftkern.patch(fresh)
+    expected = step(fresh)
+    if how == "quantised inside":
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=ALL_LINEAR, task_type="CAUSAL_LM")
+        model = randomise(get_peft_model(torch.inference_mode()(quantise)(llama(), kind, F32), config))
+    else:
+        model = qlora(kind)
+    again = {"copied": copy.deepcopy, "unpickled": lambda m: pickle.loads(pickle.dumps(m))}.get(how, lambda m: m)
+    found = step(again(evaluated(again(model))))
+    assert len(calls) == 3 * LAYERS
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("nf4", 4), ("int8", 8)])

@@ -205,7 +205,8 @@ class AdapterBank:
         if not isinstance(name, str):
             raise TypeError(f"an adapter's name is a string, not {name!r}")
         _check_plain(config)
-        factors = self._initialised(config) if tensors is None else self._copied(config, tensors)
+        with torch.inference_mode(False):  # a server's thread may load what is trained later
+            factors = self._initialised(config) if tensors is None else self._copied(config, tensors)
         for pair in factors.values():
             pair.lora_A.requires_grad_(is_trainable), pair.lora_B.requires_grad_(is_trainable)
         if seed is None:

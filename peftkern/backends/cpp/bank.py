@@ -80,4 +80,4 @@ def _entry(segment: Segment, pair: _Pair, gradients: _Pair | None) -> tuple[int 
 
 def _problem(operands: BankOperands, rows: Tensor, forward: bool = True) -> Any:
     whole = call.one_pass(rows.dtype, rows.shape[0], "dense", forward)
-    return call.base_problem(operands.weight.shape, rows, whole, operands.precision == "base")
+    return call.base_problem(operands.weight.shape, rows, whole, operands.precision)

@@ -40,17 +40,24 @@ def problem(operands: LoRAOperands, rows: Tensor, whole: bool) -> Any:
         scaling *= float(operands.scaling_tensor)
     (N, K), R = operands.weight.shape, operands.lora_A.shape[0]
     return extension()[0].Problem(
-        rows.shape[0], K, N, R, DTYPES[rows.dtype], DTYPES[operands.lora_A.dtype], operands.precision == "base",
+        rows.shape[0], K, N, R, DTYPES[rows.dtype], DTYPES[operands.lora_A.dtype], _rounds(operands.precision, rows),
         scaling, dropout.threshold(operands.dropout_p), address(operands.rng_state), torch.get_num_threads(), whole,
     )  # fmt: skip
 
 
-def base_problem(shape: tuple[int, ...], rows: Tensor, whole: bool, round_factors: bool = True) -> Any:
+def base_problem(shape: tuple[int, ...], rows: Tensor, whole: bool, precision: str = "base") -> Any:
     """``problem`` of a weight [N, K] without a low-rank pair."""
     (N, K), dtype = shape, DTYPES[rows.dtype]
     return extension()[0].Problem(
-        rows.shape[0], K, N, 0, dtype, dtype, round_factors, 0.0, 0, 0, torch.get_num_threads(), whole
+        rows.shape[0], K, N, 0, dtype, dtype, _rounds(precision, rows), 0.0, 0, 0, torch.get_num_threads(), whole
     )
+
+
+def _rounds(precision: str, rows: Tensor) -> bool:
+    """Whether the factors are rounded to the rows' dtype. Those of fp16 are multiplied in fp32, so there it would save
+    nothing, and lose what fp16's range does not hold.
+    """
+    return precision == "base" and rows.dtype != torch.float16
 
 
 def read_weight(problem: Any, frozen: FrozenWeight, rows: Tensor, forward: bool) -> Any:

@@ -3,7 +3,8 @@
     y = x W^T (+ bias);  y += c s B^T           dx = dy W;  dx += c D(t A)
 
 Two precisions, as in every backend. "base": the factors are rounded to x's dtype and the thin products run there.
-"fp32": x and dy are widened and the thin products run in fp32, as PEFT does with its default adapters.
+"fp32": x and dy are widened and the thin products run in fp32, as PEFT does with its default adapters. So they do in
+fp16, whose range holds neither every factor nor every sum, and there nothing is rounded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def _thin_dtype(operands: LoRAOperands, dtype: torch.dtype) -> torch.dtype:
 
 def _factor(operands: LoRAOperands, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """A or B in the thin dtype; under "base" rounded to the compute dtype first."""
-    if operands.precision == "base":
+    if operands.precision == "base" and dtype != torch.float16:
         factor = factor.to(dtype)
     return factor.to(_thin_dtype(operands, dtype))
 
@@ -55,8 +56,8 @@ def _accumulate(target: Tensor, operands: LoRAOperands, left: Tensor, right: Ten
 def add_update(operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
     """y += c s B^T in place; returns s = D(x) A^T in fp32 (fp64 for fp64)."""
     thin = _thin_dtype(operands, x.dtype)
-    dropped = _apply_keep(x, _keep(operands, x.shape[0]), operands.dropout_p)
-    s = dropped.to(thin) @ _factor(operands, operands.lora_A, x.dtype).T
+    dropped = _apply_keep(x.to(thin), _keep(operands, x.shape[0]), operands.dropout_p)
+    s = dropped @ _factor(operands, operands.lora_A, x.dtype).T
     _accumulate(y, operands, s, _factor(operands, operands.lora_B, x.dtype).T)
     return s.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -78,7 +79,7 @@ def add_update_backward(
         else:
             dx.add_(scaled(_apply_keep(t @ A, keep, operands.dropout_p), operands))
     if x is not None:
-        dropped = _apply_keep(x, keep, operands.dropout_p).to(thin)
+        dropped = _apply_keep(x.to(thin), keep, operands.dropout_p)
         dA = scaled(t.T @ dropped, operands).to(operands.lora_A.dtype)
     if s is not None:
         dB = scaled(thin_dy.T @ s.to(thin), operands).to(operands.lora_B.dtype)

@@ -8,12 +8,13 @@ its text is the reason that the report shows.
     layer.py   the class that a patched layer has
     experts.py, low_rank_stack.py   the same for parameters that a module reads itself: MoE experts, routers
     shared_input.py   the class of layers that look for others with the same x
+    tally.py   how many calls of a layer were fused, and why the others were not
     swap.py    patch, unpatch and the report
 """
 
 from peftkern.integrations.peft.layer import PeftkernLoraLinear, disabled
 from peftkern.integrations.peft.parts import why_not
 from peftkern.integrations.peft.shared_input import shared_inputs
-from peftkern.integrations.peft.swap import PatchReport, patch, unpatch
+from peftkern.integrations.peft.swap import PatchReport, patch, report, unpatch
 
-__all__ = ["PatchReport", "PeftkernLoraLinear", "disabled", "patch", "shared_inputs", "unpatch", "why_not"]
+__all__ = ["PatchReport", "PeftkernLoraLinear", "disabled", "patch", "report", "shared_inputs", "unpatch", "why_not"]

@@ -1,10 +1,12 @@
 """LoRA on a parameter that a module reads itself: the stacks of a Mixture of Experts, or its router's weight.
 
 PEFT wraps the module (``ParamWrapper``, one for each parameter, nested) and folds the update into the whole parameter
-for the time of a forward. Here the module finds a ``LowRankStack`` in the parameter's place, which computes, for the
-rows x_e of expert e,
+for the time of a forward. Here the module's forward runs on a stand-in for the module, which finds a ``LowRankStack``
+in the parameter's place. That computes, for the rows x_e of expert e,
 
     y_e = x_e W_e^T + c (x_e A_e^T) B_e^T
+
+The module itself is not touched, so threads may run through it at once.
 """
 
 from __future__ import annotations
@@ -14,9 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftkern.integrations.peft import tally
 from peftkern.integrations.peft.layer import _disabled
 from peftkern.integrations.peft.low_rank_stack import LowRankStack
-from peftkern.integrations.peft.parts import Adapter, why_not_dtypes, why_not_scaling
+from peftkern.integrations.peft.parts import (
+    NO_DATA,
+    Adapter,
+    why_not_dtypes,
+    why_not_matrices,
+    why_not_observed,
+    why_not_scaling,
+)
 
 try:
     from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
@@ -38,17 +48,57 @@ class ParamWrapper(PeftParamWrapper):
     peft = PeftParamWrapper
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if _disabled.get() or torch.compiler.is_compiling() or "adapter_names" in kwargs:
+        found = _why_not_call(kwargs) or _parts_of_all(self)
+        if isinstance(found, str):
+            tally.fell_back(self, found)
             return PeftParamWrapper.forward(self, x, *args, **kwargs)
-        parts = parameter_parts(self)
-        if isinstance(parts, str):
-            return PeftParamWrapper.forward(self, x, *args, **kwargs)
-        attributes, name = self.get_base_layer().__dict__, self.parameter_name
-        attributes[name] = _low_rank_stack(self, parts)  # found before nn.Module looks among the parameters
-        try:
-            return self.base_layer(x, *args, **kwargs)
-        finally:
-            del attributes[name]
+        stacks = {wrapper.parameter_name: _low_rank_stack(wrapper, parts) for wrapper, parts in found}
+        y = _stand_in(self.get_base_layer(), stacks)(x, *args, **kwargs)
+        for wrapper, _ in found:
+            fold = stacks[wrapper.parameter_name].fold
+            if isinstance(fold, _Fold) and fold.folded is not None:
+                tally.fell_back(wrapper, f"its module does more with {wrapper.parameter_name} than products")
+            else:
+                tally.fused(wrapper)
+        return y
+
+
+def _stand_in(base: Any, attributes: dict[str, Any]) -> Any:
+    """The module for one call: all that it has, and these attributes, found before it looks among the parameters."""
+    module = object.__new__(type(base))
+    module.__dict__.update(base.__dict__)
+    module.__dict__.update(attributes)
+    return module
+
+
+def _why_not_call(kwargs: dict[str, Any]) -> str | None:
+    if _disabled.get():
+        return tally.OFF
+    if torch.compiler.is_compiling():
+        return "torch.compile traces"
+    return "its call has adapter_names" if "adapter_names" in kwargs else None
+
+
+def _parts_of_all(layer: Any) -> list[tuple[Any, ParameterParts]] | str:
+    """Each wrapper with its parts, from this one inwards, or why PEFT's own forward runs."""
+    found: list[tuple[Any, ParameterParts]] = []
+    while isinstance(layer, PeftParamWrapper):
+        if found and (type(layer) is not ParamWrapper or why_not_observed("the wrapper within", layer)):
+            return "the wrapper within it is hooked, replaced or not patched"
+        if not found or not _passes_through(layer):
+            parts = parameter_parts(layer)
+            if isinstance(parts, str):
+                return parts if not found else f"of the wrapper within it: {parts}"
+            found.append((layer, parts))
+        layer = layer.base_layer
+    return found
+
+
+def _passes_through(layer: Any) -> bool:
+    """Whether PEFT's wrapper calls what it wraps and does nothing else."""
+    if layer.disable_adapters or layer.merged_adapters:
+        return not (layer.disable_adapters and layer.merged_adapters)
+    return not any(adapter in layer.lora_A for adapter in layer.active_adapters)
 
 
 class ParameterParts(NamedTuple):
@@ -67,9 +117,9 @@ class ParameterParts(NamedTuple):
 def parameter_parts(layer: Any) -> ParameterParts | str:
     """The parts of a wrapper in its present state, or the reason why PEFT's own forward runs."""
     if layer.disable_adapters:
-        return "its adapters are disabled"
+        return tally.DISABLED
     if layer.merged_adapters:
-        return "its adapter is merged"
+        return tally.MERGED
     base, name = layer.get_base_layer(), layer.parameter_name
     parameter = base._parameters.get(name)
     reason = _why_not_module(base, name, parameter)
@@ -89,6 +139,8 @@ def _why_not_module(base: Any, name: str, parameter: Any) -> str | None:
         return f"its parameter {name} is a {type(parameter).__name__}, parametrized or in use"
     if parameter.requires_grad:
         return "its base parameter requires grad"
+    if parameter.ndim not in (2, 3):
+        return f"its parameter {name} has shape {tuple(parameter.shape)}: partitioned, or no stack of matrices"
     if "forward" in base.__dict__ or "_hf_hook" in base.__dict__:
         return "its module has a replaced forward"
     author = type(base).forward.__module__
@@ -111,8 +163,12 @@ def _why_not_factors(parts: ParameterParts) -> str | None:
         return reason
     if type(A) not in (nn.Parameter, Tensor) or type(B) not in (nn.Parameter, Tensor):
         return f"lora_A has a weight of type {type(A).__name__}, lora_B of {type(B).__name__}"
+    if A.ndim != 2 or B.ndim != 2:
+        return why_not_matrices(lora_A=A.shape, lora_B=B.shape)
     if not parameter.device == A.device == B.device:
         return f"its weights are on {parameter.device}, {A.device} and {B.device}"
+    if parameter.is_meta:
+        return NO_DATA
     if A.dtype != B.dtype:
         return f"lora_A is {A.dtype} and lora_B {B.dtype}"
     E = parameter.shape[0] if parameter.ndim == 3 else 1
@@ -134,7 +190,7 @@ def _low_rank_stack(layer: Any, parts: ParameterParts) -> LowRankStack:
 
 
 class _Fold:
-    """PEFT's own sum of a parameter and its update, formed when first asked for."""
+    """PEFT's own sum of a parameter and its update, formed when first asked for; PEFT forms it in the module."""
 
     def __init__(self, layer: Any, adapter: str) -> None:
         self.layer, self.adapter = layer, adapter
@@ -142,11 +198,11 @@ class _Fold:
 
     def __call__(self) -> Tensor:
         if self.folded is None:
-            base, name = self.layer.get_base_layer(), self.layer.parameter_name
-            stack = base.__dict__.pop(name)
-            try:
-                with self.layer._activate_lora([self.adapter]):
-                    self.folded = getattr(base, name)
-            finally:
-                base.__dict__[name] = stack
+            layer, weight = self.layer, self.layer.get_param()
+            if layer.num_experts > 1 and hasattr(layer, "get_delta_factors"):  # PEFT from 0.19 on
+                left, right, scaling = layer.get_delta_factors(self.adapter)
+                with torch.autocast(weight.device.type, enabled=False):
+                    self.folded = torch.baddbmm(weight, left, right, alpha=scaling)
+            else:
+                self.folded = weight + layer.get_delta_weight(self.adapter)
         return self.folded

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftkern import dropout
 from peftkern.functional import apply, apply_adapters, apply_dora, autocast, lora_linear, split_scaling
+from peftkern.integrations.peft import quantised, tally
 from peftkern.integrations.peft.mixed_batch import mixed_batch
 from peftkern.integrations.peft.parts import Adapter, Parts, plain_parts, why_not_input
 from peftkern.ops import dispatch
@@ -53,11 +54,16 @@ class PeftkernLoraLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or patched_forward_is_off():
-            y = mixed_batch(self, x, kwargs["adapter_names"]) if _only_names(args, kwargs) else None
-            return self.peft.forward(self, x, *args, **kwargs) if y is None else y
+            return _unusual(self, x, args, kwargs)
         parts = plain_parts(self)
-        if isinstance(parts, str) or why_not_input(parts, x) is not None:
+        if isinstance(parts, str):
+            tally.fell_back(self, parts)
             return self.peft.forward(self, x)
+        reason = why_not_input(parts, x)
+        if reason is not None:
+            tally.fell_back(self, reason, of_input=True)
+            return self.peft.forward(self, x)
+        tally.fused(self)
         adapters = parts.adapters
         if len(adapters) > 1:
             return _several(x, parts)
@@ -69,18 +75,42 @@ class PeftkernLoraLinear(lora.Linear):
         return "Linear"  # print(model) looks as PEFT's does
 
 
-def _only_names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call that is not PEFT's plain one is that of a mixed batch."""
-    return not args and len(kwargs) == 1 and "adapter_names" in kwargs and not patched_forward_is_off()
+def _unusual(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A call in a block of ``disabled``, or with more arguments than x: a mixed batch, or PEFT's own."""
+    if patched_forward_is_off():
+        y: Tensor | str = tally.OFF
+    elif args or kwargs.keys() != {"adapter_names"}:
+        y = f"its call has the arguments {', '.join(kwargs) or 'x and ' + str(len(args))}"
+    else:
+        y = mixed_batch(layer, x, kwargs["adapter_names"])
+    if isinstance(y, str):
+        tally.fell_back(layer, y, of_input=y != tally.OFF)
+        return layer.peft.forward(layer, x, *args, **kwargs)
+    tally.fused(layer)
+    return y
 
 
 def _one(x: Tensor, parts: Parts) -> Tensor:
     """One vanilla adapter."""
-    weight, bias, ((A, B, lora_bias, p, scaling, _),), _ = parts
+    weight, bias, (adapter,), _, _ = parts
+    if isinstance(weight, FrozenWeight):
+        return _over_quantised(x, weight, parts)
     if dispatch.autocasting(x.device.type):
+        A, B, lora_bias, p, scaling, _ = adapter
         return lora_linear(x, weight, A, B, scaling, bias=bias, lora_bias=lora_bias, dropout_p=p)
-    frozen = weight if isinstance(weight, FrozenWeight) else DenseWeight(weight)
-    return apply(x, operands_of(x, frozen, bias, parts.adapters[0]))
+    return apply(x, operands_of(x, DenseWeight(weight), bias, adapter))
+
+
+def _over_quantised(x: Tensor, weight: FrozenWeight, parts: Parts) -> Tensor:
+    """One vanilla adapter beside a base that rounds x to a dtype of its own."""
+    (adapter,), bias = parts.adapters, parts.bias
+    dtype = quantised.dtype_of_products(x, parts.compute)
+    if parts.follows_autocast:
+        x = x.to(dtype)
+    if x.dtype == dtype:
+        return apply(x, operands_of(x, weight, None if bias is None else bias.to(dtype), adapter))
+    y = apply(x, operands_of(x, weight, None, adapter), compute=dtype)
+    return y if bias is None else y + bias.to(y.dtype)  # not rounded to the base's dtype, nor is its gradient
 
 
 def _several(x: Tensor, parts: Parts) -> Tensor:

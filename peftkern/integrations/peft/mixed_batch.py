@@ -36,25 +36,30 @@ def _rows(names: tuple[str, ...], tokens: int, device: torch.device, stream: int
         return _Rows(used, plan_rows(ids.repeat_interleave(tokens), device))
 
 
-def mixed_batch(layer: Any, x: Tensor, names: Any) -> Tensor | None:
-    """y of a layer for the adapters that the sequences of x [batch, ..., K] name, or None where PEFT has to run.
+def mixed_batch(layer: Any, x: Tensor, names: Any) -> Tensor | str:
+    """y of a layer for the adapters that the sequences of x [batch, ..., K] name, or why PEFT has to run.
 
     That is also where PEFT raises: names that are not as many as the sequences, merged adapters, DoRA. A name that
     the layer does not have is the base, as in PEFT. Differences: an update is added to y before it is rounded to
     its dtype, and dropout, where the layer trains, draws from another stream.
     """
-    if torch.compiler.is_compiling() or not isinstance(names, (list, tuple)) or not x.numel() or x.ndim < 2:
-        return None
-    if len(names) != len(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None  # a graph would hold on to rows that the cache may drop
+    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return "a graph would hold on to the rows of a mixed batch"  # which the cache may drop
+    if not isinstance(names, (list, tuple)) or not x.numel() or x.ndim < 2 or len(names) != len(x):
+        return "the names of a mixed batch are not one for each sequence"
     used, plan = _rows(tuple(names), x.shape[1:-1].numel(), x.device, _stream(x))
     present = layer._modules["lora_A"]._modules
     spans = [span for span in plan.spans if used[span.id] in present]
     parts = plain_parts(layer, [used[span.id] for span in spans])
-    if isinstance(parts, str) or not isinstance(parts.weight, Tensor) or not all(map(_is_plain, parts.adapters)):
-        return None
-    if why_not_input(parts, x) is not None:
-        return None
+    if isinstance(parts, str):
+        return parts
+    if not isinstance(parts.weight, Tensor):
+        return "a mixed batch on a quantised base"
+    if not all(map(_is_plain, parts.adapters)):
+        return "a mixed batch with DoRA, lora_bias or a tensor as scaling"
+    reason = why_not_input(parts, x)
+    if reason is not None:
+        return reason
     p = [adapter.dropout_p for adapter in parts.adapters]
     settings = BankSettings(
         [adapter.scaling for adapter in parts.adapters], p,  # type: ignore[misc]  # numbers: see _is_plain

@@ -16,6 +16,7 @@ from torch.nn.modules import module as nn_module
 from peftkern import dropout
 from peftkern.functional import looked_through
 from peftkern.integrations.peft import quantised
+from peftkern.integrations.peft.tally import DISABLED, MERGED
 from peftkern.ops import dispatch
 from peftkern.weights import FrozenWeight
 
@@ -24,7 +25,9 @@ try:
 except ImportError:  # PEFT before 0.16
     _variants = None
 
+NO_DATA = "its weights are on meta: they are offloaded, or not loaded yet"
 _NARROW = (torch.float16, torch.bfloat16)
+_FLOATING = (torch.float32, *_NARROW, torch.float64)
 _AS_VANILLA = tuple(
     getattr(_variants, name) for name in ("MiCALinearVariant",) if hasattr(_variants, name)
 )  # variants that initialise and freeze differently, but whose forward is the vanilla one
@@ -48,13 +51,15 @@ class Adapter(NamedTuple):
 class Parts(NamedTuple):
     """What the fast path reads of a layer: the frozen weight [N, K], its bias, and the adapters active on it.
 
-    ``compute`` is the dtype the weight is multiplied in; None where that is x's own.
+    ``compute`` is the dtype the weight is multiplied in; None where that is x's own, or autocast's. y of a quantised
+    base is in x's dtype, or, where it ``follows_autocast``, in autocast's.
     """
 
     weight: Tensor | FrozenWeight
     bias: Tensor | None
     adapters: list[Adapter]
     compute: torch.dtype | None
+    follows_autocast: bool = False
 
 
 def why_not(layer: lora.Linear) -> str | None:
@@ -70,9 +75,9 @@ def plain_parts(layer: lora.Linear, mixed: Sequence[str] | None = None) -> Parts
     Runs at every call, so it reads the modules' dictionaries: nn.Module's attribute lookup costs ten times as much.
     """
     if layer.disable_adapters:
-        return "its adapters are disabled"
+        return DISABLED
     if layer.merged_adapters:
-        return "its adapter is merged"
+        return MERGED
     if (
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -104,15 +109,17 @@ def plain_parts(layer: lora.Linear, mixed: Sequence[str] | None = None) -> Parts
         return f"the active adapter {', '.join(map(repr, active))} is not on this layer" if active else "0 are active"
     if len(adapters) > 1 and any(adapter.magnitude is not None for adapter in adapters):
         return f"{len(adapters)} adapters are active, and one of them uses DoRA"
-    if isinstance(weight, FrozenWeight) and (len(adapters) > 1 or adapters[0].magnitude is not None):
+    if not isinstance(weight, FrozenWeight):
+        return Parts(weight, bias, adapters, compute)
+    if len(adapters) > 1 or adapters[0].magnitude is not None:
         return "several adapters, or DoRA, on a quantised base"
-    return Parts(weight, bias, adapters, compute)
+    return Parts(weight, bias, adapters, compute, quantised.follows_autocast(base))
 
 
 def _base_parts(base: Any) -> tuple[Tensor | FrozenWeight, Tensor | None, torch.dtype | None] | str:
     """The frozen weight, its bias and its compute dtype as ``Parts`` has them, or why the base layer must be called."""
     if quantised.is_quantised(base):
-        found = _why_not_observed("base_layer", base) or quantised.frozen(base)
+        found = why_not_observed("base_layer", base) or quantised.frozen(base)
         return found if isinstance(found, str) else (found[0], base._parameters["bias"], found[1])
     reason = _why_not_plain("base_layer", base, (nn.Linear, Conv1D))
     if reason is not None:
@@ -122,6 +129,8 @@ def _base_parts(base: Any) -> tuple[Tensor | FrozenWeight, Tensor | None, torch.
         return "its base weight requires grad"
     if bias is not None and bias.dtype != weight.dtype:
         return f"its base weight is {weight.dtype} and its base bias {bias.dtype}"
+    if bias is not None and not bias.numel():
+        return "its base bias is partitioned or not loaded yet"
     return weight.t() if type(base) is Conv1D else weight, bias, weight.dtype
 
 
@@ -149,22 +158,29 @@ def _adapter(
     reason = (
         _why_not_plain("lora_A", module_A)
         or _why_not_plain("lora_B", module_B)
-        or _why_not_observed("lora_dropout", drop)
+        or why_not_observed("lora_dropout", drop)
     )
     if reason is not None:
         return reason
     if module_A._parameters["bias"] is not None:
         return "lora_A has a bias"
     A, B, lora_bias = module_A._parameters["weight"], module_B._parameters["weight"], module_B._parameters["bias"]
-    (N, K), (R, A_K) = weight.shape, A.shape
-    if A_K != K or B.shape != (N, R):
+    shape, shape_A, shape_B = weight.shape, A.shape, B.shape
+    if not len(shape) == len(shape_A) == len(shape_B) == 2:
+        return why_not_matrices(base=shape, lora_A=shape_A, lora_B=shape_B)
+    (N, K), (R, A_K) = shape, shape_A
+    if A_K != K or shape_B != (N, R):
         return f"shapes {tuple(weight.shape)}, {tuple(A.shape)}, {tuple(B.shape)} do not fit"
     if not weight.device == A.device == B.device:
         return f"its weights are on {weight.device}, {A.device} and {B.device}"
+    if A.is_meta:
+        return NO_DATA
     if dora and lora_bias is not None:
         return "it uses DoRA with lora_bias"
     if A.dtype != B.dtype or (lora_bias is not None and lora_bias.dtype != A.dtype):
         return f"lora_A is {A.dtype} and lora_B {B.dtype}, or its bias is of another dtype"
+    if lora_bias is not None and len(lora_bias) != N:
+        return f"lora_B's bias has {len(lora_bias)} of {N} elements: it is partitioned or not loaded yet"
     if not dora:
         return Adapter(A, B, lora_bias, p, scaling)
     magnitude = _magnitude(modules["lora_magnitude_vector"]._modules[name], A, B)
@@ -180,7 +196,13 @@ def _magnitude(child: Any, A: Tensor, B: Tensor) -> Tensor | str:
         return f"its magnitude is a {type(magnitude).__name__} {tuple(magnitude.shape)} on {magnitude.device}"
     if magnitude.dtype != A.dtype:
         return f"lora_A is {A.dtype} and the magnitude {magnitude.dtype}"
-    return _why_not_observed("lora_magnitude_vector", child) or magnitude
+    return why_not_observed("lora_magnitude_vector", child) or magnitude
+
+
+def why_not_matrices(**shapes: Sequence[int]) -> str:
+    """Which weight is none, for want of its data: somebody else holds that, and puts it there for its own calls."""
+    wrong = [f"{name} {tuple(shape)}" for name, shape in shapes.items() if len(shape) != 2]
+    return f"its weights are partitioned (ZeRO-3, FSDP) or not loaded yet: no matrix is {', '.join(wrong)}"
 
 
 def why_not_scaling(scaling: float | Tensor) -> str | None:
@@ -200,13 +222,13 @@ def _why_not_plain(label: str, child: Any, kinds: tuple[type, ...] = (nn.Linear,
     weight = child._parameters.get("weight")
     if type(weight) not in (nn.Parameter, Tensor):
         return f"{label} has a weight of type {type(weight).__name__}"
-    return _why_not_observed(label, child)
+    return why_not_observed(label, child)
 
 
-def _why_not_observed(label: str, child: Any) -> str | None:
+def why_not_observed(label: str, child: Any) -> str | None:
     """A child that somebody watches or has replaced must be called."""
     state = child.__dict__
-    if "forward" in state or "_hf_hook" in state:
+    if ("forward" in state and is_replaced(child)) or "_hf_hook" in state:
         return f"{label} has a replaced forward"
     if (
         state["_forward_hooks"]
@@ -216,6 +238,13 @@ def _why_not_observed(label: str, child: Any) -> str | None:
     ):
         return f"{label} has hooks"
     return None
+
+
+def is_replaced(module: Any) -> bool:
+    """Whether a module's forward is another than its class's, which accelerate binds to it when it takes a hook off."""
+    forward = module.__dict__.get("forward")
+    own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
+    return forward is not None and not own
 
 
 def why_not_input(parts: Parts, x: Tensor) -> str | None:
@@ -234,10 +263,10 @@ def why_not_input(parts: Parts, x: Tensor) -> str | None:
     if x.device != weight.device:
         return f"x is on {x.device}"
     device, compute = x.device.type, parts.compute
-    dtype = torch.get_autocast_dtype(device) if dispatch.autocasting(device) else None
     if isinstance(weight, FrozenWeight):
-        reason = quantised.why_not_compute(x, compute, parts.bias, dtype)
-        return reason or why_not_dtypes(x.dtype, x.dtype, parts.adapters)
+        taken = quantised.dtype_of_products(x, compute)
+        return quantised.why_not_dtype(x, taken) or why_not_dtypes(taken, taken, parts.adapters)
+    dtype = torch.get_autocast_dtype(device) if dispatch.autocasting(device) else None
     if dtype is None:
         return why_not_dtypes(x.dtype, compute, parts.adapters)
     return why_not_dtypes(
@@ -249,6 +278,8 @@ def why_not_input(parts: Parts, x: Tensor) -> str | None:
 
 def why_not_dtypes(x: torch.dtype, compute: torch.dtype | None, adapters: list[Adapter]) -> str | None:
     """The dtype rule: x in the base's dtype, each adapter in it too, or in fp32 beside a 16-bit base."""
+    if compute not in _FLOATING:
+        return f"the base computes in {compute}, and the kernels in fp64, fp32, bf16 or fp16"
     dtypes: set[torch.dtype | None] = {adapter.lora_A.dtype for adapter in adapters} or {compute}
     for dtype in dtypes:
         if x != compute or not (dtype == compute or (dtype == torch.float32 and compute in _NARROW)):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftkern.integrations.bitsandbytes import from_bitsandbytes
 from peftkern.integrations.torchao import from_torchao
+from peftkern.ops import dispatch
 from peftkern.weights import FrozenWeight
 
 _BASES = {
@@ -19,6 +20,7 @@ _BASES = {
     "bitsandbytes.nn.modules.Linear8bitLt",
     "torchao.quantization.Int8Tensor",  # the weight of a plain nn.Linear
 }
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], FrozenWeight]] = weakref.WeakKeyDictionary()
 
 
@@ -56,10 +58,23 @@ def frozen(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     entry = _known.get(base)
     if entry is None or not _same(entry[0], key):
         try:
-            entry = _known[base] = (key, from_bitsandbytes(base) if data is weight else from_torchao(weight))
+            entry = _known[base] = (key, _taken(base, weight, data is weight))
         except ValueError as error:
             return f"its base weight cannot be taken: {error}"
     return entry[1], compute
+
+
+def _taken(base: Any, weight: Any, bitsandbytes: bool) -> FrozenWeight:
+    """The weight, of tensors that backward can save: whoever asks first may be evaluating, and the next one trains."""
+    with torch.inference_mode(False):
+        found = from_bitsandbytes(base) if bitsandbytes else from_torchao(weight)
+        return found.mapped(_alias) if any(tensor.is_inference() for tensor in found.tensors) else found
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Another tensor on the same memory, which is none of inference mode's."""
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _parts_of(state: Any) -> tuple[Any, ...]:
@@ -77,14 +92,24 @@ def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return one[0] is other[0] and all(a is b for a, b in zip(one[2:], other[2:], strict=True))
 
 
-def why_not_compute(
-    x: Tensor, compute: torch.dtype | None, bias: Tensor | None, autocast: torch.dtype | None
-) -> str | None:
-    """bitsandbytes casts x to its compute dtype and y back to x's; the fast path has one dtype for all of it."""
-    compute = x.dtype if compute is None else compute
-    if x.dtype != compute or autocast not in (None, compute):
-        beside = "" if autocast is None else f", autocast in {autocast}"
-        return f"x is {x.dtype}, the quantised base computes in {compute}{beside}"
-    if bias is not None and bias.dtype != compute:
-        return f"the quantised base computes in {compute}, its bias is {bias.dtype}"
-    return None
+def dtype_of_products(x: Tensor, compute: torch.dtype | None) -> torch.dtype:
+    """What x is rounded to: the base's compute dtype; without one autocast's, or x's own.
+
+    The products with the adapter have it too. PEFT takes these from x in the adapter's dtype, or autocast's.
+    """
+    if compute is not None:
+        return compute
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if dispatch.autocasting(device) else x.dtype
+
+
+def follows_autocast(base: Any) -> bool:
+    """Whether y has autocast's dtype where that is on, and not x's: where bitsandbytes trains with F.linear."""
+    return base.training and "state" in base.__dict__ and base._parameters["weight"].device.type in ("cpu", "xpu")
+
+
+def why_not_dtype(x: Tensor, dtype: torch.dtype) -> str | None:
+    """bitsandbytes and torchao round x to ``dtype`` and y back to x's."""
+    if x.dtype == dtype or x.dtype in _ROUNDED:
+        return None
+    return f"x is {x.dtype}, and the quantised base computes in {dtype}"

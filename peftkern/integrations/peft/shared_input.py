@@ -23,6 +23,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from peftkern.functional import apply_shared, autocast, looked_through
+from peftkern.integrations.peft import tally
 from peftkern.integrations.peft.layer import PeftkernLoraLinear, operands_of, patched_forward_is_off
 from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_input
 from peftkern.ops import dispatch
@@ -156,6 +157,7 @@ class SharedInputLoraLinear(PeftkernLoraLinear):
         if id(self) in trace.results:
             result = trace.results.pop(id(self))
             if result is not None and result.state == _state(_simple_parts(self, x), x):
+                tally.fused(self)
                 return result.y
             return super().forward(x)
         group = _groups.get(self)
@@ -164,6 +166,7 @@ class SharedInputLoraLinear(PeftkernLoraLinear):
         elif group.members[0]() is self and group.runs(trace):
             y = _together(group, x, trace)
             if y is not None:
+                tally.fused(self)
                 return y
         return super().forward(x)
 
@@ -225,7 +228,7 @@ def _state(parts: Parts | None, x: Tensor) -> tuple:
 
 def _traceable(x: Any) -> bool:
     """Whether x has an identity and a version to go by."""
-    return type(x) is Tensor and not x.is_inference() and not looked_through()
+    return type(x) is Tensor and not torch.is_inference_mode_enabled() and not x.is_inference() and not looked_through()
 
 
 def _observer() -> Any:

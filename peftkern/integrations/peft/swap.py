@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,12 +15,16 @@ from torch import nn
 from peftkern import _env
 from peftkern.integrations.peft.experts import ParameterParts, ParamWrapper, PeftParamWrapper, parameter_parts
 from peftkern.integrations.peft.layer import PeftkernLoraLinear
-from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_dtypes
+from peftkern.integrations.peft.parts import Parts, is_replaced, plain_parts, why_not_dtypes
 from peftkern.integrations.peft.shared_input import SharedInputLoraLinear, forget
+from peftkern.integrations.peft.tally import Tally, attach, detach
+from peftkern.integrations.peft.tally import of as tally_of
 from peftkern.ops import dispatch
 from peftkern.ops.problem import Problem
 from peftkern.weights import FrozenWeight
 
+_PEFTS = "PEFT's own forward: "
+_REPLACED = "its forward was replaced on the instance"
 logger = logging.getLogger("peftkern")
 
 
@@ -35,10 +39,27 @@ class PatchReport:
     fast: list[str] = field(default_factory=list)
     backends: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    tallies: list[Tally] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def calls(self) -> dict[str, dict[str, int]]:
+        """The calls of each layer so far, and not only until the report was made: "fused", and by reason the others.
+
+        A layer that was not called is not named. What is compiled is counted when it is traced, as "... (traced)".
+        """
+        found = {}
+        for tally in self.tallies:
+            counts = ({"fused": tally.fused} if tally.fused else {}) | tally.fallbacks
+            counts |= {f"{reason or 'fused'} (traced)": count for reason, count in tally.traced.items()}
+            if counts:
+                found[tally.name] = counts
+        return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and dicts, for JSON."""
-        return asdict(self)
+        """Plain lists and dicts, for JSON; with ``calls`` where there were any."""
+        found = {"fast": list(self.fast), "backends": dict(self.backends), "skipped": dict(self.skipped)}
+        calls = self.calls
+        return found | ({"calls": calls} if calls else {})
 
     def __str__(self) -> str:
         lines = [f"peftkern: {len(self.fast)} of {len(self.fast) + len(self.skipped)} LoRA layers are fused"]
@@ -47,7 +68,12 @@ class PatchReport:
         for reason, count in Counter(self.skipped.values()).most_common():
             names = [name for name, text in self.skipped.items() if text == reason]
             shown = ", ".join(names[:3]) + (f", ... ({count - 3} more)" if count > 3 else "")
-            lines.append(f"  {count:5d}  PEFT's own forward: {reason}  [{shown}]")
+            lines.append(f"  {count:5d}  {_PEFTS}{reason}  [{shown}]")
+        total: Counter[str] = Counter()
+        for counts in self.calls.values():
+            total.update(counts)
+        for what, count in total.most_common():
+            lines.append(f"  {count:5d}  calls: {'' if what.startswith('fused') else _PEFTS}{what}")
         return "\n".join(lines)
 
 
@@ -66,10 +92,13 @@ def patch(model: nn.Module, fuse_shared_inputs: bool = False) -> PatchReport:
         fuse_shared_inputs: layers that read the very same x one after the other (q, k and v; gate and up) run as one
             node, found by the first forward (``shared_inputs`` names them). A backward through some of them alone
             then frees what the others saved: pass retain_graph=True where a graph is run through in parts.
-    Returns: a PatchReport. Calling it again changes nothing and reports anew.
+    Returns: a PatchReport. Calling it again changes nothing and reports anew. A layer that is reported fused and then
+        cannot be, for a state that it gets into or for the x of a call, says so once, in one log line a reason.
+    Raises: ValueError for a bad environment variable, RuntimeError where it asks for a backend that cannot; nothing for
+        the state that the model is in.
     """
     _env.settings()  # a bad variable is an error before anything is changed
-    report = PatchReport()
+    found = PatchReport()
     done: list[nn.Module] = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -78,19 +107,43 @@ def patch(model: nn.Module, fuse_shared_inputs: bool = False) -> PatchReport:
         reason = _swap(layer, fuse_shared_inputs)
         if type(layer) is not before:
             done.append(layer)
-        if reason is None:
-            try:
-                report.backends[name] = _expected_backend(layer)
-            except RuntimeError as error:  # an explicitly requested backend that cannot: leave the model as it was
-                for swapped in done:
-                    unpatch(swapped)
-                raise RuntimeError(f"layer {name}: {error}") from error
-            report.fast.append(name)
-        else:
-            report.skipped[name] = reason
-    if not report.fast:
-        logger.warning("peftkern: no layer is fused: %s", report if report.skipped else "the model has no LoRA layer")
-    return report
+        if _class_before(layer) is not None:
+            attach(layer, name, reason)
+        try:
+            _enter(found, name, layer, reason)
+        except RuntimeError as error:  # an explicitly requested backend that cannot: leave the model as it was
+            for swapped in done:
+                unpatch(swapped)
+            raise RuntimeError(f"layer {name}: {error}") from error
+    if not found.fast:
+        logger.warning("peftkern: no layer is fused: %s", found if found.skipped else "the model has no LoRA layer")
+    return found
+
+
+def report(model: nn.Module) -> PatchReport:
+    """What runs of a model as it is now, and what its calls did: the report of ``patch``, with nothing changed.
+
+    Args: model: patched or not. A layer whose last call was refused for its x is among the skipped, with that reason.
+    Returns: a PatchReport; ``calls`` has the calls by layer and reason, and printing it shows their sums.
+    """
+    found = PatchReport()
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            _enter(found, name, layer, "it is not patched" if _class_before(layer) is None else _why_not(layer))
+    return found
+
+
+def _enter(report: PatchReport, name: str, layer: Any, reason: str | None) -> None:
+    """Write a layer into a report; ``reason`` is that of its state."""
+    tally = tally_of(layer)
+    if tally is not None:
+        report.tallies.append(tally)
+        reason = reason or tally.of_last_input
+    if reason is not None:
+        report.skipped[name] = reason
+        return
+    report.backends[name] = _expected_backend(layer)
+    report.fast.append(name)
 
 
 def _swap(layer: Any, fuse_shared_inputs: bool) -> str | None:
@@ -99,11 +152,19 @@ def _swap(layer: Any, fuse_shared_inputs: bool) -> str | None:
     fast = _fast_class(_class_before(layer) or kind, fuse_shared_inputs)
     if fast is None:
         return f"{kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear"
-    if "forward" in layer.__dict__:
-        return "its forward was replaced on the instance"
+    if is_replaced(layer):
+        return _REPLACED
     if kind is not fast:
         forget(layer)
+        layer.__dict__.pop("forward", None)
         layer.__class__ = fast
+    return _why_not(layer)
+
+
+def _why_not(layer: Any) -> str | None:
+    """Why a patched layer is not fast in its present state, as far as it is known without x."""
+    if is_replaced(layer):
+        return _REPLACED
     if isinstance(layer, ParamWrapper):
         stacked = parameter_parts(layer)
         return stacked if isinstance(stacked, str) else None
@@ -175,5 +236,6 @@ def unpatch(model: nn.Module) -> None:
         before = _class_before(layer)
         if before is not None:
             forget(layer)
+            detach(layer)
             layer.__class__ = before
             _rebind(layer)

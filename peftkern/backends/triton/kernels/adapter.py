@@ -11,17 +11,11 @@ from peftkern.backends.triton.kernels.dot import product
 
 @triton.jit
 def rounded(value, factor, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Both sides rounded to DTYPE, as autocast would."""
-    return product(value, factor, acc, DTYPE, PRECISION, 1, False)
-
-
-@triton.jit
-def rounded_sums(value, factor, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """``rounded`` where the factor is T, which fp16 may not hold."""
-    return product(value, factor, acc, DTYPE, PRECISION, 1, True)
+    """Both sides rounded to DTYPE, as autocast would, but within fp16's range."""
+    return product(value, factor, acc, DTYPE, PRECISION, 1)
 
 
 @triton.jit
 def split(value, factor, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Both sides in as many parts of DTYPE as fp32 needs: three of bf16, two of fp16."""
-    return product(value, factor, acc, DTYPE, PRECISION, 3 if DTYPE == tl.bfloat16 else 2, True)
+    return product(value, factor, acc, DTYPE, PRECISION, 3 if DTYPE == tl.bfloat16 else 2)

@@ -65,12 +65,10 @@ def _split_dot(value, factor, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 
 
 @triton.jit
-def product(
-    value, factor, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr, TERMS: tl.constexpr, NORMALIZE: tl.constexpr
-):
-    """acc + value · factor. NORMALIZE: the factor, too, is one whose range fp16 may not hold."""
+def product(value, factor, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr, TERMS: tl.constexpr):
+    """acc + value · factor."""
     VALUE_POWER: tl.constexpr = DTYPE == tl.float16 and value.dtype == tl.float32
-    FACTOR_POWER: tl.constexpr = NORMALIZE and DTYPE == tl.float16 and factor.dtype == tl.float32
+    FACTOR_POWER: tl.constexpr = DTYPE == tl.float16 and factor.dtype == tl.float32
     if VALUE_POWER or FACTOR_POWER:
         exponent = tl.zeros((value.shape[0], 1), tl.float32)
         if VALUE_POWER:

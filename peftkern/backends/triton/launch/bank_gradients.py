@@ -81,7 +81,7 @@ def bank_grad(
         "counters": None if partial is None else counters(x), "rows": rows,
         "K": x.shape[1], "N": dy.shape[1],
         **(tables.masking(segments, x.device) if dropped else {"DROP": keep_all, "drop_operands": ()}),
-        **numerics(operands, x.dtype, of_sums=True),
+        **numerics(operands, x.dtype),
         "BLOCK_M": tile.BLOCK_M, "BLOCK_C": tile.BLOCK_COLS, "BLOCK_R": BLOCK_R,
     }  # fmt: skip
     programs = sum(chunk * runs for chunk, runs in counts) * columns

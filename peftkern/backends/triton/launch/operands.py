@@ -208,13 +208,12 @@ def packed(weight: FrozenWeight, backward: bool) -> dict[str, Any]:
     return {"LOAD_W": plug, "W": W, "w_operands": fields}
 
 
-def numerics(operands: LoRAOperands | BankOperands, dtype: torch.dtype, of_sums: bool = False) -> dict[str, Any]:
+def numerics(operands: LoRAOperands | BankOperands, dtype: torch.dtype) -> dict[str, Any]:
     """The ADAPTER plug and the dtypes of the products."""
     backends = torch.backends.cuda.matmul
     allowed = backends.fp32_precision == "tf32" if hasattr(backends, "fp32_precision") else backends.allow_tf32
-    plug = adapter.rounded_sums if of_sums else adapter.rounded
     return {
-        "ADAPTER": adapter.split if operands.precision == "fp32" and dtype != torch.float32 else plug,
+        "ADAPTER": adapter.split if operands.precision == "fp32" and dtype != torch.float32 else adapter.rounded,
         "DTYPE": _DTYPES[dtype],
         "PRECISION": "tf32" if allowed and dtype == torch.float32 else "ieee",
     }
