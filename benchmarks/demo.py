@@ -269,14 +269,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo and write its report."""
     options = _parse(arguments)
     packages.require("tqdm", *packages.REAL_MODEL, *(["bitsandbytes"] if options.quant else []))
-    quiet.others()
-    from benchmarks.finetune import Job
-
     start = time.monotonic()
+    record.print_machine(record.machine())
+    quiet.others()
+    from benchmarks.finetune import Job  # seconds: PEFT and transformers come with it
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, quant = smollm2.native_dtype(device), options.quant
     job = Job(device, options.out / smollm2.CACHE.name, options.steps or 0, dtype, quant=quant)
-    record.print_machine(record.machine())
     why = "bf16" if job.base == "bf16" else "no bf16"
     print(f"base model in {job.base}: this machine has {why} instructions", flush=True)
     report = fine_tune(job, options.out)
