@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,8 +29,14 @@ def make(folder: Path, refused: str) -> subprocess.CompletedProcess[str]:
     python = folder / "python"
     python.write_text(PYTHON.replace("REFUSED", refused))
     python.chmod(0o755)
+    outside = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
     return subprocess.run(
-        ["make", ".venv/ready", f"PYTHON={python}"], cwd=folder, capture_output=True, text=True, check=False
+        ["make", ".venv/ready", f"PYTHON={python}"],
+        cwd=folder,
+        env=outside,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
