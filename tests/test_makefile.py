@@ -29,11 +29,12 @@ def make(folder: Path, refused: str) -> subprocess.CompletedProcess[str]:
     python = folder / "python"
     python.write_text(PYTHON.replace("REFUSED", refused))
     python.chmod(0o755)
-    outside = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
+    told = ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")  # what make tells a make inside it
+    env = {name: value for name, value in os.environ.items() if name not in told}
     return subprocess.run(
         ["make", ".venv/ready", f"PYTHON={python}"],
         cwd=folder,
-        env=outside,
+        env=env,
         capture_output=True,
         text=True,
         check=False,
