@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import NAMES, TRAINABLE, Case, Tensors, leaves_of, make, run, run_truth
+from conftest import NAMES, TRAINABLE, Case, Tensors, expect, leaves_of, make, run, run_truth
 from pairwise import pairwise
 
 import peftkern
@@ -57,7 +57,7 @@ def one_thread():
 def check(case: Case, t: Tensors | None = None, **options) -> dict:
     """Run a case and hold y and every gradient to the error rule."""
     t = t or make(case)
-    found, peer, truth = run(case, t, "triton", **options), run(case, t, "reference", **options), run_truth(case, t)
+    found, (peer, truth) = run(case, t, "triton", **options), expect(case, t, "triton", **options)
     for name in NAMES:
         like = t.dy if name == "y" else getattr(t, name)
         if like is None:
@@ -327,7 +327,7 @@ def test_t_and_dB_from_one_read_of_dy(dtype: torch.dtype, R: int):
     case = Case(300, 20, 200, R, dtype, F32, 0.2, bias=True)
     t = make(case)
     found = run(case, t, "triton", ("lora_A", "lora_B", "bias"))
-    peer, truth = run(case, t, "reference"), run_truth(case, t)
+    peer, truth = expect(case, t, "triton")
     for name in ("lora_A", "lora_B", "bias"):
         assert_as_good_as(found[name], peer[name], truth[name], name)
     assert found["x"] is None
