@@ -14,9 +14,10 @@ from pairwise import pairwise
 
 import peftkern
 from peftkern import _env
-from peftkern.backends.triton import select
+from peftkern.backends.triton import select, tiles
+from peftkern.backends.triton.arch import Arch
 from peftkern.backends.triton.backend import TritonBackend
-from peftkern.backends.triton.tiles import RECOMPUTE, SHARED, Choice, TileConfig
+from peftkern.backends.triton.tiles import RECOMPUTE, SHARED, Choice, Pass, TileConfig
 from peftkern.ops import dispatch
 from peftkern.testing import dropout_mask, problems
 from peftkern.testing.numerics import assert_as_good_as, relative_error
@@ -308,17 +309,26 @@ def test_the_plan_names_schedule_and_tile(schedule: str):
     assert "triton" in text and schedule in text and "64x32x64" in text
 
 
-def test_batch_invariant_rows(dispatch_env):
+def test_batch_invariant_rows(dispatch_env, monkeypatch):
     """A row's result does not depend on how many others there are; without the mode the choice follows M."""
-    dispatch_env(PEFTKERN_BATCH_INVARIANT="1")
-    case = Case(100, 600, 72, 7, BF16, F32, bias=True)
+    few, many = (16, 32, 32, 4, 1), (64, 64, 64, 8, 1)
+    monkeypatch.setitem(tiles._SHIPPED, "interpreter", dict.fromkeys((few, many), (99, 99, 99)))
+
+    def estimate(launch: Pass, choice: Choice, arch: Arch) -> tuple[int, int]:
+        return abs(choice.tile.BLOCK_M - launch.problem.M), -choice.tile.SLICES
+
+    monkeypatch.setattr(select, "estimate", estimate)
+    case = Case(100, 200, 40, 7, BF16, F32, bias=True)
     t = make(case)
 
     def forward(rows: int) -> torch.Tensor:
         return peftkern.lora_linear(t.x[:rows], t.weight, t.lora_A, t.lora_B, bias=t.bias, backend="triton")
 
+    dispatch_env(PEFTKERN_BATCH_INVARIANT="1")
     whole = forward(100)
-    assert all(torch.equal(forward(rows), whole[:rows]) for rows in (1, 17, 64))
+    assert all(torch.equal(forward(rows), whole[:rows]) for rows in (1, 17))
+    dispatch_env(PEFTKERN_BATCH_INVARIANT="0")
+    assert not torch.equal(forward(17), forward(100)[:17])
 
 
 @pytest.mark.parametrize(("dtype", "R"), [(BF16, 7), (F16, 33), (F32, 7), (BF16, 100)])
