@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peftkern.ops import eager
+from peftkern.saved_tensors import saved_tensors
 
 _ARGUMENTS = 15  # of LoRALinearFunction, and the weight's tables
 
@@ -56,7 +57,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, s, scaling_tensor, rng_state, w_data, w_scale, lora_A, lora_B, *w_tables = ctx.saved_tensors
+    x, s, scaling_tensor, rng_state, w_data, w_scale, lora_A, lora_B, *w_tables = saved_tensors(ctx)
     other_data, other_scale, other_A, other_B, bias, lora_bias = ctx.unread
     w_format, group_size, scaling, dropout_p, precision, backend = ctx.settings
     need_x, _, _, _, _, need_A, need_B, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
@@ -153,7 +154,7 @@ class LoRAAdaptersFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         w_format, group_size, scaling, dropout_p, precision, backend = ctx.settings
         need_x, need_bias, *needs = ctx.needs
-        x, *saved = ctx.saved_tensors
+        x, *saved = saved_tensors(ctx)
         E = len(scaling)
         thin, scaling_tensor, rng_state, read = saved[:E], saved[E : 2 * E], saved[2 * E : 3 * E], saved[3 * E :]
         w_data, w_scale, bias, *factors = (

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peftkern.ops import eager
+from peftkern.saved_tensors import saved_tensors
 
 
 class BankSettings(NamedTuple):
@@ -51,7 +52,7 @@ class BankFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, weight, *factors = ctx.saved_tensors
+        x, s, weight, *factors = saved_tensors(ctx)
         unread_weight, bias = ctx.unread
         need_x, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         found = iter(

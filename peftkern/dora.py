@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from peftkern import dropout
 from peftkern.ops import eager
+from peftkern.saved_tensors import saved_tensors
 
 _DIFFERENTIABLE = {"x": 0, "lora_A": 5, "lora_B": 6, "bias": 7, "magnitude": 8}
 _ARGUMENTS = 15
@@ -85,7 +86,7 @@ class DoRALinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, h, norm, gain, scaling_tensor, rng_state, *read = ctx.saved_tensors
+        x, s, h, norm, gain, scaling_tensor, rng_state, *read = saved_tensors(ctx)
         w_data, w_scale, lora_A, lora_B = (
             other if saved is None else saved for saved, other in zip(read, ctx.unread, strict=True)
         )

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from peftkern.ops import shared_input as ops
 from peftkern.ops.problem import LoRAOperands, Needs
+from peftkern.saved_tensors import saved_tensors
 
 _FIELDS = 9  # of a layer among the arguments: weight, and LoRAOperands' others without the precision
 _FIRST = 3  # behind x, precision and backend
@@ -67,7 +68,7 @@ class SharedInputFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         scaling, dropout_p, precision, backend = ctx.settings
-        x, *saved = ctx.saved_tensors
+        x, *saved = saved_tensors(ctx)
         used = [i for i, (dy, need) in enumerate(zip(dys, ctx.needs, strict=True)) if dy is not None and any(need)]
         result: list[Tensor | None] = [None] * (_FIRST + _FIELDS * len(dys))
         if not used:

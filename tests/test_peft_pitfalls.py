@@ -198,3 +198,41 @@ def test_patching_a_7b_tree_asks_each_layer_twice(monkeypatch, capsys):
     report = peftkern.patch(model)
     print(f"patch of {len(report.fast)} layers: {1e3 * (time.perf_counter() - start):.1f} ms")
     assert len(report.fast) == len(seen) == 224 and max(seen.values()) <= 2
+
+
+def several(model: nn.Module) -> None:
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+
+
+IN_PLACE = {
+    "one": ({}, None),
+    "dropout": (dict(lora_dropout=0.1), None),
+    "several": ({}, several),
+    "DoRA": (dict(use_dora=True), None),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_x_changed_in_place_after_the_layer_is_an_error_that_names_the_layer(kind, copied):
+    """The price of saving x itself, also where PEFT saves a copy."""
+    options, change = IN_PLACE[kind]
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["1"], **options)
+    model = randomise(get_peft_model(nn.Sequential(nn.Identity(), nn.Linear(16, 16)), config))
+    if change:
+        change(model)
+    peftkern.patch(model)
+    model = copy.deepcopy(model) if copied else model
+    h = torch.randn(5, 16, requires_grad=True) * 1
+    h += model(h)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+        h.sum().backward()
+    assert str(caught.value).startswith("layer base_model.model.1: ") and "h = h + layer(h)" in str(caught.value)
+    h = torch.randn(5, 16, requires_grad=True) * 1
+    h = h + model(h)
+    h.sum().backward()
+    with pytest.raises(RuntimeError) as caught:  # another error is torch's own
+        h.sum().backward()
+    assert not str(caught.value).startswith("layer")

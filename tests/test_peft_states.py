@@ -169,3 +169,11 @@ def test_the_predicate_takes_the_dtypes_that_the_kernels_take_and_no_other():
     every = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
     taken = {dtype for dtype in every if parts.why_not_dtypes(dtype, dtype, []) is None}
     assert taken == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+
+def test_a_reason_tells_somebody_elses_linear_from_torchs():
+    other = type("Linear", (nn.Linear,), {"__module__": "somebody"})
+    model = model_of()
+    model.base_model.model[0].base_layer = other(16, 8)
+    (reason,) = peftkern.patch(model).skipped.values()
+    assert reason.startswith("base_layer is a somebody.Linear, not a plain torch.nn.modules.linear.Linear or ")

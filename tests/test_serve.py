@@ -182,3 +182,51 @@ def test_gpt2s_conv1d_and_a_plain_module_are_served() -> None:
 def test_read_files_are_taken_as_they_are(folders) -> None:
     model = llama()
     assert peftkern.serve(model, {"a": read_adapter(folders["support"])}).names == ("a",)
+
+
+def shortened(folder: str, to: str, without: str) -> str:
+    """The adapter without some of its layers, as a file that was cut, or whose layers were renamed, has it."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, to)
+    path = f"{to}/adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if without not in key}, path)
+    return to
+
+
+WAYS = {
+    "load_adapter": lambda folder: peftkern.load_adapter(llama(), folder),
+    "serve": lambda folder: peftkern.serve(llama(), {"a": folder}),
+    "serve of what was read": lambda folder: peftkern.serve(llama(), {"a": read_adapter(folder)}),
+    "load": lambda folder: peftkern.serve(llama(), target_modules="all-linear").load("a", folder),
+    "add": lambda folder: peftkern.serve(llama(), target_modules="all-linear").add("a", *read_adapter(folder)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapter_that_lacks_layers_of_its_settings_is_refused_by_every_way_in(way, folders, tmp_path) -> None:
+    WAYS[way](folders["legal"])
+    half = shortened(folders["legal"], str(tmp_path / "half"), "layers.1.")
+    with pytest.raises(ValueError, match=r"layers\.1\..*lora_A.weight.* \(and 3 more layers\) missing in the file"):
+        WAYS[way](half)
+
+
+@torch.no_grad()
+def test_the_output_heads_adapter_is_served_as_pefts_file_has_it(tmp_path) -> None:
+    """PEFT writes the head's base weight beside it; one that is not the model's is refused."""
+    from peft import LoraConfig, get_peft_model
+
+    theirs = randomise(get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))).eval()
+    theirs.save_pretrained(tmp_path)
+    assert read_adapter(tmp_path).layers["lm_head"].weight is not None
+    model = llama().eval()
+    peftkern.serve(model, {"a": tmp_path})
+    own = model(input_ids=TOKENS, adapters=["a", "a"]).logits
+    torch.testing.assert_close(own, theirs(input_ids=TOKENS).logits, atol=1e-5, rtol=1e-4)
+    other = llama()
+    other.lm_head.weight += 1
+    with pytest.raises(ValueError, match="'a': base_model.model.lm_head.base_layer.weight is not the model's weight"):
+        peftkern.serve(other, {"a": tmp_path})
+    assert type(other.lm_head) is nn.Linear

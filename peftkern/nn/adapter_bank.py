@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.nn import initialization, routing
-from peftkern.nn.adapter_config import LoRAConfig
-from peftkern.nn.adapter_files import AdapterFile, LoRATensors, key_of, read_adapter, write_adapter
-from peftkern.nn.targets import matches
+from peftkern.nn.adapter_config import LoRAConfig, matches
+from peftkern.nn.adapter_files import (
+    AdapterFile,
+    LoRATensors,
+    check_base_weight,
+    check_complete,
+    key_of,
+    read_adapter,
+    write_adapter,
+)
 from peftkern.segments import on_device
 
 if TYPE_CHECKING:
@@ -252,6 +259,7 @@ class AdapterBank:
                 raise ValueError(
                     f"{key_of(name, 'lora_A')}: the bank has no layer {name!r}; it has {_some(self._layers)}"
                 )
+        check_complete(self._layers, AdapterFile(config, dict(tensors)))
         return {
             name: _fitted(name, tensors[name], layer.weight, config)
             for name, layer in self._layers.items()
@@ -321,8 +329,10 @@ def _fitted(name: str, given: LoRATensors, weight: Tensor, config: LoRAConfig) -
     """A copy of a layer's tensors, in a dtype that the layer computes with."""
     N, K = weight.shape
     r = config.rank(name)
-    if given.lora_bias is not None or given.bias is not None or given.weight is not None:
-        raise NotImplementedError(f"{name}: a bank's adapters are lora_A and lora_B alone")
+    for field, tensor in (("lora_bias", given.lora_bias), ("bias", given.bias)):
+        if tensor is not None:
+            raise NotImplementedError(f"{key_of(name, field)}: a bank's adapters are lora_A and lora_B alone")
+    check_base_weight(name, given, weight)
     wide = torch.promote_types(weight.dtype, torch.float32)
     copies = []
     for field, tensor, shape in (("lora_A", given.lora_A, (r, K)), ("lora_B", given.lora_B, (N, r))):

@@ -130,6 +130,13 @@ class LoRAConfig:
         return cls(**own)
 
 
+def matches(rule: Sequence[str] | str, name: str) -> bool:
+    """A regex matches the whole name; an entry of a list is the name or its end after a dot."""
+    if isinstance(rule, str):
+        return re.fullmatch(rule, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in rule)
+
+
 def _check_rank(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} is an int, not {value!r}")

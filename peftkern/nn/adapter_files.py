@@ -7,14 +7,14 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from peftkern.nn.adapter_config import LoRAConfig
+from peftkern.nn.adapter_config import LoRAConfig, matches
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -57,6 +57,31 @@ class AdapterFile(NamedTuple):
 def key_of(name: str, field: str) -> str:
     """The key in the file of a field of LoRATensors."""
     return f"{_PREFIX}{name}.{_ENDS[field]}"
+
+
+def check_complete(names: Iterable[str], file: AdapterFile) -> None:
+    """Raise ValueError for layers that the settings of an adapter name and its tensors lack.
+
+    Args: names: of the layers that there are. A stranger's regex is never run, so one says nothing here.
+    """
+    targets, excluded = file.config.target_modules, file.config.exclude_modules
+    if isinstance(targets, str) or isinstance(excluded, str):
+        return
+    meant = {name for name in names if matches(targets, name) and not matches(excluded, name)}
+    if missing := sorted(meant - set(file.layers)):
+        raise ValueError(f"{keys_of(missing)} missing in the file")
+
+
+def check_base_weight(name: str, layer: LoRATensors, weight: Tensor) -> None:
+    """Raise ValueError where PEFT wrote a base weight beside the adapter that is not the model's."""
+    if layer.weight is not None and not torch.equal(layer.weight.to(weight.device, weight.dtype), weight):
+        raise ValueError(f"{key_of(name, 'weight')} is not the model's weight, and base weights are not loaded")
+
+
+def keys_of(names: Sequence[str]) -> str:
+    """The keys of some layers' lora_A, the first few of them."""
+    more = f" (and {len(names) - 4} more layers)" if len(names) > 4 else ""
+    return ", ".join(key_of(name, "lora_A") for name in names[:4]) + more
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:

@@ -14,10 +14,19 @@ from torch import Tensor, nn
 
 from peftkern.nn import initialization
 from peftkern.nn.adapter_config import LoRAConfig
-from peftkern.nn.adapter_files import AdapterFile, LoRATensors, key_of, read_adapter, write_adapter
+from peftkern.nn.adapter_files import (
+    AdapterFile,
+    LoRATensors,
+    check_base_weight,
+    check_complete,
+    key_of,
+    keys_of,
+    read_adapter,
+    write_adapter,
+)
 from peftkern.nn.injection import InjectReport, adapted_layers, put_adapters, refuse_peft, report_on
 from peftkern.nn.lora_linear import LoRALinear, why_not_linear
-from peftkern.nn.targets import matches, short_targets
+from peftkern.nn.targets import short_targets
 
 T = TypeVar("T", bound=Hashable)
 
@@ -176,23 +185,15 @@ def _check_plain(model: nn.Module, file: AdapterFile) -> dict[str, nn.Module]:
         weight = given.weight if isinstance(module, nn.Linear) else given.weight.t()
         adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
         _check_fit(name, file, weight, given.bias, file.config.rank(name), adapter_dtype)
-    targets, excluded = file.config.target_modules, file.config.exclude_modules
-    if not isinstance(targets, str) and not isinstance(excluded, str):  # a stranger's regex is never run
-        meant = {n for n, _ in model.named_modules() if n and matches(targets, n) and not matches(excluded, n)}
-        _check_same(meant | set(modules), set(file.layers), "")
+    check_complete((name for name, _ in model.named_modules() if name), file)
     return modules
 
 
 def _check_same(mine: set[str], theirs: set[str], why: str) -> None:
     if unknown := sorted(theirs - mine):
-        raise ValueError(f"{_keys(unknown)} in the file, but {why}")
+        raise ValueError(f"{keys_of(unknown)} in the file, but {why}")
     if missing := sorted(mine - theirs):
-        raise ValueError(f"{_keys(missing)} missing in the file")
-
-
-def _keys(names: list[str]) -> str:
-    more = f" (and {len(names) - 4} more layers)" if len(names) > 4 else ""
-    return ", ".join(key_of(name, "lora_A") for name in names[:4]) + more
+        raise ValueError(f"{keys_of(missing)} missing in the file")
 
 
 def _check_fit(
@@ -216,8 +217,7 @@ def _check_fit(
         dtype = bias.dtype if field == "bias" and bias is not None else adapter_dtype
         if not tensor.to(dtype).isfinite().all():
             raise ValueError(f"{key_of(name, field)} {shapes[field]} has a value that {dtype} cannot hold")
-    if found.weight is not None and not torch.equal(found.weight.to(weight.device, weight.dtype), weight):
-        raise ValueError(f"{key_of(name, 'weight')} is not the model's weight, and base weights are not loaded")
+    check_base_weight(name, found, weight)
 
 
 @torch.no_grad()

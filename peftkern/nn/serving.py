@@ -11,7 +11,7 @@ from torch import nn
 
 from peftkern.nn.adapter_bank import AdapterBank
 from peftkern.nn.adapter_config import LoRAConfig
-from peftkern.nn.adapter_files import AdapterFile, key_of, read_adapter
+from peftkern.nn.adapter_files import AdapterFile, check_complete, key_of, read_adapter
 from peftkern.nn.injection import refuse_adapted, replace
 from peftkern.nn.multi_lora_linear import MultiLoRALinear
 from peftkern.nn.routing import Route
@@ -34,8 +34,8 @@ def serve(
             layers of ``adapters`` carry the bank in any case.
     Returns: the bank.
     Raises: those of ``read_adapter`` and ``AdapterBank.load``, naming the adapter; ValueError for a layer that the
-        model lacks, or where there is no layer at all; TypeError for one that is no plain linear; RuntimeError for a
-        model with adapters. The model is then as it was.
+        model lacks, or that an adapter's settings name and its tensors lack, or where there is no layer at all;
+        TypeError for one that is no plain linear; RuntimeError for a model with adapters. The model is then as it was.
     """
     refuse_served(model)
     refuse_adapted(model)
@@ -52,6 +52,7 @@ def serve(
             if layer not in modules:
                 raise ValueError(f"adapter {name!r}: {key_of(layer, 'lora_A')}: the model has no such layer")
             targets[layer] = modules[layer]
+        _named(name, check_complete, modules, file)
     if not targets:
         raise ValueError("serve needs adapters or target_modules")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -9,15 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftkern.nn.adapter_config import LoRAConfig
+from peftkern.nn.adapter_config import LoRAConfig, matches
 from peftkern.nn.lora_linear import LoRALinear, why_not_linear
-
-
-def matches(rule: Sequence[str] | str, name: str) -> bool:
-    """A regex matches the whole name; an entry of a list is the name or its end after a dot."""
-    if isinstance(rule, str):
-        return re.fullmatch(rule, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in rule)
 
 
 def linear_names(model: nn.Module) -> list[str]:

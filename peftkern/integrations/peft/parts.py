@@ -106,7 +106,8 @@ def plain_parts(layer: lora.Linear, mixed: Sequence[str] | None = None) -> Parts
     if mixed is not None:
         return Parts(weight, bias, adapters, compute)
     if not adapters:
-        return f"the active adapter {', '.join(map(repr, active))} is not on this layer" if active else "0 are active"
+        names = ", ".join(map(repr, active))
+        return f"the active adapter {names} is not on this layer" if active else "no adapter is active"
     if len(adapters) > 1 and any(adapter.magnitude is not None for adapter in adapters):
         return f"{len(adapters)} adapters are active, and one of them uses DoRA"
     if not isinstance(weight, FrozenWeight):
@@ -218,11 +219,18 @@ def why_not_scaling(scaling: float | Tensor) -> str | None:
 def _why_not_plain(label: str, child: Any, kinds: tuple[type, ...] = (nn.Linear,)) -> str | None:
     """A child whose forward does more than a product with its own weight must be called, not read."""
     if type(child) not in kinds:
-        return f"{label} is a {type(child).__name__}, not a plain {' or '.join(kind.__name__ for kind in kinds)}"
+        found, known = type(child).__name__, [kind.__name__ for kind in kinds]
+        if found in known:  # somebody else's of the same name
+            found, known = _full_name(type(child)), [_full_name(kind) for kind in kinds]
+        return f"{label} is a {found}, not a plain {' or '.join(known)}"
     weight = child._parameters.get("weight")
     if type(weight) not in (nn.Parameter, Tensor):
         return f"{label} has a weight of type {type(weight).__name__}"
     return why_not_observed(label, child)
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def why_not_observed(label: str, child: Any) -> str | None:

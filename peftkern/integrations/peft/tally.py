@@ -6,10 +6,15 @@ addition. What a compiler traces is counted once, as a traced call: a graph runs
 
 from __future__ import annotations
 
+import gc
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import torch
+from torch import nn
+
+from peftkern.saved_tensors import name_finders
 
 logger = logging.getLogger("peftkern")
 
@@ -68,6 +73,18 @@ def attach(layer: Any, name: str, reason: str | None) -> None:
         layer.__dict__[_KEY] = Tally(name, reason)
     else:
         tally.name, tally.reported = name, reason
+
+
+def _name_of(parameters: Collection[int]) -> str | None:
+    """The name of the layer that has one of these parameters, by id. Looks everywhere: for the text of an error."""
+    for layer in gc.get_objects():
+        if issubclass(type(layer), nn.Module) and _KEY in layer.__dict__:
+            if any(id(parameter) in parameters for parameter in layer.parameters()):
+                return layer.__dict__[_KEY].name
+    return None
+
+
+name_finders.append(_name_of)
 
 
 def detach(layer: Any) -> None:
