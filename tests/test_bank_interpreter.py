@@ -1,10 +1,9 @@
-"""Adapters looked up by row in the fused pass, in the interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
+"""Adapters looked up by row in the fused pass, in the interpreter: TRITON_INTERPRET=1 pytest."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from threading import get_ident
@@ -25,7 +24,6 @@ from peftkern.segments import plan_on_device
 
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
     pytest.mark.usefixtures("poisoned", "one_thread"),
 ]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

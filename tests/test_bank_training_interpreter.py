@@ -1,9 +1,8 @@
-"""Training adapters looked up by row, in the interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
+"""Training adapters looked up by row, in the interpreter: TRITON_INTERPRET=1 pytest."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -22,7 +21,6 @@ from peftkern.testing import dropout_mask
 
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
     pytest.mark.usefixtures("poisoned", "one_thread"),
 ]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

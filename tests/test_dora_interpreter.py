@@ -1,8 +1,6 @@
-"""DoRA by the Triton kernels, in the interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
+"""DoRA by the Triton kernels, in the interpreter: TRITON_INTERPRET=1 pytest."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from peftkern.testing.numerics import assert_as_good_as
 
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
     pytest.mark.usefixtures("poisoned"),
 ]
 

@@ -1,16 +1,11 @@
-"""``test_factor_range`` by the Triton kernels, in the interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
+"""``test_factor_range`` by the Triton kernels, in the interpreter: TRITON_INTERPRET=1 pytest."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 from test_factor_range import CASES, UNITS, batch_errors_at, errors_at
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
-]
+pytestmark = pytest.mark.interpreter
 SIZES = [1e-8, 1e-4, 1e3]
 
 

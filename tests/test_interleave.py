@@ -1,10 +1,9 @@
 """Protocols between programs, right and wrong, under the interleaving harness: right ones pass every seed, wrong ones
-are caught. TRITON_INTERPRET=1 pytest -m interpreter."""
+are caught. TRITON_INTERPRET=1 pytest."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,10 +16,7 @@ from peftkern.testing.interleave import Deadlock, Log, interleaved
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
-]
+pytestmark = pytest.mark.interpreter
 
 SEEDS = range(20)
 FEW = 4  # a handful: seeds, of 20, that must catch a mistake

@@ -1,8 +1,6 @@
-"""Layers that read one x by the Triton kernels, in the interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
+"""Layers that read one x by the Triton kernels, in the interpreter: TRITON_INTERPRET=1 pytest."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from test_shared_input_operators import exact_dx, members, together
 
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
     pytest.mark.usefixtures("poisoned"),
 ]
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 
 import pytest
@@ -29,7 +28,6 @@ Name = tuple[str, str, str]  # target, variant, tile
 
 RECORD = pathlib.Path(__file__).parent / "triton_binaries.json"
 AGAIN = f"python -m peftkern kernels --json > tests/{RECORD.name}"
-compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
 
 @functools.cache
@@ -88,14 +86,12 @@ def check_binaries(target: str, every: bool) -> None:
     assert not stale, f"{len(stale)} binaries may be shipped, but are not those of the record: {AGAIN}"
 
 
-@compiles
 @pytest.mark.compile_lane
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_canaries_and_what_this_tree_changed(target: str):
     check_binaries(target, every=False)
 
 
-@compiles
 @pytest.mark.compile_lane
 @pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
@@ -103,7 +99,6 @@ def test_every_binary(target: str):
     check_binaries(target, every=True)
 
 
-@compiles
 def test_an_edit_is_compiled_and_compared_and_a_stale_record_is_seen(monkeypatch):
     """A tree in which one binary is made from something else than the record's."""
     (variant,) = [v for v in variants("sm_90") if str(v).startswith("kept fp32")]
@@ -138,7 +133,6 @@ def test_an_edit_is_compiled_and_compared_and_a_stale_record_is_seen(monkeypatch
     assert compiled == 5 * [variant]
 
 
-@compiles
 def test_the_record_holds_every_variant_and_nothing_else():
     _, rows = recorded()
     assert {key[:2] for key in rows} == {(target, str(v)) for target in TARGETS for v in variants(target)}
@@ -167,7 +161,6 @@ def test_what_may_not_be_shipped(changed: dict, reason: str):
     assert "do not fit" in inspect_kernels.failure(row, twice)
 
 
-@compiles
 def test_kernels_command(monkeypatch, capsys):
     monkeypatch.setattr(inspect_kernels, "variants", lambda arch: iter([Variant("shrink")]))
     assert main(["kernels", "--json"]) == 0

@@ -1,9 +1,8 @@
-"""The Triton kernels in the interpreter, on the CPU: TRITON_INTERPRET=1 pytest -m interpreter."""
+"""The Triton kernels in the interpreter, on the CPU: TRITON_INTERPRET=1 pytest."""
 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -25,7 +24,6 @@ from peftkern.weights import DenseWeight, FrozenWeight
 
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
     pytest.mark.usefixtures("poisoned"),
 ]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -34,7 +33,6 @@ from peftkern.testing.numerics import assert_as_good_as
 
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
     pytest.mark.usefixtures("poisoned"),
 ]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 import re
 
 import pytest
@@ -22,7 +21,6 @@ PACKED = [name for name in formats() if name != "dense"]
 
 
 @pytest.mark.compile_lane
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 @pytest.mark.parametrize("backward", [False, True], ids=["y", "dx"])
 def test_nf4_128x128x64_on_hopper_has_at_most_90_kb_of_shared_memory(backward):
     """In three stages, every operand by pointers; as it is shipped, the bulk copies' barriers come on top."""
@@ -38,7 +36,6 @@ def test_nf4_128x128x64_on_hopper_has_at_most_90_kb_of_shared_memory(backward):
 
 
 @pytest.mark.compile_lane
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 @pytest.mark.parametrize("name", ["nf4", "int4", "fp8"])
 @pytest.mark.parametrize("backward", [False, True], ids=["y", "dx"])
 def test_packed_bytes_are_copied_while_a_tile_before_is_decoded(name, backward):
@@ -55,7 +52,6 @@ def test_packed_bytes_are_copied_while_a_tile_before_is_decoded(name, backward):
 
 
 @pytest.mark.compile_lane
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 @pytest.mark.parametrize("BLOCK_M", [16, 32])
 def test_warps_of_few_rows_share_the_columns(BLOCK_M):
     """Both of recompute's products: with the rows shared out, every warp but the first would repeat the whole tile."""
@@ -116,7 +112,6 @@ def test_every_tile_of_a_packed_format_is_among_the_choices(name):
 
 
 @pytest.mark.compile_lane
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 @pytest.mark.parametrize(
     ("target", "backward", "scaling"), covering(["sm_90", "sm_100"], [False, True], ["tensor", "row", "block"])
 )

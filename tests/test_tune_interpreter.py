@@ -1,11 +1,10 @@
-"""The tuner over real launches, in the interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
+"""The tuner over real launches, in the interpreter: TRITON_INTERPRET=1 pytest."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import itertools
-import os
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from peftkern.ops.problem import Problem
 
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
     pytest.mark.usefixtures("poisoned", "cache"),
 ]
 
