@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkern
 from peftkern.integrations.bitsandbytes import from_bitsandbytes
+from peftkern.ops import dispatch
 
 pytest.importorskip("bitsandbytes")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -83,7 +84,7 @@ def left_to_peft(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("autocast", [None, BF16, F16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kind", "compute"), KINDS, ids=str)
-def test_any_x_is_fused_and_has_pefts_dtypes(kind, compute, dtype, autocast, training, left_to_peft):
+def test_any_x_is_fused_and_has_pefts_dtypes(kind, compute, dtype, autocast, training, left_to_peft, monkeypatch):
     """Within two units of the coarsest dtype that takes part; PEFT's own products are in the same ones."""
     x, dy = torch.randn(5, 64).to(dtype), torch.randn(5, 48)
     model = over(kind, compute).train(training)
@@ -92,8 +93,11 @@ def test_any_x_is_fused_and_has_pefts_dtypes(kind, compute, dtype, autocast, tra
     dy = dy.to(expected["y"].dtype)
     exact = truth(model, kind, x, dy)
     assert peftkern.patch(model).fast
+    products = []
+    genuine = dispatch.forward
+    monkeypatch.setattr(dispatch, "forward", lambda o, x, b: products.append(x.dtype) or genuine(o, x, b))
     found = step(model, x, dy, autocast)
-    assert not left_to_peft
+    assert not left_to_peft and products == [compute or autocast or dtype]
     assert {n: value.dtype for n, value in found.items()} == {n: value.dtype for n, value in expected.items()}
     coarsest = max(torch.finfo(d).eps for d in (dtype, compute or autocast or dtype, expected["y"].dtype))
     assert max(errors(found, exact).values()) <= 2 * coarsest
