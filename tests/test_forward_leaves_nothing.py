@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from conftest import adapted
+from test_shared_inputs import an_x, pair
 from torch import nn
 
 import peftkern
@@ -104,3 +105,15 @@ def test_threads_through_one_model_have_the_results_of_one(kind, one_thread):
         thread.join()
     assert not wrong
     torch.testing.assert_close(step(model, inputs[0]), expected[0], rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_left_over_in_inference_mode():
+    """What it computes cannot be saved for backward, and a member called outside may feed what is trained."""
+    _, shared = pair()
+    x = an_x().detach()
+    with torch.inference_mode():
+        shared.q(x)
+    with torch.no_grad():
+        k = shared.k(x)
+    assert not k.is_inference()
+    (k * torch.ones(1, requires_grad=True)).sum().backward()

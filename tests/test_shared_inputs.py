@@ -131,18 +131,6 @@ def test_autocast_and_evaluation(fused):
         assert torch.equal(shared(x * 1), alone(x * 1)) and fused == [3, 3, 3]
 
 
-def test_nothing_is_left_over_in_inference_mode():
-    """What it computes cannot be saved for backward, and a member called outside may feed what is trained."""
-    _, shared = pair()
-    x = an_x().detach()
-    with torch.inference_mode():
-        shared.q(x)
-    with torch.no_grad():
-        k = shared.k(x)
-    assert not k.is_inference()
-    (k * torch.ones(1, requires_grad=True)).sum().backward()
-
-
 def test_an_unused_result_has_no_gradient_and_the_graph_can_be_kept():
     alone, shared = pair()
     for model in (alone, shared):
