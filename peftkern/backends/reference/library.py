@@ -4,7 +4,7 @@
 
 Two precisions, as in every backend. "base": the factors are rounded to x's dtype and the thin products run there.
 "fp32": x and dy are widened and the thin products run in fp32, as PEFT does with its default adapters. So they do in
-fp16, whose range holds neither every factor nor every sum, and there nothing is rounded.
+fp16, whose range holds neither every factor nor every sum: there a factor is rounded to fp16's digits alone.
 """
 
 from __future__ import annotations
@@ -26,9 +26,15 @@ def _thin_dtype(operands: LoRAOperands, dtype: torch.dtype) -> torch.dtype:
 
 def _factor(operands: LoRAOperands, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """A or B in the thin dtype; under "base" rounded to the compute dtype first."""
-    if operands.precision == "base" and dtype != torch.float16:
-        factor = factor.to(dtype)
+    if operands.precision == "base" and factor.dtype != dtype:
+        factor = _half(factor) if dtype == torch.float16 else factor.to(dtype)
     return factor.to(_thin_dtype(operands, dtype))
+
+
+def _half(factor: Tensor) -> Tensor:
+    """A factor in fp32, rounded to the eleven digits of fp16 but not to its range."""
+    part, exponent = torch.frexp(factor.float())
+    return torch.ldexp(part.half().float(), exponent)
 
 
 def _keep(operands: LoRAOperands, M: int) -> Tensor | None:
