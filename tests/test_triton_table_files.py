@@ -14,7 +14,6 @@ from conftest import ROOT
 from test_triton_tables import H200, forward, measured, not_the_estimates
 
 from peftkern.backends.triton import lock, tables, tiles
-from peftkern.backends.triton.tables import Entry
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -25,7 +24,7 @@ def test_merging_keeps_what_is_there_and_renews_what_is_measured_again(cache):
     tables.merge(cache, measured(forward(1), first))
     tables.merge(cache, measured(forward(8192), second))
     found = tables.parse(cache.read_text(), "sm_90", "NVIDIA H200").entries
-    assert found == {tables.key_of(forward()): {1: Entry(first, True), 8192: Entry(second, True)}}
+    assert found == {tables.key_of(forward()): {1: first, 8192: second}}
     assert [path.name for path in cache.parent.iterdir()] == [cache.name], "temporary files are left"
 
 
@@ -90,7 +89,7 @@ def test_readers_never_see_half_a_file(cache):
 WRITER = """
 import pathlib, sys, time
 from peftkern.backends.triton import lock, tables
-from peftkern.backends.triton.tables import Entry, Table
+from peftkern.backends.triton.tables import Table
 from peftkern.backends.triton.tiles import Choice, TileConfig
 path, start, first, by_file = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1"
 if by_file:
@@ -100,7 +99,7 @@ start.with_name(f"ready{first}").touch()
 while not start.exists():
     time.sleep(0.001)
 for number in range(first, first + 60):
-    tables.merge(path, Table("sm_90", "NVIDIA H200", "", {f"entry{number:03}": {1: Entry(choice, True)}}))
+    tables.merge(path, Table("sm_90", "NVIDIA H200", "", {f"entry{number:03}": {1: choice}}))
 """
 
 
