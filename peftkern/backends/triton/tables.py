@@ -14,6 +14,7 @@ A table that cannot be read, is of another version or for another chip is ignore
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -29,7 +30,6 @@ from typing import Any
 
 from peftkern import _env
 from peftkern.backends.triton.arch import Arch
-from peftkern.backends.triton.lock import locked
 from peftkern.backends.triton.tiles import Choice, Pass, TileConfig, padded
 
 logger = logging.getLogger("peftkern")
@@ -235,8 +235,11 @@ def forget() -> None:
         _complained.clear()
 
 
-def merge(path: Path, update: Table, to_ship: bool = False) -> Table:
-    """Add a table's entries to a file, atomically; of two processes that do so at once neither loses anything.
+def merge(path: Path, update: Table, to_ship: bool = False) -> None:
+    """Add a table's entries to a file: one is written beside it and takes its place, so that no reader sees half of it.
+
+    No lock is held. Where another process has changed the file since it was read, it is read once more; what is written
+    in the moment between that look and the replacement is lost, and is tuned again.
 
     Args:
         path: the file; its folder is made.
@@ -246,34 +249,46 @@ def merge(path: Path, update: Table, to_ship: bool = False) -> Table:
     Raises: OSError if it cannot be written; ValueError for a shipped file that is bad, another chip's or too large.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path):
-        table = dataclasses.replace(update, entries={})
+    for last in (False, True):
+        held = _content(path)
+        with _beside(path, _merged(path, held, update, to_ship)) as temporary:
+            if last or _content(path) == held:
+                os.replace(temporary, path)
+                return
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _merged(path: Path, held: bytes | None, update: Table, to_ship: bool) -> str:
+    """The text of a file that has held ``held``, with the update's entries."""
+    table = dataclasses.replace(update, entries={})
+    if held is not None:
         try:
-            table = parse(path.read_text(encoding="utf-8"), update.arch, None if to_ship else update.device, str(path))
-        except FileNotFoundError:
-            pass
+            table = parse(held.decode(), update.arch, None if to_ship else update.device, str(path))
         except ValueError as error:
             if to_ship:
                 raise ValueError(f"{path}: {error}") from error
             logger.warning("peftkern: %s is replaced: %s", path, error)
-        table = table.updated(update)
-        text = to_json(table)
-        if to_ship and len(text.encode()) > SHIPPED_LIMIT:
-            raise ValueError(
-                f"{path} would have {len(text.encode())} bytes; a shipped table has {SHIPPED_LIMIT} at most"
-            )
-        _replace(path, text)
-    return table
+    text = to_json(table.updated(update))
+    if to_ship and len(text.encode()) > SHIPPED_LIMIT:
+        raise ValueError(f"{path} would have {len(text.encode())} bytes; a shipped table has {SHIPPED_LIMIT} at most")
+    return text
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new, whatever happens in between."""
+@contextlib.contextmanager
+def _beside(path: Path, text: str) -> Iterator[Path]:
+    """A file of that text in the same folder, gone afterwards unless it has been moved."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
