@@ -233,14 +233,9 @@ def run_truth(case: Case, t: Tensors) -> Found:
 
 
 def expect(case: Case, t: Tensors, backend: str = "cpp", **options) -> tuple[Found, Found]:
-    """What ``judge`` compares with: plain PyTorch with the same roundings, and the truth in fp64.
-
-    Plain PyTorch is the reference for the others, but not for Triton's fp32 factors beside fp16: Triton rounds them,
-    the reference multiplies them in fp32.
-    """
-    rounded = (case.dtype, case.adapter_dtype, case.precision) == (torch.float16, torch.float32, "base")
-    plain = backend == "reference" or (backend == "triton" and rounded)
-    return run_plain(case, t) if plain else run(case, t, "reference", **options), run_truth(case, t)
+    """What ``judge`` compares with: plain PyTorch with the same roundings, and the truth in fp64."""
+    peer = run_plain(case, t) if backend == "reference" else run(case, t, "reference", **options)
+    return peer, run_truth(case, t)
 
 
 def judge(

@@ -144,9 +144,8 @@ MUTANTS = [
         "x.new_empty(x.shape[0], R)\n", "test_torch_integration.py -k fake"),
     host("two counters too many", "backends/triton/tiles.py", "if blocks > COUNTERS - 2:", "if blocks > COUNTERS:",
         "test_triton_compile.py -k 'together or illegal'"),
-    host("an estimate of another rank", "backends/triton/tables.py",
-        "problem.M == bucket_of(problem.M) and problem.R == padded(problem.R)", "problem.M == bucket_of(problem.M)",
-        "test_triton_tables.py -k estimate"),
+    host("an entry for one rank of its power of two", "backends/triton/tables.py", 'f"R{padded(p.R)}"', 'f"R{p.R}"',
+        "test_triton_tables.py -k power_of_two"),
 
     kernel("a last step of K in shrink", "shrink.py", "tl.cdiv(tl.cdiv(Q, BLOCK_Q), SLICES)",
         "tl.cdiv(Q // BLOCK_Q, SLICES)", "test_triton_interpreter.py -k 'combinations and split'"),

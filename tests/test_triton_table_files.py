@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -13,8 +14,9 @@ import pytest
 from conftest import ROOT
 from test_triton_tables import H200, forward, measured, not_the_estimates
 
-from peftkern.backends.triton import lock, tables, tiles
-from peftkern.backends.triton.tables import Entry
+from peftkern.backends.triton import tables, tiles
+from peftkern.backends.triton.tables import Table
+from peftkern.backends.triton.tiles import Choice, TileConfig
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -25,7 +27,7 @@ def test_merging_keeps_what_is_there_and_renews_what_is_measured_again(cache):
     tables.merge(cache, measured(forward(1), first))
     tables.merge(cache, measured(forward(8192), second))
     found = tables.parse(cache.read_text(), "sm_90", "NVIDIA H200").entries
-    assert found == {tables.key_of(forward()): {1: Entry(first, True), 8192: Entry(second, True)}}
+    assert found == {tables.key_of(forward()): {1: first, 8192: second}}
     assert [path.name for path in cache.parent.iterdir()] == [cache.name], "temporary files are left"
 
 
@@ -87,99 +89,88 @@ def test_readers_never_see_half_a_file(cache):
     assert read and not errors, errors[:1]
 
 
-WRITER = """
-import pathlib, sys, time
-from peftkern.backends.triton import lock, tables
-from peftkern.backends.triton.tables import Entry, Table
-from peftkern.backends.triton.tiles import Choice, TileConfig
-path, start, first, by_file = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1"
-if by_file:
-    lock.fcntl = None
-choice = Choice("split", TileConfig(64, 64, 64, 4, 3))
-start.with_name(f"ready{first}").touch()
-while not start.exists():
-    time.sleep(0.001)
-for number in range(first, first + 60):
-    tables.merge(path, Table("sm_90", "NVIDIA H200", "", {f"entry{number:03}": {1: Entry(choice, True)}}))
-"""
+def intruded(monkeypatch: pytest.MonkeyPatch, path: pathlib.Path, others: list[Table]) -> list[int]:
+    """Between a writer's reading of the file and its replacing it, another one adds the next of ``others``, whole.
+
+    Returns: a list that grows with every text that the writer itself has written beside the file.
+    """
+    genuine, written, inside = os.fsync, [], []
+
+    def fsync(descriptor: int) -> None:
+        genuine(descriptor)
+        if inside:
+            return
+        written.append(descriptor)
+        if others:
+            inside.append(True)
+            tables.merge(path, others.pop(0))
+            inside.clear()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return written
 
 
-@pytest.mark.parametrize("by_file", [False, True], ids=["flock", "O_EXCL"])
-def test_two_processes_that_tune_at_once_lose_nothing(by_file: bool, cache, tmp_path):
-    arguments = [sys.executable, "-c", WRITER, str(cache), str(tmp_path / "start")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    writers = [subprocess.Popen([*arguments, first, str(int(by_file))], env=environment) for first in ("0", "60")]
-    while not all((tmp_path / f"ready{first}").exists() for first in (0, 60)):
-        assert all(writer.poll() is None for writer in writers)
-        time.sleep(0.01)
-    (tmp_path / "start").touch()
-    assert [writer.wait(60) for writer in writers] == [0, 0]
+def entry(name: str) -> Table:
+    return Table("sm_90", "NVIDIA H200", "", {name: {1: Choice("split", TileConfig(64, 64, 64, 4, 3))}})
+
+
+def test_two_that_tune_different_problems_lose_nothing(cache, monkeypatch):
+    """At every write of the one, the first included, the other is faster."""
+    others: list[Table] = []
+    intruded(monkeypatch, cache, others)
+    for number in range(10):
+        others.append(entry(f"other {number}"))
+        tables.merge(cache, entry(f"own {number}"))
     found = tables.parse(cache.read_text(), "sm_90", "NVIDIA H200").entries
-    assert sorted(found) == [f"entry{number:03}" for number in range(120)]
+    assert sorted(found) == [f"{whose} {number}" for whose in ("other", "own") for number in range(10)]
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
 
 
-HOLDER = """
-import os, pathlib, sys
-from peftkern.backends.triton import lock
-if sys.argv[2] == "1":
-    lock.fcntl = None
-with lock.locked(pathlib.Path(sys.argv[1])):
-    os._exit(3)
+def test_a_writer_reads_again_once(cache, monkeypatch):
+    """And only where the file has changed."""
+    written = intruded(monkeypatch, cache, [])
+    tables.merge(cache, entry("alone"))
+    assert len(written) == 1
+    written = intruded(monkeypatch, cache, [entry(f"other {number}") for number in range(3)])
+    tables.merge(cache, entry("own"))
+    assert len(written) == 2
+    found = tables.parse(cache.read_text(), "sm_90", "NVIDIA H200").entries
+    assert {"alone", "other 0", "own"} <= set(found)
+
+
+WRITER = """
+import pathlib, sys, time
+from peftkern.backends.triton import tables
+from peftkern.backends.triton.tables import Table
+from peftkern.backends.triton.tiles import Choice, TileConfig
+path, start, name = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3]
+choice = Choice("split", TileConfig(64, 64, 64, 4, 3))
+start.with_name(f"ready {name}").touch()
+while not start.exists():
+    time.sleep(0.001)
+for number in range(60):
+    tables.merge(path, Table("sm_90", "NVIDIA H200", "", {f"{name} {number:02}": {1: choice}}))
 """
 
 
-@pytest.mark.parametrize("by_file", [False, True], ids=["flock", "O_EXCL"])
-def test_a_holder_that_died_blocks_nobody(by_file: bool, tmp_path, monkeypatch):
-    file = tmp_path / "table.json"
-    command = [sys.executable, "-c", HOLDER, str(file), str(int(by_file))]
-    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 3
-    assert list(tmp_path.iterdir()), "it left nothing behind, so that this proves nothing"
-    monkeypatch.setattr(lock, "_STALE", 0.2)
-    if by_file:
-        monkeypatch.setattr(lock, "fcntl", None)
-    with lock.locked(file, timeout=5):
-        pass
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("by_file", [False, True], ids=["flock", "O_EXCL"])
-def test_a_holder_that_lives_is_waited_for_and_not_for_ever(by_file: bool, tmp_path, monkeypatch):
-    if by_file:
-        monkeypatch.setattr(lock, "fcntl", None)
-    with lock.locked(tmp_path / "table.json"):
-        with pytest.raises(TimeoutError, match="table.json"), lock.locked(tmp_path / "table.json", timeout=0.1):
-            pass
-        with lock.locked(tmp_path / "another.json", timeout=0.1):
-            pass
-
-
-@pytest.mark.skipif(lock.fcntl is None, reason="no flock here")
-def test_a_lock_whose_file_the_last_holder_removed_is_taken_again(tmp_path, monkeypatch):
-    """The file goes between our open and our flock; the next one to come would make another, and hold it too."""
-    genuine, removed = lock.fcntl.flock, []
-
-    def flock(descriptor: int, operation: int) -> None:
-        if not removed:
-            removed.append((tmp_path / ".table.json.lock").unlink())
-        genuine(descriptor, operation)
-
-    monkeypatch.setattr(lock.fcntl, "flock", flock)
-    with lock.locked(tmp_path / "table.json"):
-        with pytest.raises(TimeoutError), lock.locked(tmp_path / "table.json", timeout=0.1):
-            pass
-
-
-def test_of_two_who_find_an_abandoned_lock_one_gets_it(tmp_path):
-    """Between the look at the abandoned lock and its removal another waiter has taken it: it is put back."""
-    held = tmp_path / ".table.json.held"
-    held.touch()
-    abandoned = lock._identity(held)
-    held.unlink()
-    held.write_text("the other's")
-    os.utime(held, ns=(1, 1))
-    lock._remove(held, abandoned)
-    assert held.read_text() == "the other's" and len(list(tmp_path.iterdir())) == 1
+def test_of_two_processes_that_write_without_pause_none_corrupts_the_file(cache, tmp_path):
+    """A third one reads all the time."""
+    arguments = [sys.executable, "-c", WRITER, str(cache), str(tmp_path / "start")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    writers = [subprocess.Popen([*arguments, name], env=environment) for name in ("one", "two")]
+    while not all((tmp_path / f"ready {name}").exists() for name in ("one", "two")):
+        assert all(writer.poll() is None for writer in writers)
+        time.sleep(0.01)
+    (tmp_path / "start").touch()
+    seen = []
+    while any(writer.poll() is None for writer in writers):
+        if cache.exists():
+            seen.append(len(tables.parse(cache.read_text(), "sm_90", "NVIDIA H200").entries))
+    assert [writer.returncode for writer in writers] == [0, 0] and seen
+    found = tables.parse(cache.read_text(), "sm_90", "NVIDIA H200").entries
+    assert set(found) <= {f"{name} {number:02}" for name in ("one", "two") for number in range(60)}
+    assert {"one 59", "two 59"} & set(found), "the last one to write is there"
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
 
 
 def test_a_file_in_the_way_of_the_folder_is_an_error_of_the_writer(cache):

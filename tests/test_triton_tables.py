@@ -15,20 +15,18 @@ import pytest
 import torch
 from conftest import ROOT, Case, make
 
-from peftkern.__main__ import main
 from peftkern.backends.triton import select, tables, tiles
 from peftkern.backends.triton.arch import ARCHES, Arch
-from peftkern.backends.triton.tables import Entry, Table
+from peftkern.backends.triton.tables import Table
 from peftkern.backends.triton.tiles import Choice, Pass
-from peftkern.backends.triton.tune import shipped
 from peftkern.ops.problem import Problem
-from peftkern.testing import problems
 
 pytestmark = pytest.mark.usefixtures("cache")
 
 BF16, F32 = torch.bfloat16, torch.float32
 H200 = dataclasses.replace(ARCHES["sm_90"], product="NVIDIA H200")
 SM_90 = ARCHES["sm_90"]
+genuine_shipped = tables.shipped  # the tests here have a folder of their own
 
 
 def forward(M: int = 8192, K: int = 4096, N: int = 4096, R: int = 16, **options) -> Pass:
@@ -41,7 +39,7 @@ def not_the_estimates(launch: Pass, arch: Arch) -> Choice:
 
 
 def measured(launch: Pass, choice: Choice, arch: Arch = H200) -> Table:
-    entries = {tables.key_of(launch): {tables.bucket_of(launch.problem.M): Entry(choice, True)}}
+    entries = {tables.key_of(launch): {tables.bucket_of(launch.problem.M): choice}}
     return Table(arch.name, arch.product, "3.6.0", entries)
 
 
@@ -52,9 +50,7 @@ def test_a_table_survives_its_text():
     entries = {}
     for launch in (forward(), forward(K=14336), Pass(forward(dropout=True, weight_format="int8").problem, True)):
         choices = tiles.choices(launch, SM_90)
-        entries[tables.key_of(launch)] = {
-            2**i: Entry(choices[(i // 3) % len(choices)], i % 4 != 0) for i in (0, 1, 2, 3, 5, 13)
-        }
+        entries[tables.key_of(launch)] = {2**i: choices[(i // 3) % len(choices)] for i in (0, 1, 2, 3, 5, 13)}
     table = Table("sm_90", "NVIDIA H200", "3.6.0", entries)
     assert len(entries) == 3
     assert tables.parse(tables.to_json(table), "sm_90", "NVIDIA H200") == table
@@ -64,8 +60,8 @@ def test_rows_count_by_their_power_of_two():
     assert [tables.bucket_of(M) for M in (1, 2, 3, 4, 5, 8192, 8193)] == [1, 2, 4, 4, 8, 8192, 16384]
     choice = not_the_estimates(forward(8192), H200)
     table = measured(forward(5000), choice)
-    assert [table.lookup(forward(M), H200) for M in (4096, 4097, 8192, 8193)] == [None, choice, choice, None]
-    assert table.lookup(forward(8192, R=9), H200) == choice and table.lookup(forward(8192, R=17), H200) is None
+    assert [table.lookup(forward(M)) for M in (4096, 4097, 8192, 8193)] == [None, choice, choice, None]
+    assert table.lookup(forward(8192, R=9)) == choice and table.lookup(forward(8192, R=17)) is None
 
 
 @pytest.mark.parametrize(
@@ -106,6 +102,7 @@ BAD_FILES = {
     "entries of another type": broken(lambda c: c.update(entries=[1])),
     "an entry of another type": broken(lambda c: c["entries"].update({"forward": 3})),
     "an entry of no such form": broken(lambda c: c["entries"].update({"forward": "8192"})),
+    "an entry of an estimate": broken(lambda c: c["entries"].update({"forward": "8192~00"})),
     "an entry of an unknown choice": broken(lambda c: c["entries"].update({"forward": "8192=77"})),
     "rows that are no power of two": broken(lambda c: c["entries"].update({"forward": "8191=00"})),
     "rows in the wrong order": broken(lambda c: c["entries"].update({"forward": "16-8=00"})),
@@ -302,52 +299,28 @@ def test_threads_that_call_first_make_identical_launches(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------- shipped
 
-ESTIMATED_FOR = [arch for arch in ARCHES if arch != "interpreter"]
+
+def test_a_chip_without_a_shipped_table_is_estimated_and_nothing_is_said(monkeypatch, caplog):
+    """The genuine folder, which need not exist."""
+    monkeypatch.setattr(tables, "shipped", genuine_shipped)
+    for arch in ARCHES:
+        file = pathlib.Path(str(tables.shipped(arch)))
+        assert file.relative_to(ROOT).match("peftkern/backends/triton/tuned/*.json")
+        if not file.exists():
+            assert select.choose(forward(), ARCHES[arch]) == select.estimated(forward(), ARCHES[arch])
+    assert not caplog.records
 
 
-def write_estimates(path: pathlib.Path, arch: str) -> None:
-    assert main(["tune", "--estimate", "--arch", arch, "--output", str(path)]) == 0
-
-
-@pytest.mark.parametrize("arch", ESTIMATED_FOR)
-def test_a_table_of_estimates_says_what_the_estimate_says(arch: str, capsys):
-    """For every entry; and beside the entries, and on a chip with other figures, selection is not touched by it."""
-    path, chip = tables.shipped(arch), ARCHES[arch]
-    write_estimates(path, arch)
-    check_form(path)
-    table = tables.parse(path.read_text(), arch)
-    for launch in list(shipped.passes())[:: 7 if arch == "sm_90" else 29]:
-        assert table.lookup(launch, chip) == select.estimated(launch, chip)
-    product = dataclasses.replace(chip, product="any")
-    assert table.lookup(forward(), product) is not None
-    smaller = dataclasses.replace(product, units=chip.units // 2)
-    others = [(forward(M, R=R), product) for M in (1, 3, 100, 4097, 8191) for R in (1, 16, 33, 64)]
-    for launch, here in [*others, *((forward(M), smaller) for M in (1, 64, 2048, 8192))]:
-        assert select.choose(launch, here) == select.estimated(launch, here)
-    assert table.lookup(forward(8191), chip) is None and table.lookup(forward(R=9), chip) is None
-    assert table.lookup(forward(), smaller) is None
-
-
-def test_an_estimate_replaces_no_measurement_and_no_old_estimate_stays():
-    path, choice = tables.shipped("sm_90"), not_the_estimates(forward(), SM_90)
-    stale = Table("sm_90", "", "", {tables.key_of(forward(N=77)): {1: Entry(choice, False)}})
-    tables.merge(path, stale, to_ship=True)
-    tables.merge(path, measured(forward(), choice), to_ship=True)
-    write_estimates(path, "sm_90")
-    found = tables.parse(path.read_text(), "sm_90")
-    assert (found.device, found.triton) == ("NVIDIA H200", "3.6.0")
-    assert found.entries[tables.key_of(forward())][8192] == Entry(choice, True)
-    assert not found.entries[tables.key_of(forward())][4096].measured
-    assert tables.key_of(forward(N=77)) not in found.entries
-    before = path.read_bytes()
-    write_estimates(path, "sm_90")
-    assert path.read_bytes() == before
-
-
-def test_a_shipped_table_has_a_largest_size(monkeypatch, capsys):
-    monkeypatch.setattr(tables, "SHIPPED_LIMIT", 1000)
-    assert main(["tune", "--estimate", "--output", str(tables.shipped("sm_90"))]) == 2
-    assert "1000" in capsys.readouterr().err and not tables.shipped("sm_90").exists()
+def test_a_shipped_table_has_a_largest_size(monkeypatch):
+    path, table = tables.shipped("sm_90"), measured(forward(), not_the_estimates(forward(), H200))
+    size = len(tables.to_json(table))
+    monkeypatch.setattr(tables, "SHIPPED_LIMIT", size - 1)
+    with pytest.raises(ValueError, match=f"{size} bytes; a shipped table has {size - 1} at most"):
+        tables.merge(path, table, to_ship=True)
+    assert not path.exists()
+    monkeypatch.setattr(tables, "SHIPPED_LIMIT", size)
+    tables.merge(path, table, to_ship=True)
+    assert path.exists()
 
 
 def check_form(path: pathlib.Path) -> None:
@@ -361,25 +334,11 @@ def check_form(path: pathlib.Path) -> None:
     assert tables.to_json(tables.parse(text.decode(), path.stem)).encode() == text, "it is not as the command writes it"
 
 
-SHIPPED = sorted((ROOT / "peftkern/backends/triton/tuned").glob("*.json"))
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_shipped_tables_are_what_the_command_writes_today(path: pathlib.Path, tmp_path):
-    """python -m peftkern tune --estimate --arch NAME --output .../tuned/NAME.json writes one again."""
-    check_form(path)
-    table, chip = tables.parse(path.read_text(), path.stem), ARCHES[path.stem]
-    for launch in shipped.passes():  # what is measured must be legal where it was measured
-        choice = table.lookup(launch, chip)
-        assert choice is None or tiles.supports(launch, choice, chip) is None, launch
-    if b"~" in path.read_bytes():
-        copy = tmp_path / path.name
-        copy.write_bytes(path.read_bytes())
-        write_estimates(copy, path.stem)
-        assert copy.read_bytes() == path.read_bytes(), "the estimate has changed: write the table again"
-
-
-def test_every_layer_of_the_large_models_is_in_a_shipped_table():
-    named = {(layer.K, layer.N) for layer in problems.LAYERS if not layer.name.startswith(("smollm2", "odd"))}
-    assert {(layer.K, layer.N) for layer in shipped.layers()} == named and len(named) == 12
-    assert set(problems.ROWS) <= set(shipped.BUCKETS)
+def test_shipped_tables_are_as_the_command_writes_them():
+    """One that is written here, and every one that is there."""
+    path = tables.shipped("sm_90")
+    for M in (8192, 1, 64, 128):
+        for launch in (forward(M, N=1024), forward(M), Pass(forward(M, dropout=True).problem, True)):
+            tables.merge(path, measured(launch, not_the_estimates(launch, H200)), to_ship=True)
+    for table in (path, *(ROOT / "peftkern/backends/triton/tuned").glob("*.json")):
+        check_form(table)

@@ -196,6 +196,8 @@ def test_cells_come_in_the_order_of_their_value_and_each_key_once():
 
 def test_what_is_tuned_by_default():
     cells = command.cells(options())
+    named = {(layer.K, layer.N) for layer in problems.LAYERS if not layer.name.startswith(("smollm2", "odd"))}
+    assert {(layer.K, layer.N) for layer in command.layers()} == named and len(named) == 12
     assert set(command.ROWS_BY_VALUE) == set(problems.ROWS)
     assert len(cells) == 12 * len(problems.ROWS) * 2 and cells[0].launch.problem.M == 8192
     assert {(c.launch.problem.R, c.dropout_p, c.launch.problem.adapter_dtype) for c in cells} == {
@@ -252,7 +254,6 @@ def test_what_wins_is_written_and_chosen_afterwards(cache):
     assert select.choose(forward(4097), H200) == LEGAL[6], "for all rows of the bucket"
     table = tables.parse(cache.read_text(), "sm_90", "NVIDIA H200")
     assert len(table.entries) == 4 and all(set(buckets) == {1, 8192} for buckets in table.entries.values())
-    assert all(entry.measured for buckets in table.entries.values() for entry in buckets.values())
     assert str(cache) in text and text.count("\n") == 8 and "the estimate's choice takes 1." in text
     assert f"{LEGAL[5].schedule} {LEGAL[5].tile} is out: Z is wrong" in stream.getvalue()
 

@@ -40,11 +40,6 @@ class Arch:
     fp8: bool = False
     product: str = ""
 
-    @property
-    def family(self) -> Arch:
-        """The same figures without the product's name."""
-        return dataclasses.replace(self, product="")
-
 
 ARCHES = {
     arch.name: arch

@@ -61,7 +61,7 @@ def accumulating(launch: Pass, arch: Arch) -> Choice:
 def _choose(launch: Pass, arch: Arch, schedule: str) -> Choice:
     if schedule == "auto":
         for table in tables.tables(arch):
-            choice = table.lookup(launch, arch)
+            choice = table.lookup(launch)
             if choice is None:
                 continue
             reason = tiles.supports(launch, choice, arch)

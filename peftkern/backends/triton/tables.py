@@ -1,14 +1,12 @@
-"""Tables of measured, or estimated, choices: the user's cache and those that are shipped.
+"""Tables of measured choices: the user's cache and, once somebody has measured a chip, a shipped one.
 
 A table is one JSON file for one chip. "choices" numbers schedules with their tiles (what is left out of a tile has its
 default); "entries" says which rows get which, for everything else that a choice depends on:
 
-    "forward P4096 Q4096 R16 bfloat16/float32/base dense dropout": "1-16~04 32-64=00 8192=07"
+    "forward P4096 Q4096 R16 bfloat16/float32/base dense dropout": "1-16=04 32-64=00 8192=07"
 
-M and R count by their power of two: 8192 stands for 4097 to 8192 rows. ``=`` was measured and holds for all of them;
-``~`` is the analytic estimate's and holds for exactly that M and R on the chip as ``ARCHES`` knows it: anywhere else
-the estimate itself, made for the very call, is as good or better. The user's cache holds for one product ("device"); a
-shipped table for the whole architecture, and its device says where it was measured.
+M and R count by their power of two: 8192 stands for 4097 to 8192 rows. The user's cache holds for one product
+("device"); a shipped table for the whole architecture, and its device says where it was measured.
 
 A table that cannot be read, is of another version or for another chip is ignored with one warning; so is what
 ``supports`` refuses of it. No call ever raises because of a table.
@@ -16,6 +14,7 @@ A table that cannot be read, is of another version or for another chip is ignore
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -27,65 +26,44 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from peftkern import _env
-from peftkern.backends.triton.arch import ARCHES, Arch
-from peftkern.backends.triton.lock import locked
+from peftkern.backends.triton.arch import Arch
 from peftkern.backends.triton.tiles import Choice, Pass, TileConfig, padded
 
 logger = logging.getLogger("peftkern")
 
 VERSION = 1
 SHIPPED_LIMIT = 64 * 1024  # bytes
-_RUN = re.compile(r"(\d+)(?:-(\d+))?([=~])(\w+)")
+_RUN = re.compile(r"(\d+)(?:-(\d+))?=(\w+)")
 _POWERS = ("BLOCK_M", "BLOCK_P", "BLOCK_Q", "num_warps", "SUBTILES", "SLICES")  # fields that are powers of two
-
-
-class Entry(NamedTuple):
-    """What a table says for one key and bucket of rows."""
-
-    choice: Choice
-    measured: bool
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: arch.name, the product it was measured on ("" if it is estimated), and entries by key, then bucket."""
+    """One table: arch.name, the product it was measured on, and the fastest choices by key, then bucket of rows."""
 
     arch: str
     device: str
     triton: str
-    entries: dict[str, dict[int, Entry]]
+    entries: dict[str, dict[int, Choice]]
     origin: str = ""
 
-    def lookup(self, launch: Pass, arch: Arch) -> Choice | None:
+    def lookup(self, launch: Pass) -> Choice | None:
         """What the table says for a direction."""
-        problem = launch.problem
-        entry = self.entries.get(key_of(launch), {}).get(bucket_of(problem.M))
-        if entry is None or entry.measured:
-            return None if entry is None else entry.choice
-        exact = problem.M == bucket_of(problem.M) and problem.R == padded(problem.R)
-        return entry.choice if exact and arch.family == ARCHES[arch.name] else None
+        return self.entries.get(key_of(launch), {}).get(bucket_of(launch.problem.M))
 
     def updated(self, other: Table) -> Table:
-        """This table and another's entries; an estimate replaces no measurement. Raises: ValueError: other chips."""
-        if self.arch != other.arch or (self.device and other.device and self.device != other.device):
+        """This table and another's entries, which win. Raises: ValueError: other chips."""
+        if (self.arch, self.device) != (other.arch, other.device):
             raise ValueError(
                 f"{self.origin or 'the table'} is for {self.arch} {self.device}, not {other.arch} {other.device}"
             )
         entries = {key: dict(buckets) for key, buckets in self.entries.items()}
         for key, buckets in other.entries.items():
-            mine = entries.setdefault(key, {})
-            for bucket, entry in buckets.items():
-                if entry.measured or bucket not in mine or not mine[bucket].measured:
-                    mine[bucket] = entry
-        return Table(self.arch, other.device or self.device, other.triton or self.triton, entries, self.origin)
-
-    def without_estimates(self) -> Table:
-        """The measurements alone."""
-        measured = {key: {b: e for b, e in buckets.items() if e.measured} for key, buckets in self.entries.items()}
-        return dataclasses.replace(self, entries={key: buckets for key, buckets in measured.items() if buckets})
+            entries.setdefault(key, {}).update(buckets)
+        return dataclasses.replace(other, entries=entries, origin=self.origin)
 
 
 def bucket_of(M: int) -> int:
@@ -112,7 +90,7 @@ def _short(dtype: Any) -> str:
 
 def to_json(table: Table) -> str:
     """A table as text: sorted keys, a choice or an entry a line."""
-    used = {entry.choice for buckets in table.entries.values() for entry in buckets.values()}
+    used = {choice for buckets in table.entries.values() for choice in buckets.values()}
     texts = sorted((json.dumps(_to_fields(choice), sort_keys=True), choice) for choice in used)
     names = {choice: f"{number:02}" for number, (_, choice) in enumerate(texts)}
     choices = {names[choice]: text for text, choice in texts}
@@ -134,18 +112,15 @@ def _to_fields(choice: Choice) -> dict[str, Any]:
     return {"schedule": choice.schedule, **({"decoded": True} if choice.decoded else {}), **differing}
 
 
-def _to_runs(buckets: dict[int, Entry], names: dict[Choice, str]) -> str:
-    """Neighbouring buckets with one entry are one run."""
-    runs: list[tuple[int, int, Entry]] = []
-    for bucket, entry in sorted(buckets.items()):
-        if runs and runs[-1][1] * 2 == bucket and runs[-1][2] == entry:
-            runs[-1] = (runs[-1][0], bucket, entry)
+def _to_runs(buckets: dict[int, Choice], names: dict[Choice, str]) -> str:
+    """Neighbouring buckets with one choice are one run."""
+    runs: list[tuple[int, int, Choice]] = []
+    for bucket, choice in sorted(buckets.items()):
+        if runs and runs[-1][1] * 2 == bucket and runs[-1][2] == choice:
+            runs[-1] = (runs[-1][0], bucket, choice)
         else:
-            runs.append((bucket, bucket, entry))
-    return " ".join(
-        f"{first}{f'-{last}' if last > first else ''}{'=' if entry.measured else '~'}{names[entry.choice]}"
-        for first, last, entry in runs
-    )
+            runs.append((bucket, bucket, choice))
+    return " ".join(f"{first}{f'-{last}' if last > first else ''}={names[choice]}" for first, last, choice in runs)
 
 
 def parse(text: str, arch: str, device: str | None = None, origin: str = "") -> Table:
@@ -188,16 +163,16 @@ def _from_fields(name: str, value: Any) -> Choice:
     return Choice(schedule, TileConfig(**numbers), decoded is True)
 
 
-def _from_runs(key: str, value: Any, named: dict[str, Choice]) -> Iterator[tuple[int, Entry]]:
+def _from_runs(key: str, value: Any, named: dict[str, Choice]) -> Iterator[tuple[int, Choice]]:
     for word in value.split(" ") if isinstance(value, str) else [""]:
         run = _RUN.fullmatch(word)
-        if run is None or run[4] not in named:
+        if run is None or run[3] not in named:
             raise ValueError(f"entry {key!r} is not a list of rows and choices: {value!r}")
         bucket, last = int(run[1]), int(run[2] or run[1])
         if bucket != bucket_of(bucket) or last != bucket_of(last) or not bucket <= last <= 2**40:
             raise ValueError(f"entry {key!r} has rows that are no powers of two in order: {value!r}")
         while bucket <= last:
-            yield bucket, Entry(named[run[4]], run[3] == "=")
+            yield bucket, named[run[3]]
             bucket *= 2
 
 
@@ -260,48 +235,60 @@ def forget() -> None:
         _complained.clear()
 
 
-def merge(path: Path, update: Table, to_ship: bool = False) -> Table:
-    """Add a table's entries to a file, atomically; of two processes that do so at once neither loses anything.
+def merge(path: Path, update: Table, to_ship: bool = False) -> None:
+    """Add a table's entries to a file: one is written beside it and takes its place, so that no reader sees half of it.
+
+    No lock is held. Where another process has changed the file since it was read, it is read once more; what is written
+    in the moment between that look and the replacement is lost, and is tuned again.
 
     Args:
         path: the file; its folder is made.
         update: what is added.
-        to_ship: the file is a table to be shipped: what is there must be readable, its estimates are replaced where the
-            update has any, it holds for every product, and the size is limited. In the user's cache a file that cannot
-            be used is replaced, with a warning.
+        to_ship: the file is a table to be shipped: what is there must be readable and of the update's product, and
+            the size is limited. In the user's cache a file that cannot be used is replaced, with a warning.
     Raises: OSError if it cannot be written; ValueError for a shipped file that is bad, another chip's or too large.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path):
-        table = dataclasses.replace(update, entries={})
+    for last in (False, True):
+        held = _content(path)
+        with _beside(path, _merged(path, held, update, to_ship)) as temporary:
+            if last or _content(path) == held:
+                os.replace(temporary, path)
+                return
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _merged(path: Path, held: bytes | None, update: Table, to_ship: bool) -> str:
+    """The text of a file that has held ``held``, with the update's entries."""
+    table = dataclasses.replace(update, entries={})
+    if held is not None:
         try:
-            table = parse(path.read_text(encoding="utf-8"), update.arch, None if to_ship else update.device, str(path))
-        except FileNotFoundError:
-            pass
+            table = parse(held.decode(), update.arch, None if to_ship else update.device, str(path))
         except ValueError as error:
             if to_ship:
                 raise ValueError(f"{path}: {error}") from error
             logger.warning("peftkern: %s is replaced: %s", path, error)
-        if not all(entry.measured for buckets in update.entries.values() for entry in buckets.values()):
-            table = table.without_estimates()
-        table = table.updated(update)
-        text = to_json(table)
-        if to_ship and len(text.encode()) > SHIPPED_LIMIT:
-            raise ValueError(
-                f"{path} would have {len(text.encode())} bytes; a shipped table has {SHIPPED_LIMIT} at most"
-            )
-        _replace(path, text)
-    return table
+    text = to_json(table.updated(update))
+    if to_ship and len(text.encode()) > SHIPPED_LIMIT:
+        raise ValueError(f"{path} would have {len(text.encode())} bytes; a shipped table has {SHIPPED_LIMIT} at most")
+    return text
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new, whatever happens in between."""
+@contextlib.contextmanager
+def _beside(path: Path, text: str) -> Iterator[Path]:
+    """A file of that text in the same folder, gone afterwards unless it has been moved."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,12 +18,12 @@ from peftkern import _env, dropout, weights
 from peftkern.backends.base import Backend
 from peftkern.backends.triton import select, tables, tiles
 from peftkern.backends.triton.arch import Arch, arch_of
-from peftkern.backends.triton.tables import Entry, Table
-from peftkern.backends.triton.tiles import Pass
-from peftkern.backends.triton.tune import shipped
+from peftkern.backends.triton.tables import Table
+from peftkern.backends.triton.tiles import Choice, Pass
 from peftkern.backends.triton.tune.progress import Progress
 from peftkern.backends.triton.tune.search import Bench, Budget, Cell, Outcome, tune
 from peftkern.ops.problem import Problem
+from peftkern.testing.problems import LAYERS, Layer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Training first, then decoding, then what lies between.
@@ -63,9 +63,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="merge into this table, which is to be shipped, instead of the cache",
     )
-    add("--estimate", action="store_true",
-        help="measure nothing: write the analytic estimate's choices to --output; needs no GPU")  # fmt: skip
-    add("--arch", default="sm_90", metavar="NAME", help="of --estimate: sm_80, sm_90, sm_100, gfx942; default: sm_90")
 
 
 def run(options: argparse.Namespace, reference: Backend, unavailable: str | None) -> str:
@@ -76,8 +73,6 @@ def run(options: argparse.Namespace, reference: Backend, unavailable: str | None
     Raises: ValueError for options that make no sense or a machine without a GPU; OSError for a table that cannot be
         written; KeyboardInterrupt, when what is finished is written.
     """
-    if options.estimate:
-        return _estimate(options)
     if _env.settings().batch_invariant:
         raise ValueError("PEFTKERN_BATCH_INVARIANT=1 runs every number of rows as one: tune without it")
     if not options.minutes > 0:
@@ -85,7 +80,7 @@ def run(options: argparse.Namespace, reference: Backend, unavailable: str | None
     if unavailable is None and not torch.cuda.is_available():
         unavailable = "there is no GPU"
     if unavailable is not None:
-        raise ValueError(f"tune measures on a GPU: {unavailable} (--estimate writes a table without one)")
+        raise ValueError(f"tune measures on a GPU: {unavailable}")
     from peftkern.backends.triton.tune.device import DeviceBench, EventTimer
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -130,9 +125,15 @@ def measure(
     return "\n".join([*map(result, outcomes), f"written to {path}{rest}"])
 
 
+def layers() -> list[Layer]:
+    """Those of the large models, each shape once."""
+    large = [layer for layer in LAYERS if layer.name.startswith(("llama3", "qwen2.5"))]
+    return list({(layer.K, layer.N): layer for layer in large}.values())
+
+
 def cells(options: argparse.Namespace) -> list[Cell]:
     """What is tuned, the most valuable first; what has the same entry in a table is tuned once."""
-    shapes = options.shape or [(layer.K, layer.N) for layer in shipped.layers()]
+    shapes = options.shape or [(layer.K, layer.N) for layer in layers()]
     found: dict[tuple[str, int], Cell] = {}
     features = itertools.product(
         options.rows,
@@ -155,12 +156,12 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 def table_of(outcomes: list[Outcome], arch: Arch) -> Table:
     """What was measured, as a table."""
-    entries: dict[str, dict[int, Entry]] = {}
+    entries: dict[str, dict[int, Choice]] = {}
     for outcome in outcomes:
         if outcome.winner is not None:
             launch = outcome.cell.launch
             buckets = entries.setdefault(tables.key_of(launch), {})
-            buckets[tables.bucket_of(launch.problem.M)] = Entry(outcome.winner, measured=True)
+            buckets[tables.bucket_of(launch.problem.M)] = outcome.winner
     return Table(arch.name, arch.product, _triton_version(), entries)
 
 
@@ -170,21 +171,6 @@ def _triton_version() -> str:
     except ImportError:
         return ""
     return triton.__version__
-
-
-def _estimate(options: argparse.Namespace) -> str:
-    if options.output is None:
-        raise ValueError("--estimate needs --output: the estimate needs no cache")
-    arch = shipped.chip(options.arch)
-    table = tables.merge(options.output, shipped.estimated(arch), to_ship=True)
-    measured = [entry.measured for buckets in table.entries.values() for entry in buckets.values()]
-    size = options.output.stat().st_size
-    counted = {"estimated": measured.count(False), "measured": measured.count(True), "bytes": size}
-    if options.json:
-        return json.dumps({"file": str(options.output), "arch": arch.name, **counted})
-    return (
-        f"{options.output}: {counted['estimated']} estimated and {counted['measured']} measured entries, {size} bytes"
-    )
 
 
 def title(cell: Cell) -> str:
@@ -214,7 +200,7 @@ def result(outcome: Outcome) -> str:
 def record(outcome: Outcome) -> dict[str, Any]:
     """The same for programs."""
 
-    def name(choice: tiles.Choice) -> str:
+    def name(choice: Choice) -> str:
         return f"{choice.schedule} {choice.tile}"
 
     return {
