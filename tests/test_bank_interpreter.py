@@ -262,6 +262,19 @@ def test_a_table_is_made_once_and_kept_for_good_where_a_graph_reads_it(monkeypat
     assert spans == (2, 3, 62, 0, 5, 20, 0, 0, 40, 1, 60, 0, 0, 0, 0, 16, 1, 0)
 
 
+def test_parts_of_different_pieces_lie_apart() -> None:
+    """Programs of all pieces run at once: no two may write one part. A segment of one run has none."""
+    module = importlib.import_module("peftkern.backends.triton.launch.bank_tables")
+    segments = [(0, 70, 0, 100, 0, 0, 0), (70, 20, 0, 5, 0, 0, 0), (90, 40, 0, 3, 0, 0, 0)]  # start, length, _, rank
+    made = iter(module.pieces((32, 64, *sum(segments, ())))[1 + 3 * 7 :])
+    pieces = list(zip(*6 * [made], strict=True))
+    found = {(e, r0): range(place, place + runs) for e, r0, _, _, runs, place in pieces if runs > 1}
+    assert [(e, r0, run) for e, r0, _, run, *_ in pieces if e != 1] == [
+        *((0, r0, run) for r0 in (0, 64) for run in range(3)), *((2, 0, run) for run in range(2)),
+    ]  # fmt: skip
+    assert [part for parts in found.values() for part in parts] == list(range(3 + 3 + 2))
+
+
 def test_what_keys_the_masks_is_pinned_whatever_the_default_device(monkeypatch) -> None:
     """``torch.set_default_device("cuda")`` would have it on the GPU, where nothing can be pinned."""
     module, pinned = importlib.import_module("peftkern.backends.triton.launch.bank_tables"), []
