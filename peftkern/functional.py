@@ -49,8 +49,9 @@ def lora_linear(
         dropout_p: the probability of dropping an element of x before A; resolution 1/65536.
         training: dropout is off when False.
         rng_state: int64 [2] (seed, offset) on x's device; drawn from torch's generator when None.
-        precision: "base" (default: the factors are rounded to the compute dtype in registers, as autocast would do) or
-            "fp32" (they are used in full, as PEFT does with fp32 adapters).
+        precision: "base" (default: the factors are rounded to the compute dtype in registers, as autocast would do, but
+            of fp16 to its digits and not to its range) or "fp32" (they are used in full, as PEFT does with fp32
+            adapters).
         backend: "auto", "triton", "cpp" or "reference"; default PEFTKERN_BACKEND.
 
     Returns: y [..., N] in x's compute dtype (under autocast: autocast's dtype, by F.linear's rule).

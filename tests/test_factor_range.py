@@ -37,7 +37,7 @@ CASES = [
     Case(3, 64, 48, 5, F16, F32, p=0.2),
     Case(40, 64, 48, 5, F16, F32, weight_format="nf4"),
     Case(2, 64, 48, 5, F16, F32, weight_format="nf4"),
-    Case(40, 64, 48, 5, F16, F32, p=0.2, precision="fp32"),
+    Case(40, 64, 48, 5, F16, F32, precision="fp32"),
 ]
 
 

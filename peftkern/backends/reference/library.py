@@ -62,8 +62,8 @@ def _accumulate(target: Tensor, operands: LoRAOperands, left: Tensor, right: Ten
 def add_update(operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
     """y += c s B^T in place; returns s = D(x) A^T in fp32 (fp64 for fp64)."""
     thin = _thin_dtype(operands, x.dtype)
-    dropped = _apply_keep(x.to(thin), _keep(operands, x.shape[0]), operands.dropout_p)
-    s = dropped @ _factor(operands, operands.lora_A, x.dtype).T
+    dropped = _apply_keep(x, _keep(operands, x.shape[0]), operands.dropout_p)
+    s = dropped.to(thin) @ _factor(operands, operands.lora_A, x.dtype).T
     _accumulate(y, operands, s, _factor(operands, operands.lora_B, x.dtype).T)
     return s.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -85,7 +85,7 @@ def add_update_backward(
         else:
             dx.add_(scaled(_apply_keep(t @ A, keep, operands.dropout_p), operands))
     if x is not None:
-        dropped = _apply_keep(x.to(thin), keep, operands.dropout_p)
+        dropped = _apply_keep(x, keep, operands.dropout_p).to(thin)
         dA = scaled(t.T @ dropped, operands).to(operands.lora_A.dtype)
     if s is not None:
         dB = scaled(thin_dy.T @ s.to(thin), operands).to(operands.lora_B.dtype)
