@@ -44,7 +44,7 @@ def only_base(batch: Batch) -> Batch:
     ("routing", "dtype", "p", "device_ids"), pairwise(list(ROUTINGS), [F32, BF16, F16], [0.2, 0.0], [True, False])
 )
 def test_every_routing(routing: str, dtype: torch.dtype, p: float, device_ids: bool, monkeypatch) -> None:
-    """design.md's rule for y and every gradient, each adapter with its own p or none; the base's bits elsewhere."""
+    """The error rule for y and every gradient, each adapter with its own p or none; the base's bits elsewhere."""
     if device_ids:
         as_if_on_a_device(monkeypatch)
     batch = make(ROUTINGS[routing], dtype, **SMALL, p=p)
