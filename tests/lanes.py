@@ -15,24 +15,26 @@ runs the CPU suite as on a processor without the newer instructions: torch's lib
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 
 import pytest
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-# What torch, oneDNN and MKL call the instruction sets.
+# What ATen, oneDNN and MKL call the instruction sets.
 LESSER = {
     "baseline": ("default", "SSE41", "SSE4_2"),
     "avx2": ("avx2", "AVX2", "AVX2"),
     "avx512": ("avx512", "AVX512_CORE", "AVX512"),
 }
 
-for _name, _value in zip(
-    ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"),
-    LESSER.get(os.environ.get("PEFTKERN_MAX_ISA", ""), ()),
-    strict=False,
-):
-    os.environ[_name] = _value
+_most = os.environ.get("PEFTKERN_MAX_ISA", "")
+if _most in LESSER:
+    _names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+    os.environ.update(zip(_names, LESSER[_most], strict=True))
+    # The compiler's cache does not ask for which instruction set a graph was made.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"torchinductor_{_most}_{getpass.getuser()}")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: threads that spin for each other would starve the neighbour
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
