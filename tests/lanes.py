@@ -34,7 +34,9 @@ if _most in LESSER:
     _names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
     os.environ.update(zip(_names, LESSER[_most], strict=True))
     # The compiler's cache does not ask for which instruction set a graph was made.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"torchinductor_{_most}_{getpass.getuser()}")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
+        tempfile.gettempdir(), f"torchinductor_{_most}_{getpass.getuser()}"
+    )
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: threads that spin for each other would starve the neighbour
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
