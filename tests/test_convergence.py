@@ -27,6 +27,7 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 STEPS, ROWS, LENGTH = 32, 4, 32
 SIZE = families.Size(hidden=32, intermediate=48, layers=2, heads=4, vocabulary=128, positions=LENGTH)
 LOSS_RTOL = {F32: 2e-5, BF16: 1e-2}
+SEEDS = {F32: (1,), BF16: (1, 2, 3)}
 TRUTH = {F32: F64, BF16: F32}  # one precision up: PEFT's distance from it is what the base's roundings do to a training
 
 
@@ -57,10 +58,10 @@ class Curve(NamedTuple):
     report: peftkern.PatchReport | None
 
 
-def adapted(family: str, base: torch.dtype, dropout_p: float, **options) -> nn.Module:
+def adapted(family: str, base: torch.dtype, dropout_p: float, seed: int = 1, **options) -> nn.Module:
     model = families.build(family, SIZE, base)
     model.set_experts_implementation("eager")  # torch's grouped product knows no fp64
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     return peft.get_peft_model(model, families.lora_config(family, dropout_p, r=4, alpha=8, **options))
 
 
@@ -85,6 +86,17 @@ def train(family: str, model: nn.Module, patch: bool) -> Curve:
     return Curve(torch.tensor(losses, dtype=F64), logits.double().log_softmax(-1), torch.cat(moved).double(), report)
 
 
+def as_it_is(model: nn.Module) -> nn.Module:
+    """Adapters stay fp32 beside a 16-bit base."""
+    return model
+
+
+def pooled(curves: list[Curve]) -> Curve:
+    """The losses of the first run and the results of all: in bf16 the error at a run's end is four times another's."""
+    _, log_probabilities, adapter, _ = zip(*curves, strict=True)
+    return curves[0]._replace(log_probabilities=torch.stack(log_probabilities), adapter=torch.cat(adapter))
+
+
 def loss_of(family: str, model: nn.Module, ids: Tensor) -> Tensor:
     """In fp32 for a 16-bit base: some families leave that to the caller, and a bf16 loss has steps of 0.4 %."""
     batch = families.batch(family, ids)
@@ -107,9 +119,10 @@ def assert_same_training(own: Curve, plain: Curve, exact: Curve, base: torch.dty
 @pytest.mark.parametrize("base", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", families.NAMES)
 def test_training_is_pefts(family, base):
-    own = train(family, adapted(family, base, 0.0), patch=True)
-    plain = train(family, adapted(family, base, 0.0), patch=False)
-    exact = train(family, adapted(family, base, 0.0).to(TRUTH[base]), patch=False)
+    own, plain, exact = (
+        pooled([train(family, cast(adapted(family, base, 0.0, seed)), patch) for seed in SEEDS[base]])
+        for cast, patch in ((as_it_is, True), (as_it_is, False), (lambda model: model.to(TRUTH[base]), False))
+    )
     assert_same_training(own, plain, exact, base)
     assert own.report.fast and not own.report.skipped, own.report
 
