@@ -16,6 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import NAMES, Case, Found, make, run
+from protocols.interleave import Deadlock, interleaved
 from test_multi_lora import Batch
 from test_multi_lora import make as bank_batch
 from test_multi_lora import plain as bank_plain
@@ -28,7 +29,6 @@ from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.launch import operands as launch_operands
 from peftkern.backends.triton.tiles import RECOMPUTE, SHARED, Choice, ThinConfig, TileConfig
 from peftkern.multi_lora import multi_lora_linear
-from peftkern.testing.interleave import Deadlock, interleaved
 from peftkern.testing.numerics import assert_as_good_as
 
 pytestmark = [

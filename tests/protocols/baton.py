@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from peftkern.testing.weak_memory import WeakMemory
+from protocols.weak_memory import WeakMemory
 
 PARKED = 8  # fruitless accesses after which a program rests until memory changes
 REDRAW = 64  # steps after which other programs are slow

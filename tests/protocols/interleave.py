@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peftkern.testing.baton import Deadlock, Launch, LaunchRecord, Options
-from peftkern.testing.weak_memory import Atomic, RawMemory, WeakMemory
+from protocols.baton import Deadlock, Launch, LaunchRecord, Options
+from protocols.weak_memory import Atomic, RawMemory, WeakMemory
 
 __all__ = ["Deadlock", "LaunchRecord", "Log", "interleaved"]
 
@@ -49,7 +49,7 @@ def interleaved(
     """Run every Triton launch in the block with its programs interleaved, a new choice at each load, store and atomic.
 
     Args: seed: of all choices, over all launches of the block; weak_memory: plain stores reach memory late and plain
-        loads may be stale, unless release and acquire order them (``peftkern.testing.weak_memory``); barriers: with
+        loads may be stale, unless release and acquire order them (``protocols.weak_memory``); barriers: with
         ``weak_memory``, a release covers only what was stored before the program's last ``tl.debug_barrier()``;
         max_resident: programs in flight at once, None for all; order: in which programs start, "shuffled" or "program";
         patience: after how many fruitless accesses of every program in flight it is a deadlock; max_steps: accesses of
