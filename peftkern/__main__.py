@@ -6,15 +6,26 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 Command = Callable[[argparse.Namespace], str]
 Options = Callable[[argparse.ArgumentParser], None]
 
 
-def _kernels(options: argparse.Namespace) -> str:
-    from peftkern.backends.triton import inspect_kernels
+def _inspector() -> ModuleType:
+    """The module that compiles the kernels: a source checkout's, beside the package, and no part of a wheel."""
+    tests = Path(__file__).parent.parent / "tests"
+    if not (tests / "binaries").is_dir():
+        raise ValueError("peftkern kernels needs a source checkout: there is no tests/binaries beside the package")
+    sys.path.insert(0, str(tests))
+    from binaries import inspect_kernels
 
-    return inspect_kernels.kernels_table(options.json)
+    return inspect_kernels
+
+
+def _kernels(options: argparse.Namespace) -> str:
+    return _inspector().kernels_table(options.json)
 
 
 def _tune(options: argparse.Namespace) -> str:

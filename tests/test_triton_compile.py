@@ -6,7 +6,10 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,11 +17,13 @@ import torch
 pytest.importorskip("triton")
 
 import triton
+from binaries import inspect_kernels
+from binaries.inspect_kernels import TARGETS, Row, Variant
+from conftest import ROOT
 
 from peftkern.__main__ import main
-from peftkern.backends.triton import inspect_kernels, select, tiles
+from peftkern.backends.triton import select, tiles
 from peftkern.backends.triton.arch import ARCHES, nvidia
-from peftkern.backends.triton.inspect_kernels import TARGETS, Row, Variant
 from peftkern.backends.triton.tiles import Choice, Pass, TileConfig
 from peftkern.ops.problem import Problem
 from peftkern.testing import problems
@@ -174,6 +179,18 @@ def test_kernels_command(monkeypatch, capsys):
     monkeypatch.setattr(inspect_kernels, "failure", lambda row, variant: "it is Friday")
     assert main(["kernels"]) == 2
     assert capsys.readouterr().err.count("it is Friday") == 4
+
+
+def test_kernels_command_is_a_source_checkouts(monkeypatch, capsys, tmp_path):
+    program = "from peftkern import __main__; print(__main__._inspector().__file__)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == inspect_kernels.__file__ == str(ROOT / "tests" / "binaries" / "inspect_kernels.py")
+    monkeypatch.setattr("peftkern.__main__.__file__", str(tmp_path / "peftkern" / "__main__.py"))  # as installed
+    assert main(["kernels"]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1 and "needs a source checkout" in output.err
 
 
 @pytest.mark.parametrize("arch", ARCHES)

@@ -26,7 +26,7 @@ SCRIPT = """
 import json, linecache, pathlib, sys
 
 def keys():
-    from peftkern.backends.triton import inspect_kernels
+    from binaries import inspect_kernels
     from peftkern.backends.triton.arch import ARCHES
     found = {}
     for variant in inspect_kernels.variants(ARCHES["sm_90"]):
@@ -40,7 +40,7 @@ for name, (file, old, new) in json.loads(sys.argv[1]).items():
     before = path.read_bytes()
     path.write_bytes(before.replace(old.encode(), new.encode()))
     assert path.read_bytes() != before, name
-    for module in [m for m in sys.modules if m.startswith("peftkern.backends.triton")]:
+    for module in [m for m in sys.modules if m.startswith(("peftkern.backends.triton", "binaries"))]:
         del sys.modules[module]
     linecache.checkcache()
     result[name] = keys()
@@ -53,19 +53,21 @@ print(json.dumps(result))
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """From a copy of the tree that lies elsewhere, with other line ends."""
     root = tmp_path_factory.mktemp("elsewhere")
-    shutil.copytree(ROOT / "peftkern", root / "peftkern", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for path in (root / "peftkern" / "backends" / "triton").rglob("*.py"):
+    for folder in ("peftkern", "tests/binaries"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for path in root.rglob("*.py"):
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     found = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(EDITS)], cwd=root, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout)
 
 
 def test_neither_paths_nor_line_ends_are_in_a_key(keys):
-    from peftkern.backends.triton import inspect_kernels
+    from binaries import inspect_kernels
+
     from peftkern.backends.triton.arch import ARCHES
 
     for variant in inspect_kernels.variants(ARCHES["sm_90"]):

@@ -24,7 +24,7 @@ PACKED = [name for name in formats() if name != "dense"]
 @pytest.mark.parametrize("backward", [False, True], ids=["y", "dx"])
 def test_nf4_128x128x64_on_hopper_has_at_most_90_kb_of_shared_memory(backward):
     """In three stages, every operand by pointers; as it is shipped, the bulk copies' barriers come on top."""
-    from peftkern.backends.triton.inspect_kernels import Variant, failure, inspect
+    from binaries.inspect_kernels import Variant, failure, inspect
 
     usual = Variant("split", adapter_dtype=F32, weight_format="nf4", dropout=True, backward=backward)
     shipped = TileConfig(128, 128, 64, 8, 3, SUBTILES=2, tma=True)
@@ -40,7 +40,7 @@ def test_nf4_128x128x64_on_hopper_has_at_most_90_kb_of_shared_memory(backward):
 @pytest.mark.parametrize("backward", [False, True], ids=["y", "dx"])
 def test_packed_bytes_are_copied_while_a_tile_before_is_decoded(name, backward):
     """A mask that the compiler cannot see through makes them loads of one byte each, waited for in every step."""
-    from peftkern.backends.triton import inspect_kernels
+    from binaries import inspect_kernels
 
     tile = TileConfig(16, 64, 64, 8, 3)
     variant = inspect_kernels.Variant("split", weight_format=name, backward=backward, M=16, tile=tile)
@@ -55,7 +55,7 @@ def test_packed_bytes_are_copied_while_a_tile_before_is_decoded(name, backward):
 @pytest.mark.parametrize("BLOCK_M", [16, 32])
 def test_warps_of_few_rows_share_the_columns(BLOCK_M):
     """Both of recompute's products: with the rows shared out, every warp but the first would repeat the whole tile."""
-    from peftkern.backends.triton import inspect_kernels
+    from binaries import inspect_kernels
 
     tile = TileConfig(BLOCK_M, 64, 64, 8, 3)
     variant = inspect_kernels.Variant("one_pass/recompute", weight_format="nf4", M=BLOCK_M, tile=tile)
@@ -118,7 +118,7 @@ def test_every_tile_of_a_packed_format_is_among_the_choices(name):
 def test_base_compute_fp8_multiplies_e4m3(target, backward, scaling):
     """By the tile that 4096 rows get: FP8 matrix instructions, whatever the weight's scales share."""
     instruction = {"sm_90": "wgmma fp8", "sm_100": "tcgen05 fp8"}[target]
-    from peftkern.backends.triton.inspect_kernels import Variant, failure, inspect
+    from binaries.inspect_kernels import Variant, failure, inspect
 
     options = (("scaling", scaling),)
     chosen = Variant("split", weight_format="fp8xfp8", backward=backward, M=4096, options=options)

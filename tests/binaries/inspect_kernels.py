@@ -24,11 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from binaries.variants import Variant, variants
 from peftkern.backends.triton import launch, select
 from peftkern.backends.triton.arch import ARCHES, Arch
 from peftkern.backends.triton.bank_tiles import bank_grad_tile, bank_tile
 from peftkern.backends.triton.tiles import LIBRARY, SPLIT, Choice, grad_tile, shrink_tile
-from peftkern.backends.triton.variants import Variant, variants
 from peftkern.ops.bank_problem import BankOperands, Segment
 from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight, FrozenWeight, split_format
