@@ -31,7 +31,7 @@ demo: .venv/ready
 
 demo-many: .venv/ready
 	@echo "loading PyTorch, transformers and PEFT ..."
-	@$(BIN)/python -m benchmarks.demo_many $(if $(STEPS),--steps $(STEPS))
+	@$(BIN)/python -m benchmarks.demo_many $(if $(STEPS),--steps $(STEPS)) $(if $(QUANT),--quant $(QUANT))
 
 test: lint types unit interpreter
 

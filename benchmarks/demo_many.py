@@ -1,6 +1,8 @@
 """The demo of many adapters: three trained in one batch, all of them served in one batch, and a sweep in one batch.
 
-    python -m benchmarks.demo_many [--steps 20] [--out demo_many_out]
+    python -m benchmarks.demo_many [--steps 20] [--quant nf4] [--out demo_many_out]
+
+With --quant every linear layer but the head is one of bitsandbytes' in 4 bits: many adapters over one packed base.
 
 Writes report.json, report.png and the three adapters, in PEFT's format, into the output folder.
 """
@@ -44,6 +46,8 @@ class Setting:
     texts: Mapping[str, smollm2.Corpus]
     device: str
     steps: int
+    dtype: torch.dtype  # that the base computes in
+    quant: str = ""  # one of smollm2.FOUR_BIT, where its linear layers are
     rows: int = 2
 
     def train(self, trial: Trial) -> list[Tensor]:
@@ -77,7 +81,7 @@ def alone_and_together(setting: Setting, trials: Sequence[Trial]) -> tuple[dict[
     difference = max(
         abs(a - b) / abs(a) for name in together for a, b in zip(alone[name].losses, together[name].losses, strict=True)
     )
-    bound = max(LEARN_ALIKE, torch.finfo(next(setting.model.parameters()).dtype).eps / 2)
+    bound = max(LEARN_ALIKE, torch.finfo(setting.dtype).eps / 2)
     if not difference <= bound:
         raise Disagreement(f"losses alone and together differ by {difference:.1e} relative, more than {bound:.1e}")
     return {
@@ -151,7 +155,7 @@ def demonstrate(setting: Setting, out: Path) -> tuple[dict[str, Any], Any]:
     report = {
         "machine": record.machine(),
         "steps": setting.steps,
-        "base": str(next(setting.model.parameters()).dtype).removeprefix("torch."),
+        "base": setting.quant or str(setting.dtype).removeprefix("torch."),
         "training": trained,
         "held_out": table,
         "prompt": PROMPT,
@@ -165,20 +169,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo and write its report."""
     parser = argparse.ArgumentParser(prog="benchmarks.demo_many", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of each adapter")
+    parser.add_argument(
+        "--quant", default="", choices=("", *smollm2.FOUR_BIT), help="quantise the base's linear layers"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo_many_out"))
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps is at least 1")
-    packages.require("tqdm", *packages.REAL_MODEL)
+    packages.require("tqdm", *packages.REAL_MODEL, *(["bitsandbytes"] if options.quant else []))
     quiet.others()
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record.print_machine(record.machine())
     cache = Path("demo_out") / smollm2.CACHE.name
-    model, tokenizer = (
-        smollm2.load_model(smollm2.native_dtype(device), device, cache), smollm2.load_tokenizer(cache),
-    )  # fmt: skip
-    setting = Setting(model, tokenizer, smollm2.corpora(tokenizer), device, options.steps)
+    dtype = smollm2.native_dtype(device)
+    model, tokenizer = smollm2.load_model(dtype, device, cache), smollm2.load_tokenizer(cache)
+    if options.quant:
+        smollm2.quantise(model, options.quant, dtype)
+    setting = Setting(model, tokenizer, smollm2.corpora(tokenizer), device, options.steps, dtype, options.quant)
     report, picture = demonstrate(setting, options.out)
     report["seconds_in_all"] = time.monotonic() - start
     print(demo_many_report.text(report))

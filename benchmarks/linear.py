@@ -20,7 +20,7 @@ from torch import Tensor
 import peftkern
 from peftkern import dropout
 from peftkern.backends.reference import formula
-from peftkern.ops.problem import LoRAOperands
+from peftkern.call import Pair
 from peftkern.testing.numerics import relative_error
 from peftkern.weights import DenseWeight
 
@@ -148,7 +148,7 @@ class Checker:
 
     def _truth(self, p: float, state: Tensor | None) -> list[Tensor]:
         x, W, A, B, dy = (tensor.detach().double() for tensor in self.o)
-        wide = LoRAOperands(DenseWeight(W), A, B, None, None, SCALING, None, p, state, "base")
+        wide = Pair(DenseWeight(W), A, B, None, None, SCALING, None, p, state, "base")
         y, s = formula.forward(wide, x)
         found = formula.backward(wide, dy, x, s)
         return [y, found.x, found.lora_A, found.lora_B]

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 import peftkern
 from benchmarks import harness, record
-from peftkern.bank_autograd import BankSettings
-from peftkern.multi_lora import apply
+from peftkern.call import Rows, Span, Update
+from peftkern.multi_lora import run_rows
 from peftkern.segments import Plan, plan_rows
 from peftkern.testing.numerics import relative_error
+from peftkern.weights import DenseWeight
 
 RANKS = {"equal": (16,), "mixed": (8, 16, 32, 64, 128)}
 POPULARITY = ("uniform", "zipf", "one")
@@ -89,16 +90,15 @@ class Operands:
 
     def own(self) -> Tensor:
         """peftkern: the base and every adapter in one call."""
-        spans = self.plan.spans
-        settings = BankSettings(
-            [SCALING] * len(spans), [0.0] * len(spans), [0] * (2 * len(spans)), self.plan.rows,
-            [span.start for span in spans], [span.length for span in spans], "base", "",
-        )  # fmt: skip
-        return apply(self.x, self.W, None, settings, [f for s in spans for f in (self.A[s.id], self.B[s.id])])
+        updates = [
+            Update(self.A[id], self.B[id], None, None, None, SCALING, 0.0, 0, Span(start, length, 0, 0))
+            for id, start, length in self.plan.spans
+        ]
+        return run_rows(self.x, DenseWeight(self.W), None, updates, Rows(self.plan.rows, None))
 
     def base(self) -> Tensor:
         """The same call without adapters: the baseline."""
-        return apply(self.x, self.W, None, BankSettings([], [], [], self.plan.rows, [], [], "base", ""), [])
+        return run_rows(self.x, DenseWeight(self.W), None, [], Rows(self.plan.rows, None))
 
     def vendor(self) -> Tensor:
         """PyTorch's frozen linear: what weights with an adapter merged into them cost."""

@@ -1,4 +1,4 @@
-"""Which packages a command needs, and one line that says how to install those that are missing. Needs no torch."""
+"""Which packages a command needs, and one line that says how to install those that are missing. PairNeeds no torch."""
 
 from __future__ import annotations
 

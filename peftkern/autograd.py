@@ -1,107 +1,159 @@
 """Which products run and what is saved; no mathematics.
 
-Saved for backward: x, s, the parameters, two RNG integers and a snapshot of the scaling. Never a dropout mask, a
-dropped or widened copy of x, or a product with the frozen weight.
+Saved for backward: x, every s, the parameters, two RNG integers an update and a snapshot of a scaling tensor. Never a
+dropout mask, a dropped or widened copy of x, or a product with the frozen weight. Only what backward reads is saved, so
+that an in-place update of anything else is not held against the caller; of the rest backward wants shapes and dtypes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peftkern.call import UPDATE, Base, Call, Gradients, Layout, Needs, join, split
 from peftkern.ops import eager
 from peftkern.saved_tensors import saved_tensors
 
-_ARGUMENTS = 15  # of LoRALinearFunction, and the weight's tables
+_BEFORE = 3  # arguments of LoRAFunction before the call's tensors
 
 
-class LoRALinearFunction(torch.autograd.Function):
-    """y = x W^T + c D(x) A^T B^T + bias + c lora_bias on 2-D x; once differentiable in x, A, B and the biases."""
+class LoRAFunction(torch.autograd.Function):
+    """Every y of a call on 2-D x, as one node; once differentiable in x, every A, B and bias.
+
+    The arguments are x, whether the products are in fp16 of an x in another dtype, which y and dx have, and the call as
+    ``call.split`` leaves it. In fp16, dy may lie where there are few digits or none: it is brought to about 2^-4 by a
+    power of two, which is taken out of every gradient again. A NaN or an infinity in dy leaves it as it is.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, lora_bias, *settings
-    ) -> Tensor:
-        scaling, scaling_tensor, dropout_p, rng_state, precision, backend, *w_tables = settings
-        if scaling_tensor is not None:
-            scaling_tensor = scaling_tensor.detach().clone()  # backward uses the value that forward saw
-        y, s = eager.forward(
-            x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, lora_bias,
-            scaling, scaling_tensor, dropout_p, rng_state, precision, backend, w_tables=w_tables or None,
-        )  # fmt: skip
-        need_x, _, _, _, _, need_A, need_B, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
-        need_lora_B = need_x or need_A
-        # Only what backward reads is saved, so that an in-place update of anything else is not held against the caller;
-        # of the rest backward wants shapes and dtypes.
+    def forward(ctx: Any, x, half: bool, layout: Layout, *tensors) -> Any:
+        call = join(layout, tensors)
+        updates = tuple(update._replace(scaling_tensor=snapshot(update.scaling_tensor)) for update in call.updates)
+        call = call._replace(updates=updates)
+        rows = x.to(torch.float16) if half else x
+        ys, thin = eager.forward(call, rows)
+        needs = _needs(layout, ctx.needs_input_grad)
+        some = [A or B for A, B in zip(needs.lora_A, needs.lora_B, strict=True)]
+        if layout.rows:  # the pair's gradients are one launch's
+            needs = needs._replace(lora_A=some, lora_B=some)
+        keep_x = any(needs.lora_A)
+        keep_s = [any(some)] if layout.rows else needs.lora_B
+        read, ctx.unread = _sorted(call, needs)
         ctx.save_for_backward(
-            x if need_A else None, s if need_B else None, scaling_tensor, rng_state,
-            w_data if need_x else None, w_scale if need_x else None, lora_A if need_x else None,
-            lora_B if need_lora_B else None, *(w_tables if need_x else ()),
-        )  # fmt: skip
-        ctx.unread = (
-            None if need_x else w_data.detach(), None if need_x or w_scale is None else w_scale.detach(),
-            None if need_x else lora_A.detach(), None if need_lora_B else lora_B.detach(),
-            bias.detach() if need_bias else None, lora_bias.detach() if need_lora_bias else None,
-        )  # fmt: skip
-        ctx.tables = len(w_tables)
-        ctx.settings = w_format, group_size, scaling, dropout_p, precision, backend
-        return y
+            rows if keep_x else None, *(s if keep else None for s, keep in zip(thin, keep_s, strict=True)), *read
+        )
+        ctx.facts = layout, needs, half, len(thin)
+        if len(ys) == 1:
+            return ys[0].to(x.dtype) if half else ys[0]
+        ctx.set_materialize_grads(False)
+        useful = [_any(needs, call, b) for b in range(len(ys))]
+        ctx.mark_non_differentiable(*(y for y, use in zip(ys, useful, strict=True) if not use))
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         # once_differentiable costs 7 us, and says something where a graph of backward is made, alone.
-        return _graphed_backward(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+        return _graphed_backward(ctx, *dys) if torch.is_grad_enabled() else _backward(ctx, *dys)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, s, scaling_tensor, rng_state, w_data, w_scale, lora_A, lora_B, *w_tables = saved_tensors(ctx)
-    other_data, other_scale, other_A, other_B, bias, lora_bias = ctx.unread
-    w_format, group_size, scaling, dropout_p, precision, backend = ctx.settings
-    need_x, _, _, _, _, need_A, need_B, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
-    gradients = iter(
-        eager.backward(
-            dy, x, s, other_data if w_data is None else w_data, other_scale if w_scale is None else w_scale,
-            w_format, group_size, other_A if lora_A is None else lora_A, other_B if lora_B is None else lora_B,
-            bias, lora_bias, scaling, scaling_tensor, dropout_p, rng_state, precision, backend,
-            need_x, need_A, need_B, need_bias, need_lora_bias, w_tables=w_tables or None,
-        )
-    )  # fmt: skip
-    dx = next(gradients) if need_x else None
-    factors = (next(gradients) if need else None for need in (need_A, need_B, need_bias, need_lora_bias))
-    return dx, None, None, None, None, *factors, *[None] * (_ARGUMENTS - 9 + ctx.tables)
+def _backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+    layout, needs, half, count = ctx.facts
+    x, *saved = saved_tensors(ctx)
+    thin, read = saved[:count], saved[count:]
+    tensors = [other if one is None else one for one, other in zip(read, ctx.unread, strict=True)]
+    call = join(layout, tensors)
+    result: list[Tensor | None] = [None] * (_BEFORE + len(tensors))
+    used = [b for b, dy in enumerate(dys) if dy is not None and _any(needs, call, b)]
+    if not used:
+        return tuple(result)
+    mine = [i for i, update in enumerate(call.updates) if update.base in used]
+    given: list[Any] = [dys[b] for b in used]
+    power = None
+    if half:
+        power = _power_of(given[0])
+        dtype, given = given[0].dtype, [(given[0] * power).to(torch.float16)]
+    if len(used) < len(dys):
+        call, needs, thin = _part(call, used, mine), _part_of_needs(needs, used, mine), [thin[i] for i in mine]
+        x = x if any(needs.lora_A) else None
+    gradients = eager.backward(call, given, x, thin, needs)
+    if power is not None:
+        dx = None if gradients.x is None else (gradients.x.float() / power).to(dtype)
+        _, *columns = gradients
+        gradients = Gradients(dx, *([one if one is None else one / power for one in column] for column in columns))
+    result[0] = gradients.x
+    at = layout.bases_at
+    for b, dbias in zip(used, gradients.bias, strict=True):
+        result[_BEFORE + at[b] + 2] = dbias
+    for i, *found in zip(mine, *gradients[2:], strict=True):
+        first = _BEFORE + at[-1] + UPDATE * i
+        for j, gradient in enumerate(found, first):
+            result[j] = gradient if ctx.needs_input_grad[j] else None
+    return tuple(result)
 
 
 _graphed_backward = once_differentiable(_backward)
 
 
-def lora_linear(*arguments: Any) -> Tensor:
-    """``LoRALinearFunction.apply`` without its search for torch.func's wrappers, which the caller has ruled out."""
-    if torch.compiler.is_compiling():
-        return LoRALinearFunction.apply(*arguments)
-    return super(torch.autograd.Function, LoRALinearFunction).apply(*arguments)
+def lora(x: Tensor, call: Call, half: bool = False) -> Any:
+    """``LoRAFunction`` of a call: y, or, of several bases, a tuple of them.
 
-
-class LoRALinearInHalfFunction(torch.autograd.Function):
-    """``LoRALinearFunction`` in fp16 of an x in another dtype, which y and dx have.
-
-    dy may lie where fp16 has few digits or none: it is brought to about 2^-4 by a power of two, which is taken out
-    of every gradient again. A NaN or an infinity in dy leaves it as it is.
+    It goes past ``apply``'s search for torch.func's wrappers, which the caller has ruled out.
     """
+    layout, tensors = split(call)
+    if torch.compiler.is_compiling():
+        return LoRAFunction.apply(x, half, layout, *tensors)
+    return super(torch.autograd.Function, LoRAFunction).apply(x, half, layout, *tensors)
 
-    @staticmethod
-    def forward(ctx: Any, x, *arguments) -> Tensor:
-        return LoRALinearFunction.forward(ctx, x.to(torch.float16), *arguments).to(x.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        power = _power_of(dy)
-        dx, *others = _backward(ctx, (dy * power).to(torch.float16))
-        dx = None if dx is None else (dx.float() / power).to(dy.dtype)
-        return dx, *(None if gradient is None else (gradient / power) for gradient in others)
+def snapshot(scaling_tensor: Tensor | None) -> Tensor | None:
+    """A copy: backward uses the value that forward saw."""
+    return None if scaling_tensor is None else scaling_tensor.detach().clone()
+
+
+def _needs(layout: Layout, wanted: Sequence[bool]) -> Needs:
+    """Which gradients autograd wants, of the arguments of ``LoRAFunction``."""
+    at = layout.bases_at
+    first = _BEFORE + at[-1]
+    bias = [wanted[_BEFORE + begin + 2] for begin in at[:-1]]
+    end = first + UPDATE * len(layout.updates)
+    return Needs(wanted[0], bias, *(list(wanted[first + i : end : UPDATE]) for i in range(3)))
+
+
+def _sorted(call: Call, needs: Needs) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """``call.split``'s tensors twice: those that backward reads, and the others without their history."""
+    read: list[bool] = []
+    for weight, _ in call.bases:
+        read += [needs.x, needs.x, False, *[needs.x] * len(weight.tables)]
+    for need_A in needs.lora_A:
+        read += [needs.x, needs.x or need_A, False, True, True]
+    _, tensors = split(call)
+    read += [False] * (len(tensors) - len(read))  # the numbers of rows, which inference mode may have made
+    kept = [tensor if reads else None for tensor, reads in zip(tensors, read, strict=True)]
+    others = [None if reads or one is None else one.detach() for one, reads in zip(tensors, read, strict=True)]
+    return kept, others
+
+
+def _any(needs: Needs, call: Call, base: int) -> bool:
+    """Whether any gradient comes from a base's y."""
+    mine = [i for i, update in enumerate(call.updates) if update.base == base]
+    return needs.x or needs.bias[base] or any(column[i] for column in needs[2:] for i in mine)
+
+
+def _part(call: Call, bases: list[int], updates: list[int]) -> Call:
+    """Some bases of a call with their updates."""
+    places = {b: i for i, b in enumerate(bases)}
+    kept: tuple[Base, ...] = tuple(call.bases[b] for b in bases)
+    return call._replace(
+        bases=kept, updates=tuple(call.updates[i]._replace(base=places[call.updates[i].base]) for i in updates)
+    )
+
+
+def _part_of_needs(needs: Needs, bases: list[int], updates: list[int]) -> Needs:
+    return Needs(needs.x, [needs.bias[b] for b in bases], *([column[i] for i in updates] for column in needs[2:]))
 
 
 def _power_of(dy: Tensor) -> Tensor:
@@ -110,82 +162,3 @@ def _power_of(dy: Tensor) -> Tensor:
     usable = (size > 0) & (size < torch.inf)
     exponent = torch.frexp(torch.where(usable, size, 2.0**-4)).exponent
     return torch.ldexp(torch.ones_like(size), (-4 - exponent).clamp(-100, 100))
-
-
-_FIELDS = 7  # of an adapter among LoRAAdaptersFunction's arguments
-
-
-class LoRAAdaptersFunction(torch.autograd.Function):
-    """y = x W^T + bias + sum_i c_i (D_i(x) A_i^T B_i^T + lora_bias_i) on 2-D x, as one node.
-
-    ``fields``, adapter by adapter: lora_A, lora_B, lora_bias, scaling, scaling_tensor, dropout_p, rng_state.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x, w_data, w_scale, w_format, group_size, bias, precision, backend, *fields) -> Tensor:
-        lora_A, lora_B, lora_bias, scaling, scaling_tensor, dropout_p, rng_state = (
-            list(fields[i::_FIELDS]) for i in range(_FIELDS)
-        )
-        scaling_tensor = [c if c is None else c.detach().clone() for c in scaling_tensor]
-        y, *thin = eager.forward_adapters(
-            x, w_data, w_scale, w_format, group_size, bias, lora_A, lora_B, lora_bias,
-            scaling, scaling_tensor, dropout_p, rng_state, precision, backend,
-        )  # fmt: skip
-        need_x, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-        need_A, need_B, need_lora_bias = (list(ctx.needs_input_grad[8 + i :: _FIELDS]) for i in range(3))
-        # As in LoRALinearFunction: saved is what backward reads; of the rest it wants shapes and dtypes.
-        operands = [w_data, w_scale, bias, *lora_A, *lora_B, *lora_bias]
-        read = [need_x, need_x, False, *[need_x] * len(lora_A), *(need_x or need for need in need_A)]
-        read += [False] * len(lora_bias)
-        ctx.save_for_backward(
-            x if any(need_A) else None, *(s if need else None for s, need in zip(thin, need_B, strict=True)),
-            *scaling_tensor, *rng_state,
-            *(tensor if reads else None for tensor, reads in zip(operands, read, strict=True)),
-        )  # fmt: skip
-        ctx.unread = [
-            None if reads or tensor is None else tensor.detach() for tensor, reads in zip(operands, read, strict=True)
-        ]
-        ctx.needs = need_x, need_bias, need_A, need_B, need_lora_bias
-        ctx.settings = w_format, group_size, scaling, dropout_p, precision, backend
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        w_format, group_size, scaling, dropout_p, precision, backend = ctx.settings
-        need_x, need_bias, *needs = ctx.needs
-        x, *saved = saved_tensors(ctx)
-        E = len(scaling)
-        thin, scaling_tensor, rng_state, read = saved[:E], saved[E : 2 * E], saved[2 * E : 3 * E], saved[3 * E :]
-        w_data, w_scale, bias, *factors = (
-            one if other is None else other for one, other in zip(read, ctx.unread, strict=True)
-        )
-        gradients = iter(
-            eager.backward_adapters(
-                dy,
-                x,
-                thin,
-                w_data,
-                w_scale,
-                w_format,
-                group_size,
-                bias,
-                factors[:E],
-                factors[E : 2 * E],
-                factors[2 * E :],
-                scaling,
-                scaling_tensor,
-                dropout_p,
-                rng_state,
-                precision,
-                backend,
-                need_x,
-                need_bias,
-                *needs,
-            )  # fmt: skip
-        )
-        result: list[Tensor | None] = [next(gradients) if need_x else None, None, None, None, None]
-        result += [next(gradients) if need_bias else None, None, None]
-        for needed in zip(*needs, strict=True):
-            result += [*(next(gradients) if need else None for need in needed), None, None, None, None]
-        return tuple(result)

@@ -25,103 +25,111 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peftkern import dropout
+from peftkern.autograd import snapshot
+from peftkern.call import UPDATE, Call, Layout, Needs, join, split
 from peftkern.ops import eager
 from peftkern.saved_tensors import saved_tensors
 
-_DIFFERENTIABLE = {"x": 0, "lora_A": 5, "lora_B": 6, "bias": 7, "magnitude": 8}
-_ARGUMENTS = 15
+_BEFORE = 3  # arguments before the call's tensors
 
 
-def products(
-    x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, magnitude, *settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y [M, N], h [M, N], s [M, R], g [N] and the norm [N]; x is 2-D. With dropout, h is not scaled by it."""
-    scaling, scaling_tensor, dropout_p, rng_state, _, backend = settings
-    weight = (w_data, w_scale, w_format, group_size)
-    norm = eager.row_norm(*weight, lora_A, lora_B, scaling, scaling_tensor)
+def products(x: Tensor, call: Call, magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y [M, N], h [M, N], s [M, R], g [N] and the norm [N]; x is 2-D. With dropout, h is not scaled by it.
+
+    ``call`` is of one base and one update of all rows, without lora_bias.
+    """
+    ((weight, bias),), (update,) = call.bases, call.updates
+    norm = eager.row_norm(weight, update.lora_A, update.lora_B, update.scaling, update.scaling_tensor)
     gain = magnitude.to(norm.dtype) / norm
-    if rng_state is None:
-        h, s = eager.forward(x, *weight, lora_A, lora_B, None, None, *settings)
+    if update.rng_state is None:
+        (h,), (s,) = eager.forward(_without_bias(call), x)
         y = h * gain if bias is None else torch.addcmul(bias.to(norm.dtype), h, gain)
     else:
-        plain, s = eager.forward(x, *weight, *_with_gain(lora_A, lora_B, gain), bias, None, *settings)
-        h = eager.dropped_product(x, *weight, dropout_p, rng_state, False, backend)
-        y = torch.addcmul(plain, h, (gain - 1) * dropout.scale(dropout_p))
+        (plain,), (s,) = eager.forward(_with_gain(call, gain), x)
+        h = eager.dropped_product(weight, x, update.dropout_p, update.rng_state, False, call.backend)
+        y = torch.addcmul(plain, h, (gain - 1) * dropout.scale(update.dropout_p))
     return y.to(x.dtype), h, s, gain, norm
 
 
-def _with_gain(lora_A: Tensor, lora_B: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """A and g B, both in g's wide dtype: a product rounds them once."""
-    return lora_A.to(gain.dtype), gain.unsqueeze(1) * lora_B
+def _without_bias(call: Call) -> Call:
+    return call._replace(bases=(call.bases[0]._replace(bias=None),))
 
 
-class DoRALinearFunction(torch.autograd.Function):
-    """y of ``products``; once differentiable in x, A, B, bias and magnitude."""
+def _with_gain(call: Call, gain: Tensor) -> Call:
+    """The call with A and g B, both in g's wide dtype: a product rounds them once."""
+    (update,) = call.updates
+    A, B = update.lora_A.to(gain.dtype), gain.unsqueeze(1) * update.lora_B
+    return call._replace(updates=(update._replace(lora_A=A, lora_B=B),))
+
+
+def dora(x: Tensor, call: Call, magnitude: Tensor) -> Tensor:
+    """``DoRAFunction`` of a call."""
+    layout, tensors = split(call)
+    return DoRAFunction.apply(x, magnitude, layout, *tensors)
+
+
+class DoRAFunction(torch.autograd.Function):
+    """y of ``products``; once differentiable in x, A, B, bias and magnitude. The call comes as ``split`` leaves it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, magnitude, *settings
-    ) -> Tensor:
-        scaling, scaling_tensor, dropout_p, rng_state, precision, backend = settings
-        if scaling_tensor is not None:
-            scaling_tensor = scaling_tensor.detach().clone()  # backward uses the value that forward saw
-        y, h, s, gain, norm = products(
-            x, w_data, w_scale, w_format, group_size, lora_A, lora_B, bias, magnitude,
-            scaling, scaling_tensor, dropout_p, rng_state, precision, backend,
-        )  # fmt: skip
-        need_x, need_A, need_B, _, need_magnitude = (ctx.needs_input_grad[i] for i in _DIFFERENTIABLE.values())
-        need_G = need_B or (need_magnitude and rng_state is not None)
-        need_lora_B = need_x or need_A or (need_magnitude and rng_state is not None)
+    def forward(ctx: Any, x, magnitude, layout: Layout, *tensors) -> Tensor:
+        call = join(layout, tensors)
+        (update,) = call.updates
+        update = update._replace(scaling_tensor=snapshot(update.scaling_tensor))
+        call = call._replace(updates=(update,))
+        y, h, s, gain, norm = products(x, call, magnitude)
+        at, wanted = layout.bases_at, ctx.needs_input_grad
+        need_x, need_magnitude, need_bias = wanted[0], wanted[1], wanted[_BEFORE + 2]
+        need_A, need_B = wanted[_BEFORE + at[-1]], wanted[_BEFORE + at[-1] + 1]
+        drops = update.rng_state is not None
+        need_G = need_B or (need_magnitude and drops)
+        need_lora_B = need_x or need_A or (need_magnitude and drops)
+        _, held = split(_without_bias(call))
+        read = [need_x] * at[-1] + [need_x, need_lora_B, False, True, True]
         ctx.save_for_backward(
-            x if need_A else None, s if need_G else None, h if need_magnitude else None, norm, gain, scaling_tensor,
-            rng_state, w_data if need_x else None, w_scale if need_x else None, lora_A if need_x else None,
-            lora_B if need_lora_B else None,
+            x if need_A else None, s if need_G else None, h if need_magnitude else None, norm, gain,
+            *(one if reads else None for one, reads in zip(held, read, strict=True)),
         )  # fmt: skip
         # Of what is not read, backward wants shapes and dtypes; it may be updated in place.
-        ctx.unread = [None if tensor is None else tensor.detach() for tensor in (w_data, w_scale, lora_A, lora_B)]
-        ctx.dtypes = None if bias is None else bias.dtype, magnitude.dtype
-        ctx.settings = w_format, group_size, scaling, dropout_p, precision, backend
+        ctx.unread = [None if reads or one is None else one.detach() for one, reads in zip(held, read, strict=True)]
+        ctx.dtypes = None if call.bases[0].bias is None else call.bases[0].bias.dtype, magnitude.dtype
+        ctx.facts = layout, (need_x, need_magnitude, need_bias, need_A, need_B)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, h, norm, gain, scaling_tensor, rng_state, *read = saved_tensors(ctx)
-        w_data, w_scale, lora_A, lora_B = (
-            other if saved is None else saved for saved, other in zip(read, ctx.unread, strict=True)
-        )
-        w_format, group_size, scaling, dropout_p, precision, backend = ctx.settings
-        needs = {name: ctx.needs_input_grad[position] for name, position in _DIFFERENTIABLE.items()}
-        drops = rng_state is not None
-        weight = (w_data, w_scale, w_format, group_size)
-        rows, A, B = (dy, *_with_gain(lora_A, lora_B, gain)) if drops else ((dy * gain).to(dy.dtype), lora_A, lora_B)
-        wanted = {name: needs[name] for name in ("x", "lora_A", "lora_B")}
-        wanted["lora_B"] |= drops and needs["magnitude"]
-        found: dict[str, Tensor] = {}
-        if any(wanted.values()):
-            gradients = eager.backward(
-                rows, x if wanted["lora_A"] else None, s if wanted["lora_B"] else None, *weight, A, B, None, None,
-                scaling, scaling_tensor, dropout_p, rng_state, precision, backend, *wanted.values(), False, False,
-            )  # fmt: skip
-            found = dict(zip((name for name in wanted if wanted[name]), gradients, strict=True))
-        scale = dropout.scale(dropout_p)
+        layout, (need_x, need_magnitude, need_bias, need_A, need_B) = ctx.facts
+        x, s, h, norm, gain, *read = saved_tensors(ctx)
+        call = join(layout, [other if one is None else one for one, other in zip(read, ctx.unread, strict=True)])
+        (update,), weight = call.updates, call.bases[0].weight
+        drops, scale = update.rng_state is not None, dropout.scale(update.dropout_p)
+        rows = dy if drops else (dy * gain).to(dy.dtype)
+        need_G = need_B or (drops and need_magnitude)
+        dx = dA = G = dmagnitude = dbias = None
+        if need_x or need_A or need_G:
+            needs = Needs(need_x, [False], [need_A], [need_G], [False])
+            given = _with_gain(call, gain) if drops else call
+            x, s = x if need_A else None, s if need_G else None
+            dx, _, (dA,), (G,), _ = eager.backward(given, [rows], x, [s], needs)
         bias_dtype, magnitude_dtype = ctx.dtypes
-        if needs["bias"]:
-            found["bias"] = dy.sum(0, dtype=norm.dtype).to(bias_dtype)
-        if needs["magnitude"]:
+        if need_bias:
+            dbias = dy.sum(0, dtype=norm.dtype).to(bias_dtype)
+        if need_magnitude:
             total = (dy.to(norm.dtype) * h).sum(0)
             if drops:
-                total = total * scale + (lora_B * found["lora_B"]).sum(1)
-            found["magnitude"] = (total / norm).to(magnitude_dtype)
-        if drops and needs["x"]:
+                assert G is not None
+                total = total * scale + (update.lora_B * G).sum(1)
+            dmagnitude = (total / norm).to(magnitude_dtype)
+        if update.rng_state is not None and dx is not None:
             rows = (dy * (gain - 1)).to(dy.dtype)
-            dropped = eager.dropped_product(rows, *weight, dropout_p, rng_state, True, backend)
-            found["x"].add_(dropped, alpha=scale)
-        if drops and needs["lora_A"]:
-            found["lora_A"] = found["lora_A"].to(lora_A.dtype)
-        if drops and needs["lora_B"]:
-            found["lora_B"] = (gain.unsqueeze(1) * found["lora_B"]).to(lora_B.dtype)
-        result: list[Tensor | None] = [None] * _ARGUMENTS
-        for name, position in _DIFFERENTIABLE.items():
-            result[position] = found[name] if needs[name] else None
-        return tuple(result)
+            dropped = eager.dropped_product(weight, rows, update.dropout_p, update.rng_state, True, call.backend)
+            dx.add_(dropped, alpha=scale)
+        if drops and dA is not None:
+            dA = dA.to(update.lora_A.dtype)
+        dB = G if need_B else None
+        if drops and dB is not None:
+            dB = (gain.unsqueeze(1) * dB).to(update.lora_B.dtype)
+        at = layout.bases_at[-1]
+        base = [None, None, dbias, *[None] * (at - 3)]
+        return dx, dmagnitude, None, *base, dA, dB, *[None] * (UPDATE - 2)

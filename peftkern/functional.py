@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from peftkern import autograd, dora, dropout, shared_input
-from peftkern.autograd import LoRAAdaptersFunction, LoRALinearInHalfFunction
+from peftkern import autograd, dora, dropout
 from peftkern.backends.reference import formula
-from peftkern.ops import dispatch, eager, inputs
-from peftkern.ops.problem import LoRAOperands
+from peftkern.call import Base, Call, Update
+from peftkern.ops import check, dispatch, eager
 from peftkern.weights import DenseWeight, FrozenWeight
 
 
@@ -67,72 +66,49 @@ def lora_linear(
     Deterministic: yes, bitwise, forward and backward, for a fixed rng_state, backend and thread count.
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
-    x, operands = _prepare(
-        x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p if training else 0.0, rng_state, precision
-    )
-    return apply(x, operands, backend or "")
+    x, call = _prepare(
+        x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p if training else 0.0, rng_state, precision,
+        backend,
+    )  # fmt: skip
+    return run(x, call)[0]
 
 
-def apply(x: Tensor, operands: LoRAOperands, backend: str = "", compute: torch.dtype | None = None) -> Tensor:
-    """``lora_linear`` behind its checks: for callers that know their operands to fit.
+def run(x: Tensor, call: Call, half: bool = False) -> list[Tensor]:
+    """Every y [..., N_b] of a call whose operands are known to fit; x [..., K] is in the compute dtype.
 
-    x is in the compute dtype, or is rounded to ``compute``, as dy is, and y and dx are in x's own.
+    ``half``: the products are in fp16 of an x in another dtype, which y and dx have; of one base, where it trains.
     """
-    W = operands.weight
-    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), W.shape[1])
-    if compute is not None and compute != x.dtype:
-        if compute != torch.float16 or looked_through() or not _trains(flat, operands):
-            return apply(x.to(compute), operands, backend).to(x.dtype)
-        weight = (W.data, W.scale, W.format, W.group_size)
-        return unflattened(LoRALinearInHalfFunction.apply(flat, *weight, *operands[1:], backend, *W.tables), x)
-    arguments = (flat, W.data, W.scale, W.format, W.group_size, *operands[1:], backend)
+    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if looked_through():
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # promote_types would be a node of a graph
-        y = formula.forward(operands, flat.to(wide))[0].to(x.dtype)
-    elif _trains(flat, operands):
-        y = autograd.lora_linear(*arguments, *W.tables)
+        ys: Sequence[Tensor] = [y.to(x.dtype) for y in formula.forward_call(call, flat.to(wide))]
+    elif trains(flat, call):
+        y = autograd.lora(flat, call, half)
+        ys = [y] if len(call.bases) == 1 else y
     else:
-        y = eager.forward(*arguments, w_tables=W.tables or None)[0]
-    return unflattened(y, x)
+        ys = eager.forward(call, flat)[0]
+    return [y if x.ndim == 2 else unflattened(y, x) for y in ys]
 
 
-def apply_adapters(x: Tensor, adapters: Sequence[LoRAOperands], backend: str = "") -> Tensor:
-    """The sum of several adapters on one weight: each has its own factors, scaling and mask; the first has the bias."""
-    first = adapters[0]
-    W = first.weight
-    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), W.shape[1])
-    base = (flat, W.data, W.scale, W.format, W.group_size, first.bias)
-    fields = [(a.lora_A, a.lora_B, a.lora_bias, *a[5:9]) for a in adapters]
-    trained = (tensor for field in fields for tensor in field[:3])
-    if looked_through() or (torch.is_grad_enabled() and _any_requires_grad(flat, first.bias, *trained)):
-        y = LoRAAdaptersFunction.apply(*base, first.precision, backend, *(value for field in fields for value in field))
+def run_in(x: Tensor, call: Call, compute: torch.dtype) -> Tensor:
+    """y of a call of one base that rounds x to ``compute``, as it does dy; y and dx are in x's own dtype."""
+    if compute == x.dtype:
+        return run(x, call)[0]
+    if compute == torch.float16 and not looked_through() and trains(x, call):
+        return run(x, call, half=True)[0]
+    return run(x.to(compute), call)[0].to(x.dtype)
+
+
+def run_dora(x: Tensor, call: Call, magnitude: Tensor) -> Tensor:
+    """y of a call of one base and one update, without lora_bias, its rows scaled to ``magnitude``: see ``dora``."""
+    if call.updates[0].lora_bias is not None:
+        raise NotImplementedError("DoRA has no lora_bias")
+    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if looked_through() or trains(flat, call) or (torch.is_grad_enabled() and magnitude.requires_grad):
+        y = dora.dora(flat, call, magnitude)
     else:
-        lists = [list(column) for column in zip(*fields, strict=True)]
-        y = eager.forward_adapters(*base, *lists, first.precision, backend)[0]
+        y = dora.products(flat, call, magnitude)[0]
     return unflattened(y, x)
-
-
-def apply_dora(x: Tensor, operands: LoRAOperands, magnitude: Tensor, backend: str = "") -> Tensor:
-    """``apply`` with its rows scaled to ``magnitude``: DoRA, without lora_bias. See ``dora`` for what is dropped."""
-    W, a = operands.weight, operands
-    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), W.shape[1])
-    arguments = (
-        flat, W.data, W.scale, W.format, W.group_size, a.lora_A, a.lora_B, a.bias, magnitude,
-        *a[5:], backend,
-    )  # fmt: skip
-    if looked_through() or (
-        torch.is_grad_enabled() and _any_requires_grad(flat, a.lora_A, a.lora_B, a.bias, magnitude)
-    ):
-        y = dora.DoRALinearFunction.apply(*arguments)
-    else:
-        y = dora.products(*arguments)[0]
-    return unflattened(y, x)
-
-
-def apply_shared(x: Tensor, members: Sequence[LoRAOperands], backend: str = "") -> list[Tensor]:
-    """``apply`` of several layers with dense weights on one x, as one node. Not for ``looked_through``."""
-    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), members[0].weight.shape[1])
-    return [unflattened(y, x) for y in shared_input.products(flat, members, backend)]
 
 
 def unflattened(y: Tensor, x: Tensor) -> Tensor:
@@ -153,29 +129,30 @@ def looked_through() -> bool:
     )
 
 
-def _trains(x: Tensor, operands: LoRAOperands) -> bool:
-    return torch.is_grad_enabled() and _any_requires_grad(x, *operands[1:5])
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
+def trains(x: Tensor, call: Call) -> bool:
+    """Whether autograd wants anything of a call."""
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad:
+        return True
+    for _, bias in call.bases:
+        if bias is not None and bias.requires_grad:
+            return True
+    for A, B, lora_bias, *_ in call.updates:
+        if A.requires_grad or B.requires_grad or (lora_bias is not None and lora_bias.requires_grad):
             return True
     return False
 
 
 def _prepare(
-    x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, rng_state, precision
-) -> tuple[Tensor, LoRAOperands]:
+    x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, rng_state, precision, backend
+) -> tuple[Tensor, Call]:
     """Validate, apply autocast's rule, draw the RNG state."""
-    if not isinstance(weight, FrozenWeight):
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight is a tensor or a FrozenWeight, not {type(weight).__name__}")
-        weight = DenseWeight(weight)
+    weight = frozen(weight)
     named = {"x": x, "weight": weight.data, "lora_A": lora_A, "lora_B": lora_B, "bias": bias, "lora_bias": lora_bias}
     beside = {f"weight.{part}": held for part, held in zip(weight.parts, weight.tensors[1:], strict=False)}
-    inputs.check_devices(named | beside)
-    inputs.check_shapes(x, weight, lora_A, lora_B, bias, lora_bias)
+    check.devices(named | beside)
+    check.shapes(x, weight, lora_A, lora_B, bias, lora_bias)
     if weight.data.requires_grad:
         raise ValueError("weight requires grad, but only the adapter is trained: call weight.requires_grad_(False)")
     if precision not in (None, "base", "fp32"):
@@ -185,7 +162,7 @@ def _prepare(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p} is not a probability")
     x, weight, bias = autocast(x, weight, bias)
-    inputs.check_dtypes(x, weight, lora_A, lora_B, bias, lora_bias)
+    check.dtypes(x, weight, lora_A, lora_B, bias, lora_bias)
     c, scaling_tensor = split_scaling(scaling, x)
     if dropout.threshold(dropout_p) == 0:
         dropout_p, rng_state = 0.0, None
@@ -194,11 +171,19 @@ def _prepare(
     elif not isinstance(rng_state, Tensor):
         raise TypeError(f"rng_state is a tensor int64 [2], not {type(rng_state).__name__}")
     else:
-        inputs.check_rng_state(rng_state, x.device)
+        check.rng_state(rng_state, x.device)
         rng_state = rng_state.contiguous()  # kernels read two adjacent integers
-    return x, LoRAOperands(
-        weight, lora_A, lora_B, bias, lora_bias, c, scaling_tensor, dropout_p, rng_state, precision or "base"
-    )
+    update = Update(lora_A, lora_B, lora_bias, scaling_tensor, rng_state, c, dropout_p)
+    return x, Call((Base(weight, bias),), (update,), precision or "base", backend or "")
+
+
+def frozen(weight: Tensor | FrozenWeight) -> FrozenWeight:
+    """A weight as a FrozenWeight. Raises: TypeError for anything that is none."""
+    if isinstance(weight, FrozenWeight):
+        return weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is a tensor or a FrozenWeight, not {type(weight).__name__}")
+    return DenseWeight(weight)
 
 
 def autocast(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> tuple[Tensor, FrozenWeight, Tensor | None]:
@@ -281,11 +266,12 @@ def explain(
     """
     if training and dropout_p and rng_state is None:
         rng_state = torch.zeros(2, dtype=torch.int64, device=x.device)  # draws nothing from the caller's generator
-    x, operands = _prepare(
-        x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p if training else 0.0, rng_state, precision
-    )
-    problem = operands.problem(x.numel() // max(1, x.shape[-1]), x.dtype)
-    chosen = dispatch.select(problem, backend or "")
+    x, call = _prepare(
+        x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p if training else 0.0, rng_state, precision,
+        backend,
+    )  # fmt: skip
+    problem = call.problem(x.numel() // max(1, x.shape[-1]), x.dtype)
+    chosen = dispatch.select(problem, call.backend)
     refused = {}
     for name in ("triton", "cpp", "reference"):
         if name != chosen.name:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from peftkern import dropout, functional
-from peftkern.bank_autograd import BankFunction, BankSettings
-from peftkern.ops import eager, inputs
+from peftkern.call import Base, Call, Rows, Span, Update
+from peftkern.ops import check
 from peftkern.segments import Plan, on_device, plan_on_device, plan_rows
-from peftkern.weights import DenseWeight
+from peftkern.weights import FrozenWeight
 
 _Factors = Tensor | Sequence[Tensor]
 
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenWeight,
     lora_A: _Factors,
     lora_B: _Factors,
     scaling: Tensor | Sequence[float],
@@ -27,6 +27,7 @@ def multi_lora_linear(
     *,
     ranks: Sequence[int] | None = None,
     bias: Tensor | None = None,
+    lora_bias: Sequence[Tensor | None] | None = None,
     dropout_p: float | Sequence[float] = 0.0,
     training: bool = True,
     rng_states: Sequence[tuple[int, int]] | None = None,
@@ -36,12 +37,12 @@ def multi_lora_linear(
     """A frozen linear layer with E low-rank updates, of which each row of x takes one or none.
 
     Formula:
-        y[m] = x[m] W^T + bias + c_e (D_e(x_e) A_e^T)[i] B_e^T for row m, which is row i of those of adapter e = ids[m];
-        the base alone where ids[m] = -1.
+        y[m] = x[m] W^T + bias + c_e ((D_e(x_e) A_e^T)[i] B_e^T + lora_bias_e) for row m, which is row i of those of
+        adapter e = ids[m]; the base alone where ids[m] = -1.
 
     Args:
         x: [M, K] or [..., K] with M rows in all.
-        weight: [N, K], frozen, of x's dtype.
+        weight: [N, K], frozen: a tensor of x's dtype, or a FrozenWeight of any format.
         lora_A, lora_B: stacked [E, R, K] and [E, N, R], or E tensors [R_e, K] and E tensors [N, R_e] of own ranks; in
             x's dtype or float32. A rank of 0 is the base alone.
         scaling: E finite numbers, or a tensor float [E] on the CPU.
@@ -50,7 +51,7 @@ def multi_lora_linear(
             (``segments.plan_on_device``), and every adapter costs as if all rows were its own, except by Triton, where
             it costs its own rows, and an s and a t of all.
         ranks: the true ranks of stacked factors, E integers; what lies beyond is not read, and its gradient is zero.
-        bias: [N].
+        bias: [N]; lora_bias: E tensors [N] in their factors' dtype, or None where an adapter has none.
         dropout_p: one probability, or E of them; training: dropout is off when False.
         rng_states: E pairs (seed, offset) that key each adapter's mask; drawn from torch's generator when None.
             They are the host's numbers: a captured graph drops the same elements at every replay.
@@ -63,17 +64,16 @@ def multi_lora_linear(
     Numerics: as ``lora_linear``. A row with id -1 has the bits of the same batch without adapters.
     Deterministic: yes, bitwise, for a fixed backend and thread count; gradients of an adapter without rows are zero.
     """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight is a tensor, not {type(weight).__name__}: quantised bases have one adapter at a time")
+    base = functional.frozen(weight)
     A, B = _split(lora_A, lora_B, ranks)
     E = len(A)
+    biases = [None] * E if lora_bias is None else list(lora_bias)
+    if len(biases) != E:
+        raise ValueError(f"lora_bias has {len(biases)} entries for {E} adapters")
     for e in range(E):
-        inputs.naming(
-            f"adapter {e}",
-            inputs.check_devices,
-            {"x": x, "weight": weight, "lora_A": A[e], "lora_B": B[e], "bias": bias},
-        )
-        inputs.naming(f"adapter {e}", inputs.check_shapes, x, DenseWeight(weight), A[e], B[e], bias, None)
+        named = {"x": x, "weight": base.data, "lora_A": A[e], "lora_B": B[e], "bias": bias, "lora_bias": biases[e]}
+        check.naming(f"adapter {e}", check.devices, named)
+        check.naming(f"adapter {e}", check.shapes, x, base, A[e], B[e], bias, biases[e])
     scaling = [_finite(e, value) for e, value in enumerate(_listed("scaling", scaling, E))]
     p = [float(value) if training else 0.0 for value in _listed("dropout_p", dropout_p, E)]
     for e, value in enumerate(p):
@@ -86,42 +86,35 @@ def multi_lora_linear(
     if not isinstance(ids, Plan) and ids.numel() != M:
         raise ValueError(f"there are {ids.numel()} adapter ids for the {M} rows of x {tuple(x.shape)}")
     if isinstance(ids, Plan) and not torch.compiler.is_compiling():  # then the operator looks
-        inputs.check_index(plan.rows, M)  # of a batch of another size, or made by hand
+        check.numbers(plan.rows, M)  # of a batch of another size, or made by hand
     spans = {span.id: span for span in plan.spans}
     if spans and max(spans) >= E:
         raise ValueError(f"adapter id {max(spans)} is out of range for {E} adapters")
     if rng_states is not None and len(rng_states) != E:
         raise ValueError(f"rng_states has {len(rng_states)} entries for {E} adapters")
     states = rng_states or draw_states(p)
-    settings = BankSettings(
-        scaling, [value if dropout.threshold(value) else 0.0 for value in p],
-        [int(number) for state in states for number in state], plan.rows,
-        [spans[e].start if e in spans else 0 for e in range(E)],
-        [spans[e].length if e in spans else 0 for e in range(E)], precision or "base", backend or "", plan.inside,
-    )  # fmt: skip
-    return apply(x, weight, bias, settings, [factor for pair in zip(A, B, strict=True) for factor in pair])
+    updates = []
+    for e in range(E):
+        _, start, length = spans.get(e, (e, 0, 0))
+        kept = p[e] if dropout.threshold(p[e]) else 0.0
+        span = Span(start, length, *map(int, states[e]))
+        updates.append(Update(A[e], B[e], biases[e], None, None, scaling[e], kept, 0, span))
+    return run_rows(x, base, bias, updates, Rows(plan.rows, plan.inside), precision or "base", backend or "")
 
 
-def apply(x: Tensor, weight: Tensor, bias: Tensor | None, settings: BankSettings, factors: Sequence[Tensor]) -> Tensor:
-    """``multi_lora_linear`` behind its checks of shapes; A and B of each segment in turn. Applies autocast's rule."""
-    if weight.requires_grad:
+def run_rows(
+    x: Tensor, weight: FrozenWeight, bias: Tensor | None, updates: Sequence[Update], rows: Rows,
+    precision: str = "base", backend: str = "",
+) -> Tensor:  # fmt: skip
+    """``multi_lora_linear`` behind its checks of shapes; every update has a span. Applies autocast's rule."""
+    if weight.data.requires_grad:
         raise ValueError("weight requires grad, but only adapters are trained: call weight.requires_grad_(False)")
-    x, frozen, bias = functional.autocast(x, DenseWeight(weight), bias)
-    weight = frozen.data
-    read = (weight, *factors) if bias is None else (weight, bias, *factors)
-    if any(tensor.device != x.device for tensor in read):  # a backend goes by their addresses
-        named = {f"lora_{'AB'[i % 2]} of segment {i // 2}": factor for i, factor in enumerate(factors)}
-        inputs.check_devices({"x": x, "weight": weight, "bias": bias, **named})
-    for A, B in {(A.dtype, B.dtype): (A, B) for A, B in zip(factors[::2], factors[1::2], strict=True)}.values():
-        inputs.check_dtypes(x, frozen, A, B, bias, None)
-    if not factors and x.dtype != weight.dtype:
-        raise TypeError(f"x and weight must share one floating dtype, got {x.dtype} and {weight.dtype}")
+    x, weight, bias = functional.autocast(x, weight, bias)
+    call = Call((Base(weight, bias),), tuple(updates), precision, backend, rows)
     flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    if functional.looked_through() or (torch.is_grad_enabled() and functional._any_requires_grad(flat, bias, *factors)):
-        y = BankFunction.apply(flat, weight, bias, settings, *factors)
-    else:
-        y = eager.bank_forward(flat, weight, bias, factors[::2], factors[1::2], *settings)[0]
-    return functional.unflattened(y, x)
+    check.forward(call, flat)
+    y = functional.run(flat, call)[0]
+    return y if x.ndim == 2 else functional.unflattened(y, x)
 
 
 def _plan(ids: Tensor, x: Tensor, E: int) -> Plan:

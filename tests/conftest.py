@@ -19,8 +19,8 @@ import peftkern
 from peftkern import _env
 from peftkern.backends.reference import formula
 from peftkern.backends.triton import select
+from peftkern.call import Pair
 from peftkern.ops import dispatch
-from peftkern.ops.problem import LoRAOperands
 from peftkern.testing import dropout_mask
 from peftkern.testing.numerics import assert_as_good_as
 from peftkern.weights import DenseWeight, FrozenWeight
@@ -223,7 +223,7 @@ def run_truth(case: Case, t: Tensors) -> Found:
         return None if tensor is None else tensor.double()
 
     weight = t.weight if isinstance(t.weight, FrozenWeight) else DenseWeight(t.weight)
-    operands = LoRAOperands(
+    operands = Pair(
         DenseWeight(weight.materialize(torch.float64)), wide(t.lora_A), wide(t.lora_B), wide(t.bias), wide(t.lora_bias),
         case.scaling, None, case.p, t.rng_state if round(65536 * case.p) else None, case.precision,
     )  # fmt: skip
@@ -367,20 +367,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     from peftkern.integrations.peft import layer as integration
 
     seen: list[tuple] = []
+    genuine = integration.fused
 
-    def spy_on(name: str) -> None:
-        genuine = getattr(integration, name)
+    def spy(x, parts):
+        seen.append(tuple(x.shape))
+        return genuine(x, parts)
 
-        def spy(x, *arguments, **options):
-            seen.append(tuple(x.shape))
-            return genuine(x, *arguments, **options)
-
-        monkeypatch.setattr(integration, name, spy)
-
-    spy_on("lora_linear")
-    spy_on("apply")
-    spy_on("apply_adapters")
-    spy_on("apply_dora")
+    monkeypatch.setattr(integration, "fused", spy)
     return seen
 
 

@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 import torch
+from calls import all_of, call_of, check_operators
 from conftest import CPU_TARGETS, Case, Target, make
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftkern.functional import apply_adapters
-from peftkern.ops import dispatch, schema
-from peftkern.ops.problem import LoRAOperands
+from peftkern.call import Pair
+from peftkern.functional import run
+from peftkern.ops import dispatch
 from peftkern.testing import dropout_mask
 from peftkern.testing.numerics import assert_as_good_as
 from peftkern.weights import DenseWeight
@@ -60,9 +61,9 @@ def found(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]
     return {"y": y.detach()} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-def operands_of(s: Sum, leaves: dict[str, Tensor]) -> list[LoRAOperands]:
+def operands_of(s: Sum, leaves: dict[str, Tensor]) -> list[Pair]:
     return [
-        LoRAOperands(
+        Pair(
             DenseWeight(s.weight), leaves[f"lora_A{i}"], leaves[f"lora_B{i}"], None if i else leaves.get("bias"),
             leaves.get(f"lora_bias{i}"), *s.settings[i], s.precision,
         )
@@ -71,7 +72,7 @@ def operands_of(s: Sum, leaves: dict[str, Tensor]) -> list[LoRAOperands]:
 
 
 def ours(s: Sum, leaves: dict[str, Tensor], backend: str) -> Tensor:
-    return apply_adapters(leaves["x"], operands_of(s, leaves), backend)
+    return run(leaves["x"], call_of(operands_of(s, leaves), backend=backend))[0]
 
 
 def plain(s: Sum, leaves: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
@@ -162,16 +163,9 @@ def test_one_adapter_or_the_same_twice_and_no_rows(target: Target):
 @pytest.mark.parametrize("M", [0, 6])
 def test_opcheck_and_fakes(M, tensor_scaling, target: Target):
     s = a_sum(Case(M, 24, 16, 0, F32, bias=True), device=target.device, tensor_scaling=tensor_scaling)
-    v = s.leaves
-    lists = [[v.get(f"{name}{i}") for i in range(3)] for name in ("lora_A", "lora_B", "lora_bias")]
-    lists += [list(column) for column in zip(*s.settings, strict=True)]
-    arguments = (s.weight, None, "dense", 0, v["bias"], *lists, "base", target.backend)
-    torch.library.opcheck(schema.forward_adapters, (v["x"], *arguments))
-    thin = list(schema.forward_adapters(v["x"], *arguments)[1:])
+    call = call_of(operands_of(s, s.leaves), backend=target.backend)
     for need in ([True] * 3, [False, True, False]):
-        held = [one if wanted else None for one, wanted in zip(thin, need, strict=True)]
-        call = (s.dy, v["x"], held, *arguments, True, need[0], need, need, need)
-        torch.library.opcheck(schema.backward_adapters, call)
+        check_operators(call, s.leaves["x"], [s.dy], all_of(call, bias=need[0], updates=need))
 
 
 def test_compiled_in_one_graph_equals_eager(target: Target):
@@ -197,6 +191,6 @@ def test_further_adapters_take_no_temporary_of_the_size_of_y():
 
     for target in CPU_TARGETS:
         with Sizes():
-            dispatch.forward_adapters(operands_of(s, s.leaves), s.leaves["x"], target.backend)
+            dispatch.forward(call_of(operands_of(s, s.leaves), backend=target.backend), s.leaves["x"])
         assert len(set(made)) == 1
         made.clear()

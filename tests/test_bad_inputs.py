@@ -12,8 +12,8 @@ from conftest import NAMES, TRAINABLE, Case, Target, check, judge, make, run
 from torch import Tensor
 
 import peftkern
+from peftkern.call import Problem
 from peftkern.ops import dispatch
-from peftkern.ops.problem import Problem
 from peftkern.testing.numerics import assert_as_good_as
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -10,16 +10,17 @@ from threading import get_ident
 
 import pytest
 import torch
-from test_multi_lora import RANKS, ROUTINGS, Batch, make
+from calls import bank_of
+from test_multi_lora import RANKS, ROUTINGS, Batch, call_of_batch, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern import multi_lora
 from peftkern.backends.triton import backend as triton_backend
 from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.tiles import TileConfig
+from peftkern.call import Span, arguments
 from peftkern.multi_lora import multi_lora_linear
-from peftkern.ops import bank_schema
-from peftkern.ops.bank_problem import BankOperands, Segment
+from peftkern.ops import schema
 from peftkern.segments import plan_on_device
 
 pytestmark = [
@@ -128,11 +129,10 @@ def test_s_is_what_the_operator_promises(on_device: bool) -> None:
     x, W, B = torch.randn(4, 8), torch.randn(5, 8), [torch.randn(5, 2), torch.randn(5, 3)]
     A[1][2, 3] = float("inf")  # which is not multiplied by the zeros that stand for another's row
     plan = plan_on_device(ids, range(2)) if on_device else multi_lora.plan_rows(ids)
-    spans = [(span.start, span.length) for span in plan.spans]
-    _, s = bank_schema.forward(
-        x, W, None, A, B, [1.0, 2.0], [0.0, 0.0], [0] * 4, plan.rows, *map(list, zip(*spans, strict=True)), "base",
-        "triton", plan.inside,
-    )  # fmt: skip
+    spans = [Span(span.start, span.length, 0, 0) for span in plan.spans]
+    call = bank_of(W, None, [*zip(A, B, strict=True)], spans, plan.rows, plan.inside, scaling=[1.0, 2.0],
+                   backend="triton")  # fmt: skip
+    _, s = schema.forward(x, *arguments(call))
     own = [x[ids == e] @ A[e].T for e in range(2)]
     if on_device:
         own = [torch.cat([part, part.new_zeros(4 - len(part), part.shape[1])]) for part in own]
@@ -185,12 +185,7 @@ def test_neither_launches_nor_their_arguments_depend_on_ids_on_a_device(monkeypa
     for ids in ([0, 3, -1, 3, 4, 4], [6, 6, 6, 6, 6, 6], [-1] * 6, [99, 5, 1, -7, 0, 0]):
         with Seen() as mode:
             plan = plan_on_device(torch.tensor(ids), range(E))
-            segments = [
-                Segment(A, B, 2.0, 0.0, 0, 0, span.start, span.length)
-                for A, B, span in zip(batch.A, batch.B, plan.spans, strict=True)
-            ]
-            operands = BankOperands(batch.W, batch.bias, segments, plan.rows, "base", plan.inside)
-            triton_backend.TritonBackend().bank_forward(operands, batch.x)
+            triton_backend.TritonBackend().forward(call_of_batch(batch, "triton", plan), batch.x)
         assert not [name for name in mode.names if any(word in name for word in waits)]
         seen.append(mode.names)
     assert len(made) == 4 and all(names == seen[0] for names in seen)
@@ -206,7 +201,7 @@ def test_neither_launches_nor_their_arguments_depend_on_ids_on_a_device(monkeypa
 
 
 def test_the_tile_does_not_depend_on_the_adapters() -> None:
-    problem = BankOperands(torch.empty(24, 40, dtype=BF16), None, [], torch.empty(0), "base").problem(7, BF16)
+    problem = bank_of(torch.empty(24, 40, dtype=BF16), None, [], [], torch.empty(0)).problem(7, BF16)
     from peftkern.backends.triton.bank_tiles import bank_tile
     from peftkern.backends.triton.tiles import Pass
 
@@ -220,7 +215,7 @@ def test_the_tile_does_not_depend_on_the_adapters() -> None:
 
 def test_what_is_refused_and_what_the_plan_says() -> None:
     backend = triton_backend.TritonBackend()
-    problem = BankOperands(torch.empty(24, 40), None, [], torch.empty(0), "base").problem(7, F32)
+    problem = bank_of(torch.empty(24, 40), None, [], [], torch.empty(0)).problem(7, F32)
     assert backend.supports(problem) is None
     assert backend.supports(dataclasses.replace(problem, dropout=True)) is None
     assert "larger than" in backend.supports(dataclasses.replace(problem, R=1000))

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from calls import all_of, bank_of, check_operators
 from pairwise import pairwise
 from test_bank_interpreter import MIXED, SMALL, TILES, Seen, as_if_on_a_device
-from test_multi_lora import RANKS, ROUTINGS, Batch, check, make, run
+from test_multi_lora import RANKS, ROUTINGS, Batch, call_of_batch, check, make, run
 
 from peftkern.backends.triton import backend as triton_backend
 from peftkern.backends.triton import bank_schedule, launch
 from peftkern.backends.triton.arch import ARCHES
-from peftkern.ops import bank_schema
-from peftkern.ops.bank_problem import BankBackward, BankOperands, Segment
+from peftkern.call import Span, arguments
+from peftkern.ops import schema
 from peftkern.segments import plan_on_device, plan_rows
 from peftkern.testing import dropout_mask
 
@@ -165,13 +166,11 @@ def test_columns_further_apart_than_32_bits_count_are_brought_together() -> None
         return torch.empty(columns, M, dtype=BF16, device="meta").T
 
     A, B = torch.empty(2, K, device="meta"), torch.empty(K, 2, device="meta")
-    operands = BankOperands(
-        torch.empty(K, K, dtype=BF16, device="meta"), None, [Segment(A, B, 1.0, 0.0, 0, 0, 0, M)],
-        torch.empty(M, dtype=torch.int64, device="meta"), "base",
-    )  # fmt: skip
+    W, numbers = torch.empty(K, K, dtype=BF16, device="meta"), torch.empty(M, dtype=torch.int64, device="meta")
+    call = bank_of(W, None, [(A, B)], [Span(0, M, 0, 0)], numbers)
     arch = ARCHES["interpreter"]
-    forward, s = (made := bank_schedule.produce(operands, far(K), False, arch)).steps[0], made.T
-    backward, grad, _ = bank_schedule.backward(operands, BankBackward(far(K), far(K), s, True, [True]), arch).steps
+    forward, s = (made := bank_schedule.produce(call, far(K), False, arch)).steps[0], made.T
+    backward, grad, _ = bank_schedule.backward(call, far(K), far(K), s, all_of(call), arch).steps
     strides = [one.arguments["G"][6:8] for one in (forward, backward)]
     strides += [grad.arguments[name] for name in ("x_strides", "dy_strides")]
     assert all((K - 1) * along_column < 2**31 for _, along_column in strides), strides
@@ -188,38 +187,29 @@ def test_only_what_is_needed_has_a_gradient() -> None:
 
 def backward_of(batch: Batch, device_ids: bool, need_pairs: list[bool], need_x: bool = True) -> list[torch.Tensor]:
     plan = plan_on_device(batch.ids, range(E)) if device_ids else plan_rows(batch.ids)
-    spans = {span.id: span for span in plan.spans}
-    starts, counts = ([getattr(spans[e], of) if e in spans else 0 for e in range(E)] for of in ("start", "length"))
-    shared = (
-        batch.W, batch.bias, batch.A, batch.B, batch.scaling, batch.p, [n for pair in batch.states for n in pair],
-        plan.rows, starts, counts, "base", "triton", plan.inside,
+    given = arguments(call_of_batch(batch, "triton", plan))
+    _, s = schema.forward(batch.x, *given)
+    return schema.backward(
+        [batch.dy], batch.x, [s], *given, need_x, [False], need_pairs, need_pairs, [False] * E
     )  # fmt: skip
-    _, s = bank_schema.forward(batch.x, *shared)
-    return bank_schema.backward(batch.dy, batch.x, s, *shared, need_x, need_pairs, False)
 
 
 @pytest.mark.parametrize(("need_x", "device_ids"), [(True, True), (False, False)])
 def test_a_frozen_pair_beside_trained_ones(need_x: bool, device_ids: bool) -> None:
     batch = make([4, 0, -1, 3, 4, 5, 6, 4, 0], BF16, **SMALL, p=0.1)
     every = backward_of(batch, device_ids, [True] * E)
-    dx, pairs = every[0], [every[1 + 2 * e : 3 + 2 * e] for e in range(E)]
+    dx, dA, dB = every[0], every[1 : 1 + E], every[1 + E :]
     need = [e in (0, 4, 6) for e in range(E)]
     found = backward_of(batch, device_ids, need, need_x)
-    expected = [*([dx] if need_x else []), *(factor for e in (0, 4, 6) for factor in pairs[e])]
+    expected = [*([dx] if need_x else []), *(column[e] for column in (dA, dB) for e in (0, 4, 6))]
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 def test_operators_pass_opcheck() -> None:
     """No gradient shares memory with another, although one launch writes them into one tensor."""
     batch = make([0, 3, -1, 3], ranks=(2, 3, 1, 4), p=0.2)
-    states = [number for pair in batch.states for number in pair]
-    shared = (
-        batch.W, batch.bias, batch.A, batch.B, batch.scaling, batch.p, states, plan_rows(batch.ids).rows,
-        [1, 0, 0, 2], [1, 0, 0, 2], "base", "triton", None,
-    )  # fmt: skip
-    torch.library.opcheck(bank_schema.forward, (batch.x, *shared))
-    s = bank_schema.forward(batch.x, *shared)[1]
-    torch.library.opcheck(bank_schema.backward, (batch.dy, batch.x, s, *shared, True, [True, True, False, True], True))
+    call = call_of_batch(batch, "triton")
+    check_operators(call, batch.x, [batch.dy], all_of(call, updates=[True, True, False, True]))
 
 
 def numbers_of(one: launch.Launch) -> dict:
@@ -234,14 +224,10 @@ def test_neither_launches_nor_their_arguments_depend_on_ids_on_a_device(monkeypa
     monkeypatch.setattr(launch.Launch, "run", lambda self: made.append(self))
     for ids in ([0, 3, -1, 3, 4, 4], [6, 6, 6, 6, 6, 6], [-1] * 6, [99, 5, 1, -7, 0, 0]):
         plan = plan_on_device(torch.tensor(ids), range(E))
-        segments = [
-            Segment(A, B, 2.0, 0.1, 5, 6, span.start, span.length)
-            for A, B, span in zip(batch.A, batch.B, plan.spans, strict=True)
-        ]
-        operands = BankOperands(batch.W, batch.bias, segments, plan.rows, "base", plan.inside)
-        s = torch.zeros(operands.thin_size)
+        call = call_of_batch(dataclasses.replace(batch, p=[0.1] * E, bias=None), "triton", plan)
+        s = torch.zeros(call.thin_size)
         with Seen() as mode:
-            triton_backend.TritonBackend().bank_backward(operands, BankBackward(batch.dy, batch.x, s, True, [True] * E))
+            triton_backend.TritonBackend().backward(call, [batch.dy], batch.x, [s], all_of(call))
         names = [name for name in mode.names if "_foreach_copy_" not in name]  # the last launch of three
         assert not [name for name in names if any(word in name for word in waits)]
         seen.append(mode.names)

@@ -9,14 +9,15 @@ import pickle
 
 import pytest
 import torch
+from calls import all_of, check_operators
 from conftest import NAMES, Case, Found, Target, Tensors, grads, leaves_of, make, run
-from test_torch_integration import operator_arguments
+from test_torch_integration import a_call
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.call import Problem
 from peftkern.nn import LoRALinear
-from peftkern.ops import dispatch, schema
-from peftkern.ops.problem import Problem
+from peftkern.ops import dispatch
 from peftkern.testing import dropout_mask
 from peftkern.testing.numerics import assert_as_good_as, relative_error
 from peftkern.weights import FP8Weight, FrozenWeight
@@ -354,11 +355,10 @@ def test_opcheck(scaling, target: Target):
         return
     case = Case(6, 24, 16, 4, BF16, F32, 0.25, bias=True, lora_bias=True)
     t = made(case, scaling, target.device)
-    arguments = operator_arguments(case, t, target.backend, False)
-    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(schema.forward, (t.x, *arguments), test_utils=checks)
-    _, s = schema.forward(t.x, *arguments)
-    torch.library.opcheck(schema.backward, (t.dy, t.x, s, *arguments, *(True,) * 5), test_utils=checks)
+    call = a_call(case, t, target.backend, False)
+    check_operators(
+        call, t.x, [t.dy], all_of(call), ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    )
 
 
 def test_it_learns_as_the_plain_fp8_weight_does(target: Target):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from calls import call_of
 from conftest import Case, Target, run
 
 pytest.importorskip("triton")
@@ -16,8 +17,8 @@ from test_base_compute import BF16, CASES, F16, F32, SCALINGS, judge, made
 import peftkern
 from peftkern.backends.triton import launch, select
 from peftkern.backends.triton.tiles import Choice, TileConfig
+from peftkern.call import Problem
 from peftkern.ops import dispatch
-from peftkern.ops.problem import Problem
 from peftkern.weights import FrozenWeight
 from peftkern.weights.fp8 import rounded
 
@@ -102,18 +103,16 @@ def test_what_fp16_can_hold_stays_finite():
 
 def test_several_adapters_add_to_one_rounded_product():
     """The second adapter's update goes onto y and dx, whose frozen product is there."""
-    from peftkern.functional import apply_adapters
-    from peftkern.ops.problem import LoRAOperands
+    from peftkern.call import Pair
+    from peftkern.functional import run as run_call
 
     case = Case(33, 150, 140, 4, BF16, F32)
     t = made(case, "block")
     results = []
     for backend in ("triton", "reference"):
         x = t.x.clone().requires_grad_()
-        adapters = [
-            LoRAOperands(t.weight, t.lora_A, t.lora_B, None, None, c, None, 0.0, None, "base") for c in (1.0, 0.5)
-        ]
-        y = apply_adapters(x, adapters, backend)
+        adapters = [Pair(t.weight, t.lora_A, t.lora_B, None, None, c, None, 0.0, None, "base") for c in (1.0, 0.5)]
+        (y,) = run_call(x, call_of(adapters, backend=backend))
         y.backward(t.dy)
         results.append((y.detach(), x.grad))
     for mine, theirs in zip(*results, strict=True):

@@ -217,9 +217,12 @@ def test_a_wrong_gradient_stops_the_model_benchmark(monkeypatch):
     import peftkern.integrations.peft.layer as integration
     from benchmarks import model
 
-    exact = integration.apply
-    wrong = lambda x, operands: exact(x, operands._replace(scaling=operands.scaling * 1.05))  # noqa: E731
-    monkeypatch.setattr(integration, "apply", wrong)
+    exact = integration.updates_of
+
+    def wrong(x, adapters):
+        return tuple(update._replace(scaling=update.scaling * 1.05) for update in exact(x, adapters))
+
+    monkeypatch.setattr(integration, "updates_of", wrong)
     ids = torch.randint(128, (1, 16), generator=torch.Generator().manual_seed(0))
     with pytest.raises(WrongResult, match="peftkern is wrong"):
         model.compare(tiny_llama(torch.float32), ids, 0.0, rounds=1)

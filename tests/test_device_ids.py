@@ -6,14 +6,16 @@ import dataclasses
 
 import pytest
 import torch
+from calls import all_of
+from calls import bank_of as bank_call
 from test_adapter_bank import K, bank_of, expected
 from test_multi_lora import RANKS, ROUTINGS, Batch, make, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftkern import multi_lora
 from peftkern.backends.reference.library import ReferenceBackend
+from peftkern.call import Span
 from peftkern.nn import adapter_bank, routing
-from peftkern.ops.bank_problem import BankBackward, BankOperands, Segment
 from peftkern.segments import plan_on_device
 from peftkern.testing.numerics import assert_as_good_as
 
@@ -102,13 +104,12 @@ def test_nothing_waits_for_the_device(p: float) -> None:
         x, W = torch.empty(9, 6), torch.empty(5, 6)
         factors = [(torch.empty(r, 6), torch.empty(5, r)) for r in (2, 3)]
         plan = plan_on_device(torch.empty(9, dtype=torch.int64), range(2))
-        segments = [Segment(A, B, 2.0, p, 1, 2, *plan.spans[e][1:]) for e, (A, B) in enumerate(factors)]
-        operands = BankOperands(W, None, segments, plan.rows, "base", plan.inside)
-        y, s = ReferenceBackend().bank_forward(operands, x)
-        given = BankBackward(torch.empty_like(y), x, s, True, [True, True])
-        dx, pairs = ReferenceBackend().bank_backward(operands, given)
+        spans = [Span(*span[1:], 1, 2) for span in plan.spans]
+        call = bank_call(W, None, factors, spans, plan.rows, plan.inside, p=[p, p])
+        (y,), thin = ReferenceBackend().forward(call, x)
+        dx, _, dA, dB, _ = ReferenceBackend().backward(call, [torch.empty_like(y)], x, thin, all_of(call))
     assert y.shape == (9, 5) and dx is not None and dx.shape == (9, 6)
-    assert [tuple(dA.shape) for dA, _ in pairs] == [(2, 6), (3, 6)]
+    assert [tuple(one.shape) for one in dA + dB] == [(2, 6), (3, 6), (5, 2), (5, 3)]
 
 
 def test_the_backend_that_reads_rows_on_the_host_is_not_taken(as_if_on_a_device) -> None:

@@ -8,6 +8,7 @@ import distributed
 import pytest
 import torch
 import torch.distributed as dist
+from calls import call_of
 from conftest import Case as Call
 from conftest import adapted, assert_close, assert_equal, linears, make, step
 from torch import Tensor, nn
@@ -18,11 +19,11 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import peftkern
-from peftkern.functional import apply_adapters, apply_dora
+from peftkern.call import Pair, arguments
+from peftkern.functional import run, run_dora
 from peftkern.nn import LoRALinear
 from peftkern.nn.tensor_parallel import ColwiseLoRALinear, RowwiseLoRALinear
 from peftkern.ops import schema
-from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight, Int8Weight
 
 WHOLE = Replicate()
@@ -133,15 +134,15 @@ def check_what_cannot_be_is_an_error() -> None:
     with pytest.raises(NotImplementedError, match="frozen weight is Shard"):
         peftkern.lora_linear(x, DTensor.from_local(t.weight, mesh(), [Partial()]), t.lora_A, t.lora_B)
     A, B = (distribute_tensor(value, mesh(), [WHOLE]) for value in (t.lora_A, t.lora_B))
-    operands = LoRAOperands(DenseWeight(W), A, B, None, None, 1.0, None, 0.0, None, "base")
-    with pytest.raises(NotImplementedError, match="forward_adapters.default has no rule for DTensors"):
-        apply_adapters(x, [operands, operands])
+    operands = Pair(DenseWeight(W), A, B, None, None, 1.0, None, 0.0, None, "base")
+    twice = call_of([operands, operands])
+    with pytest.raises(NotImplementedError, match="one base and one update of all rows, got 1 and 2"):
+        run(x, twice)
     with pytest.raises(NotImplementedError, match="row_norm.default has no rule for DTensors"):
-        apply_dora(x, operands, torch.ones(24))
-    dy = distribute_tensor(t.dy, mesh(), [WHOLE])
-    base, lists = (W, None, "dense", 0, None), ([A], [B], [None], [1.0], [None], [0.0], [None])
-    with pytest.raises(NotImplementedError, match="backward_adapters.default has no rule for DTensors"):
-        schema.backward_adapters(dy, x, [None], *base, *lists, "base", "", True, False, [False], [False], [False])
+        run_dora(x, call_of([operands]), torch.ones(24))
+    dy, no = distribute_tensor(t.dy, mesh(), [WHOLE]), [False] * 2
+    with pytest.raises(NotImplementedError, match="one base and one update of all rows, got 1 and 2"):
+        schema.backward([dy], x, [None, None], *arguments(twice), True, [False], no, no, no)
 
 
 # -------------------------------------------------------------------------------------------------- tensor parallel
@@ -239,17 +240,17 @@ class counted:
     def __enter__(self) -> counted:
         from peftkern.integrations.peft import layer as integration
 
-        self.integration, self.genuine, self.count = integration, integration.apply, 0
+        self.integration, self.genuine, self.count = integration, integration.fused, 0
 
         def spy(*arguments):
             self.count += 1
             return self.genuine(*arguments)
 
-        integration.apply = spy
+        integration.fused = spy
         return self
 
     def __exit__(self, *_) -> None:
-        self.integration.apply = self.genuine
+        self.integration.fused = self.genuine
 
 
 def check_ddp_by_accelerate() -> None:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from calls import call_of
 from conftest import Case, Target, adapted, linears, logits, make, pooled, step
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
 from peftkern import dropout
-from peftkern.functional import apply_dora
+from peftkern.call import Pair
+from peftkern.functional import run_dora
 from peftkern.ops import eager, norm, schema
-from peftkern.ops.problem import LoRAOperands
 from peftkern.testing import dropout_mask
 from peftkern.testing.numerics import assert_as_good_as, relative_error
 from peftkern.weights import DenseWeight
@@ -90,11 +91,11 @@ STATE = torch.tensor([7, 2**40 + 1])
 
 
 def ours(v: dict[str, Tensor], W: Tensor, backend: str, p: float = 0.0, scaling=1.75, tensor=None) -> Tensor:
-    operands = LoRAOperands(
+    operands = Pair(
         DenseWeight(W), v["lora_A"], v["lora_B"], v.get("bias"), None, scaling, tensor,
         p, STATE.to(W.device) if p else None, "base",
     )  # fmt: skip
-    return apply_dora(v["x"], operands, v["magnitude"], backend)
+    return run_dora(v["x"], call_of([operands], backend=backend), v["magnitude"])
 
 
 def plain(v: dict[str, Tensor], W: Tensor, thin: torch.dtype, p: float = 0.0, wide: torch.dtype = F32) -> Tensor:
@@ -187,7 +188,9 @@ def test_tensor_scaling_no_rows_and_no_grad(p, target: Target):
 
 def test_opcheck():
     t = make(Case(5, 70, 24, 3))
-    torch.library.opcheck(schema.row_norm, (t.weight, None, "dense", 0, t.lora_A, t.lora_B, 1.75, None))
+    torch.library.opcheck(
+        schema.row_norm, (t.weight, None, [], "dense", [24, 70, 0, 0], t.lora_A, t.lora_B, 1.75, None)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- PEFT's layers

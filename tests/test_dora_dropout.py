@@ -16,6 +16,7 @@ from benchmarks.training import with_published_dropout
 from peftkern.ops import dispatch, schema
 from peftkern.testing import dropout_mask
 from peftkern.testing.numerics import assert_as_good_as
+from peftkern.weights import DenseWeight
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -34,7 +35,9 @@ def test_memory_held_is_x_s_h_and_no_mask(target: Target):
 def test_opcheck():
     t = make(Case(5, 70, 24, 3))
     for rows, backward in ((t.x, False), (t.dy, True)):
-        torch.library.opcheck(schema.dropped_product, (rows, t.weight, None, "dense", 0, 0.3, STATE, backward, ""))
+        torch.library.opcheck(
+            schema.dropped_product, (rows, t.weight, None, [], "dense", [24, 70, 0, 0], 0.3, STATE, backward, "")
+        )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
@@ -58,17 +61,17 @@ def test_the_dropped_product(M, dtype, conv1d, target: Target, poisoned):
     """K(x) W^T and K(dy W), of rows that are not contiguous either; a row of NaN stays in its row."""
     t, state = make(Case(M, 130, 57, 1, dtype), target.device), STATE.to(target.device)
     W = t.weight.T.contiguous().T if conv1d else t.weight
-    keep = dropout_mask(M, 130, 0.4, state)
+    keep, weight = dropout_mask(M, 130, 0.4, state), schema.weight_arguments(DenseWeight(W))
     for name, rows, backward in (("forward", t.x, False), ("backward", t.dy, True)):
         wide, w = rows.double(), W.double()
         truth = torch.where(keep, wide @ w, 0.0) if backward else torch.where(keep, wide, 0.0) @ w.T
         zero = rows.new_zeros(())
         peer = torch.where(keep, rows @ W, zero) if backward else torch.where(keep, rows, zero) @ W.T
         for strided in (rows, rows.T.contiguous().T):
-            result = schema.dropped_product(strided, W, None, "dense", 0, 0.4, state, backward, target.backend)
+            result = schema.dropped_product(strided, *weight, 0.4, state, backward, target.backend)
             assert result.dtype == dtype
             assert_as_good_as(result, peer, truth, name)
-    assert schema.dropped_product(t.x[:0], W, None, "dense", 0, 0.4, state, False, target.backend).shape == (0, 57)
+    assert schema.dropped_product(t.x[:0], *weight, 0.4, state, False, target.backend).shape == (0, 57)
 
 
 WRONG = [
@@ -87,7 +90,8 @@ def test_a_dropped_product_of_what_does_not_fit_is_named(changed, error, words, 
     fits = dict(rows=torch.ones(3, 4), rng_state=STATE, backward=False)
     with pytest.raises(error, match=words):
         schema.dropped_product(
-            w_data=torch.ones(6, 4), w_scale=None, w_format="dense", group_size=0, dropout_p=0.5, backend=backend,
+            w_data=torch.ones(6, 4), w_scale=None, w_tables=[], w_format="dense", w_facts=[6, 4, 0, 0], dropout_p=0.5,
+            backend=backend,
             **(fits | changed),
         )  # fmt: skip
 

@@ -12,9 +12,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
+from peftkern.call import Base, Call, Update
 from peftkern.ops import eager
+from peftkern.weights import DenseWeight
 
-taken = eager._shortened(lambda *_, **__: "operator", lambda *_, **__: "implementation")
+
+def taken(first: torch.Tensor, *tensors: torch.Tensor | None, call: Call | None = None) -> str:
+    return "operator" if eager.taken(first, (first, *tensors), call) else "implementation"
+
+
+def a_call(**changed: torch.Tensor) -> Call:
+    update = Update(torch.ones(3, 4), torch.ones(2, 3), None, torch.ones(()), None, 1.0, 0.0)
+    return Call((Base(DenseWeight(torch.ones(2, 4)), torch.ones(2)),), (update._replace(**changed),))
 
 
 class Dispatched(TorchDispatchMode):
@@ -34,7 +43,7 @@ class Wrapped(torch.Tensor):
 
 def test_nobody_watches():
     x, parameter = torch.ones(2), nn.Parameter(torch.ones(2))
-    assert taken(x, parameter, None, "dense", 0, 1.0, True, [x, None], w_tables=[x]) == "implementation"
+    assert taken(x, parameter, None, call=a_call(lora_A=nn.Parameter(torch.ones(3, 4)))) == "implementation"
 
 
 @pytest.mark.parametrize("watch", [Dispatched, Overridden, torch.profiler.profile], ids=lambda watch: watch.__name__)
@@ -46,8 +55,13 @@ def test_a_mode_or_the_profiler_watches(watch):
 
 def test_an_operand_watches():
     x, wrapped = torch.ones(2), torch.ones(2).as_subclass(Wrapped)
-    for arguments, tables in (((wrapped,), None), ((x, wrapped), None), ((x, [x, wrapped]), None), ((x,), [wrapped])):
-        assert taken(*arguments, w_tables=tables) == "operator"
+    assert taken(wrapped) == taken(x, wrapped) == "operator"
+    call = a_call()
+    weight, bias = call.bases[0]
+    for base in (Base(weight, wrapped), Base(weight.mapped(lambda t: t.as_subclass(Wrapped)), bias)):
+        assert taken(x, call=call._replace(bases=(base,))) == "operator"
+    for name in ("lora_A", "lora_B", "lora_bias", "scaling_tensor", "rng_state"):
+        assert taken(x, call=a_call(**{name: wrapped})) == "operator"
     assert taken(torch.ones(2, device="meta")) == "operator"
 
 

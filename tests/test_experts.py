@@ -57,7 +57,7 @@ def wrappers(model: nn.Module) -> dict[str, nn.Module]:
 def products(monkeypatch):
     """The rows of each product that a LowRankStack computed."""
     rows: list[int] = []
-    for name in ("apply", "lora_linear"):
+    for name in ("run", "lora_linear"):
         genuine = getattr(low_rank_stack, name)
 
         def spy(x, *arguments, genuine=genuine, **options):

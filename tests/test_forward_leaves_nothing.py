@@ -44,7 +44,7 @@ def folding(model: nn.Module) -> nn.Module:
 
 MODELS = {
     "linears": (adapted, {}),
-    "linears that run together": (adapted, {"fuse_shared_inputs": True}),
+    "linears that run together": (adapted, {"share": True}),
     "experts": (experts.adapted, {}),
     "grouped experts": (lambda: experts.adapted(implementation="grouped_mm"), {}),
     "experts that fold": (lambda: folding(experts.adapted()), {}),

@@ -18,7 +18,7 @@ import peftkern
 from peftkern.backends.triton import schedule, select, tiles
 from peftkern.backends.triton.arch import arch_of
 from peftkern.backends.triton.tiles import Choice, Pass
-from peftkern.ops.problem import Problem
+from peftkern.call import Problem
 from peftkern.testing.numerics import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]

@@ -19,8 +19,8 @@ from benchmarks.gpu.measure import FakeTimer
 from benchmarks.gpu.task import CRASH, ERROR, HANG, OK, OUT_OF_MEMORY, WRONG
 from peftkern.backends.triton import select, tiles
 from peftkern.backends.triton.arch import ARCHES
+from peftkern.call import Problem
 from peftkern.ops import dispatch
-from peftkern.ops.problem import Problem
 
 FAST = "environment,correctness,tuning,products"
 
@@ -210,12 +210,12 @@ class _Backend:
     def __init__(self, scale: float = 1.0, noise: float = 0.0) -> None:
         self.exact, self.scale, self.noise = dispatch.backend_named("reference"), scale, noise
 
-    def forward(self, operands, x):
-        y, s = self.exact.forward(operands, x)
+    def pair(self, pair, x):
+        y, s = self.exact.pair(pair, x)
         return y * self.scale + self.noise * torch.rand_like(y), s
 
-    def backward(self, *arguments):
-        return self.exact.backward(*arguments)
+    def pair_backward(self, *arguments):
+        return self.exact.pair_backward(*arguments)
 
 
 def test_correctness_finds_a_wrong_result_and_excludes_its_schedule(tmp_path, monkeypatch):

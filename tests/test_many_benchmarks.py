@@ -42,7 +42,7 @@ class Tokenizer:
 def setting(monkeypatch) -> demo_many.Setting:
     monkeypatch.setattr(demo_many, "LENGTH", 16)
     texts = {name: Text(3 * i + 1) for i, name in enumerate(demo_many.CORPORA)}
-    return demo_many.Setting(llama().train(), Tokenizer(), texts, "cpu", 8)
+    return demo_many.Setting(llama().train(), Tokenizer(), texts, "cpu", 8, torch.float32)
 
 
 def test_the_demo_shows_what_it_says(setting, tmp_path, monkeypatch) -> None:
@@ -93,8 +93,8 @@ def test_the_patched_layer_of_the_benchmark_is_fast_and_pefts_is_its_own(monkeyp
     from peftkern.integrations.peft import mixed_batch
 
     calls: list[int] = []
-    genuine = mixed_batch.apply
-    monkeypatch.setattr(mixed_batch, "apply", lambda *given: calls.append(1) or genuine(*given))
+    genuine = mixed_batch.run_rows
+    monkeypatch.setattr(mixed_batch, "run_rows", lambda *given: calls.append(1) or genuine(*given))
     operands = many.Operands.make(many.Cell(6, "mixed", "zipf", 40), 160, 144, torch.bfloat16)
     operands.peft()
     assert not calls

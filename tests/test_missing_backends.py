@@ -17,8 +17,8 @@ import peftkern
 from peftkern import environment
 from peftkern.backends.cpp.backend import CppBackend
 from peftkern.backends.triton.backend import TritonBackend
+from peftkern.call import Problem
 from peftkern.ops import dispatch
-from peftkern.ops.problem import Problem
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EXTENSION = list((ROOT / "peftkern").glob("_C*.so"))

@@ -6,16 +6,15 @@ import dataclasses
 
 import pytest
 import torch
+from calls import all_of, bank_of, check_operators
 from conftest import CPU_TARGETS
 from torch import Tensor
 
 from peftkern.backends.reference import formula
-from peftkern.bank_autograd import BankSettings
-from peftkern.multi_lora import apply, multi_lora_linear
-from peftkern.ops import bank_schema, dispatch
-from peftkern.ops.bank_schema import BankArguments
-from peftkern.ops.problem import LoRAOperands
-from peftkern.segments import plan_rows
+from peftkern.call import Call, Pair, Span
+from peftkern.multi_lora import multi_lora_linear, run_rows
+from peftkern.ops import dispatch
+from peftkern.segments import Plan, plan_rows
 from peftkern.testing import dropout_mask
 from peftkern.testing.numerics import assert_as_good_as
 from peftkern.weights import DenseWeight
@@ -69,6 +68,17 @@ def make(
         [normal(N, r, dtype=adapter_dtype, scale=max(r, 1) ** -0.5) for r in ranks],
         [0.5 + e / 4 for e in range(E)], [p * (e % 3) / 2 for e in range(E)],
         [(7 * e - 20, e * 2**33) for e in range(E)], torch.tensor(ids, dtype=torch.int64), normal(M, N), precision,
+    )  # fmt: skip
+
+
+def call_of_batch(batch: Batch, backend: str, plan: Plan | None = None, bias: bool = True) -> Call:
+    """The call that ``multi_lora_linear`` makes of a batch."""
+    plan = plan_rows(batch.ids) if plan is None else plan
+    found = {id: (start, length) for id, start, length in plan.spans}
+    spans = [Span(*found.get(e, (0, 0)), *batch.states[e]) for e in range(len(batch.A))]
+    return bank_of(
+        batch.W, batch.bias if bias else None, list(zip(batch.A, batch.B, strict=True)), spans, plan.rows, plan.inside,
+        scaling=batch.scaling, p=batch.p, precision=batch.precision or "base", backend=backend,
     )  # fmt: skip
 
 
@@ -128,9 +138,7 @@ def truth(batch: Batch) -> dict[str, Tensor]:
     for e, (A, B) in enumerate(zip(batch.A, batch.B, strict=True)):
         rows, p = batch.ids == e, batch.p[e]
         state = torch.tensor(batch.states[e]) if p else None
-        operands = LoRAOperands(
-            DenseWeight(W), A.double(), B.double(), bias, None, batch.scaling[e], None, p, state, "fp32"
-        )
+        operands = Pair(DenseWeight(W), A.double(), B.double(), bias, None, batch.scaling[e], None, p, state, "fp32")
         if not rows.any():
             found |= {f"A{e}": torch.zeros_like(A.double()), f"B{e}": torch.zeros_like(B.double())}
             continue
@@ -290,35 +298,25 @@ def test_a_nan_in_one_adapter_stays_with_its_rows(backend: str) -> None:
 
 def test_operators_pass_opcheck(backend: str) -> None:
     batch = make([0, 3, -1, 3], ranks=(2, 3, 1, 4))
-    plan = plan_rows(batch.ids)
-    starts, counts = [1, 0, 0, 2], [1, 0, 0, 2]
-    shared = (
-        batch.W, batch.bias, batch.A, batch.B, batch.scaling, [0.0] * 4, [0] * 8, plan.rows, starts, counts, "base",
-        backend, None,
-    )  # fmt: skip
-    torch.library.opcheck(bank_schema.forward, (batch.x, *shared))
-    s = bank_schema.forward(batch.x, *shared)[1]
-    torch.library.opcheck(bank_schema.backward, (batch.dy, batch.x, s, *shared, True, [True, True, False, True], True))
+    call = call_of_batch(batch, backend)
+    check_operators(call, batch.x, [batch.dy], all_of(call, updates=[True, True, False, True]))
 
 
 def test_gradients_of_no_rows_lie_as_the_operator_promises(backend: str) -> None:
     """Row-major, also where the factors are not."""
     batch = make([], ranks=(2, 3))
     A, B = ([factor.T.contiguous().T for factor in factors] for factors in (batch.A, batch.B))
-    shared = (
-        batch.W, None, A, B, [1.0] * 2, [0.0] * 2, [0] * 4, batch.ids, [0] * 2, [0] * 2, "base", backend, None
-    )  # fmt: skip
-    s = bank_schema.forward(batch.x, *shared)[1]
-    torch.library.opcheck(bank_schema.backward, (batch.dy, batch.x, s, *shared, True, [True, True], False))
+    call = call_of_batch(dataclasses.replace(batch, A=A, B=B), backend, bias=False)
+    check_operators(call, batch.x, [batch.dy], all_of(call))
 
 
 def test_an_adapter_on_another_device_is_an_error(backend: str) -> None:
     """Layers of a bank come here directly; a backend would read memory that is not there."""
     batch = make([0, 1, -1], ranks=(2, 3))
-    settings = BankSettings([1.0] * 2, [0.0] * 2, [0] * 4, plan_rows(batch.ids).rows, [1, 2], [1, 1], "base", backend)
-    factors = [batch.A[0], batch.B[0], batch.A[1], batch.B[1].to("meta")]
-    with pytest.raises(ValueError, match="lora_A of segment 1 on cpu, lora_B of segment 1 on meta"):
-        apply(batch.x, batch.W, batch.bias, settings, factors)
+    (base,), (first, second), *_, rows = call_of_batch(batch, backend)
+    updates = [first, second._replace(lora_B=second.lora_B.to("meta"))]
+    with pytest.raises(ValueError, match="update 1: .*lora_A on cpu, lora_B on meta"):
+        run_rows(batch.x, *base, updates, rows)
 
 
 def test_autocast_casts_x_and_the_base(backend: str) -> None:
@@ -359,10 +357,10 @@ def test_a_plan_of_a_larger_batch_is_refused(backend: str) -> None:
 def test_a_factor_that_has_lost_its_shape_is_refused(backend: str) -> None:
     """Layers of a bank have checked their factors when these were added, and somebody may have set ``.data`` since."""
     batch = make([0, 1, -1], ranks=(2, 3))
-    settings = BankSettings([1.0] * 2, [0.0] * 2, [0] * 4, plan_rows(batch.ids).rows, [1, 2], [1, 1], "base", backend)
+    (base,), updates, *_, rows = call_of_batch(batch, backend)
     batch.A[1].data = torch.zeros(3, 8)
-    with pytest.raises(ValueError, match=r"segment 1: lora_A is \[R, 65\].*got \(3, 8\)"):
-        apply(batch.x, batch.W, batch.bias, settings, [batch.A[0], batch.B[0], batch.A[1], batch.B[1]])
+    with pytest.raises(ValueError, match=r"update 1: lora_A is \[R, 65\].*got \(3, 8\)"):
+        run_rows(batch.x, *base, updates, rows)
 
 
 def test_dtypes_and_kinds_are_checked(backend: str) -> None:
@@ -376,10 +374,9 @@ def test_dtypes_and_kinds_are_checked(backend: str) -> None:
 
 
 def test_a_backend_without_these_products_says_so(backend: str) -> None:
-    problem = BankArguments(
-        torch.ones(3, 4), None, [torch.ones(2, 4)], [torch.ones(3, 2)], [1.0], [0.0], [0, 0], torch.arange(1), [0], [1],
-        "base", backend,
-    ).operands().problem(1, torch.float32)  # fmt: skip
+    factors = (torch.ones(2, 4), torch.ones(3, 2))
+    call = bank_of(torch.ones(3, 4), None, [factors], [Span(0, 1, 0, 0)], torch.arange(1))
+    problem = call.problem(1, torch.float32)
     assert dispatch.backend_named(backend).supports(problem) is None
     there = dataclasses.replace(problem, device_type="cuda")
     triton = dispatch.backend_named("triton")

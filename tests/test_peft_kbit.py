@@ -95,7 +95,7 @@ def test_any_x_is_fused_and_has_pefts_dtypes(kind, compute, dtype, autocast, tra
     assert peftkern.patch(model).fast
     products = []
     genuine = dispatch.forward
-    monkeypatch.setattr(dispatch, "forward", lambda o, x, b: products.append(x.dtype) or genuine(o, x, b))
+    monkeypatch.setattr(dispatch, "forward", lambda call, x: products.append(x.dtype) or genuine(call, x))
     found = step(model, x, dy, autocast)
     assert not left_to_peft and products == [compute or autocast or dtype]
     assert {n: value.dtype for n, value in found.items()} == {n: value.dtype for n, value in expected.items()}

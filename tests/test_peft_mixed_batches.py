@@ -49,13 +49,13 @@ def step(model: nn.Module, names=NAMES) -> dict[str, Tensor]:
 def calls(monkeypatch) -> list[int]:
     """How many adapters each call of the bank has had."""
     seen: list[int] = []
-    genuine = mixed_batch.apply
+    genuine = mixed_batch.run_rows
 
-    def spy(x, weight, bias, settings, factors):
-        seen.append(len(settings.scaling))
-        return genuine(x, weight, bias, settings, factors)
+    def spy(x, weight, bias, updates, rows):
+        seen.append(len(updates))
+        return genuine(x, weight, bias, updates, rows)
 
-    monkeypatch.setattr(mixed_batch, "apply", spy)
+    monkeypatch.setattr(mixed_batch, "run_rows", spy)
     return seen
 
 
@@ -64,7 +64,7 @@ def calls(monkeypatch) -> list[int]:
 def test_logits_and_gradients_are_pefts(calls, options, fuse) -> None:
     model = mixed(**options)
     expected = step(model)
-    peftkern.patch(model, fuse_shared_inputs=fuse)
+    peftkern.patch(model, share=fuse)
     assert_close(step(model), expected)
     assert sorted(calls) == [2] * 10 + [3] * 4  # of the 7 layers in each of 2 blocks, "third" is on 2
 
@@ -224,22 +224,14 @@ def hooked(model: nn.Module) -> None:
         layer.lora_A["second"].register_forward_hook(lambda *_: None)
 
 
-def nothing(model: nn.Module) -> None:
-    pass
-
-
 def scaled_by_tensors(model: nn.Module) -> None:
     for layer in linears(model).values():
         layer.scaling["second"] = torch.tensor(layer.scaling["second"])
 
 
-@pytest.mark.parametrize(
-    ("change", "options"),
-    [(hooked, {}), (scaled_by_tensors, {}), (nothing, dict(more={"second": MORE["second"] | dict(lora_bias=True)}))],
-    ids=["hooks", "tensor scaling", "lora_bias"],
-)  # fmt: skip
-def test_what_the_bank_does_not_take_runs_pefts_forward(calls, change, options) -> None:
-    model = mixed(**options)
+@pytest.mark.parametrize("change", [hooked, scaled_by_tensors])
+def test_what_the_bank_does_not_take_runs_pefts_forward(calls, change) -> None:
+    model = mixed()
     change(model)
     names = ["second", "default", "__base__"] * 2
     expected = step(model, names)
@@ -248,6 +240,19 @@ def test_what_the_bank_does_not_take_runs_pefts_forward(calls, change, options) 
     assert not calls
     step(model, ["default", "__base__"] * 3)  # the adapters of this batch are plain
     assert len(calls) == 14
+
+
+def test_an_adapter_with_lora_bias_beside_one_without(calls) -> None:
+    model = mixed(more=MORE | {"second": MORE["second"] | dict(lora_bias=True)}, base_bias=True)
+    expected, truth = step(model), step(copy.deepcopy(model).double())
+    peftkern.patch(model)
+    found = step(model)
+    assert len(calls) == 14 and any("lora_B.second.bias" in name for name in found)
+    for names in (["logits"], [name for name in truth if name != "logits"]):
+        pools = [
+            torch.cat([(of[n].double() / truth[n].norm()).flatten() for n in names]) for of in (found, expected, truth)
+        ]
+        assert_as_good_as(*pools, str(names[:1]))
 
 
 def test_disabled_adapters_are_disabled(calls) -> None:

@@ -116,7 +116,7 @@ def test_mixed_batches_are_counted_and_their_reasons_named(caplog):
 
 def test_layers_that_run_together_are_counted_each():
     model = adapted()
-    peftkern.patch(model, fuse_shared_inputs=True)
+    peftkern.patch(model, share=True)
     for _ in range(3):
         logits(model)
     assert counted(model) == {"fused": 3 * 14}

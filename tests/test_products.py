@@ -143,12 +143,12 @@ def test_backends_are_asked_for_what_is_needed_only(needs, target: Target, monke
     backend = dispatch.backend_named(target.backend)
     asked = []
 
-    def spy(self: Backend, operands, dy, x, s, needed):
+    def spy(self: Backend, pair, dy, x, s, dx, needed, **how):
         asked.append((tuple(needed), x is not None, s is not None))
-        return genuine(self, operands, dy, x, s, needed)
+        return genuine(self, pair, dy, x, s, dx, needed, **how)
 
-    genuine = type(backend).backward
-    monkeypatch.setattr(type(backend), "backward", spy)
+    genuine = type(backend).pair_backward
+    monkeypatch.setattr(type(backend), "pair_backward", spy)
     case = Case(5, 16, 8, 4, bias=True, lora_bias=True)
     run(case, make(case, target.device), target.backend, needs)
     assert asked == [(tuple(name in needs for name in TRAINABLE), "lora_A" in needs, "lora_B" in needs)]

@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 import torch
+from calls import all_of, call_of, check_operators
 from conftest import CPU_TARGETS, NAMES, TRAINABLE, Case, Tensors, judge, make, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern import functional
-from peftkern.ops import dispatch
-from peftkern.ops import shared_input as ops
-from peftkern.ops.problem import LoRAOperands, Needs
+from peftkern.call import Call, Needs, Pair, arguments
+from peftkern.ops import dispatch, schema
 from peftkern.weights import DenseWeight
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -31,8 +31,8 @@ def members(dtype=F32, M=37, K=70, plain=False, **options) -> list[tuple[Case, T
     return found
 
 
-def operands(case: Case, t: Tensors, leaf: dict[str, Tensor | None]) -> LoRAOperands:
-    return LoRAOperands(
+def operands(case: Case, t: Tensors, leaf: dict[str, Tensor | None]) -> Pair:
+    return Pair(
         DenseWeight(t.weight), leaf["lora_A"], leaf["lora_B"], leaf["bias"], leaf["lora_bias"],
         case.scaling, None, case.p, t.rng_state if case.p else None, case.precision,
     )  # fmt: skip
@@ -45,9 +45,8 @@ def together(layers, backend: str, unused=()) -> tuple[list[dict[str, Tensor | N
         {n: v if v is None else v.detach().requires_grad_() for n in TRAINABLE for v in [getattr(t, n)]}
         for _, t in layers
     ]
-    ys = functional.apply_shared(
-        x, [operands(*layer, leaf) for layer, leaf in zip(layers, leaves, strict=True)], backend
-    )
+    pairs = [operands(*layer, leaf) for layer, leaf in zip(layers, leaves, strict=True)]
+    ys = functional.run(x, call_of(pairs, True, backend))
     used = [i for i in range(len(layers)) if i not in unused]
     torch.autograd.backward([ys[i] for i in used], [layers[i][1].dy for i in used])
     gradients = [{n: v if v is None else v.grad for n, v in leaf.items()} for leaf in leaves]
@@ -105,9 +104,8 @@ def test_a_layer_without_a_use_has_no_gradient(backend):
     torch.testing.assert_close(results[1]["lora_A"], expected[0]["lora_A"])
 
 
-def arguments(layers, backend: str) -> tuple:
-    fields = [(one.weight.data, *one[1:-1]) for one in (operands(*layer, vars(layer[1])) for layer in layers)]
-    return (*(list(column) for column in zip(*fields, strict=True)), "base", backend)
+def a_call(layers, backend: str) -> Call:
+    return call_of([operands(*layer, vars(layer[1])) for layer in layers], True, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -115,22 +113,19 @@ def arguments(layers, backend: str) -> tuple:
 def test_opcheck(M, backend):
     layers = members(M=M)
     x, dys = layers[0][1].x, [t.dy for _, t in layers]
-    call = arguments(layers, backend)
-    torch.library.opcheck(ops.forward, (x, *call))
-    thin = ops.forward(x, *call)[len(layers) :]
+    call = a_call(layers, backend)
     for need in ([True] * 4, [False, True, False, True]):
-        held = [s if wanted else None for s, wanted in zip(thin, need, strict=True)]
-        torch.library.opcheck(ops.backward, (dys, x, held, *call, need[0], need, need, need, need))
+        check_operators(call, x, dys, all_of(call, need[0], updates=need))
 
 
 def test_operands_that_do_not_fit_are_refused():
     layers = members(plain=True)
-    x, dys, call = layers[0][1].x, [t.dy for _, t in layers], arguments(layers, "")
+    x, dys, call = layers[0][1].x, [t.dy for _, t in layers], arguments(a_call(layers, ""))
     with pytest.raises(ValueError, match="x"):
-        ops.forward(x[:, 1:], *call)
-    need = [True] * 4
+        schema.forward(x[:, 1:], *call)
+    no = [False] * 4
     with pytest.raises(ValueError, match="rows as x, got 37 and 36"):
-        ops.backward([*dys[:3], dys[3][1:]], None, [None] * 4, *call, True, [False] * 4, [False] * 4, need, need)
+        schema.backward([*dys[:3], dys[3][1:]], None, [None] * 4, *call, True, no, no, no, no)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -146,18 +141,15 @@ def test_dx_is_accumulated_in_one_buffer_and_x_is_saved_once(dtype, backend):
                 made.add(result.data_ptr())
             return result
 
-    shared = [operands(case, t, vars(t)) for case, t in layers]
-    thin = [s for _, s in dispatch.forward_shared(shared, x, backend)]
+    call, yes, no = a_call(layers, backend), [True] * 4, [False] * 4
+    _, thin = dispatch.forward(call, x)
     with Sizes():
-        dispatch.backward_shared(
-            shared, [t.dy for _, t in layers], None, thin, [Needs(True, False, True, False, False)] * 4, backend
-        )
+        dispatch.backward(call, [t.dy for _, t in layers], None, thin, Needs(True, no, no, yes, no))
     assert len(made) == 1
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda t: t
     ):
-        functional.apply_shared(x.detach().requires_grad_(), [
-            one._replace(lora_A=one.lora_A.detach().requires_grad_()) for one in shared
-        ], backend)  # fmt: skip
+        updates = [one._replace(lora_A=one.lora_A.detach().requires_grad_()) for one in call.updates]
+        functional.run(x.detach().requires_grad_(), call._replace(updates=tuple(updates)))
     assert saved.count(x.data_ptr()) == 1

@@ -1,4 +1,4 @@
-"""patch(fuse_shared_inputs=True): layers with one x run as one node, and alone wherever that would not be right."""
+"""patch(share=...): layers with one x run as one node, and alone wherever that would not be right."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from peftkern.integrations.peft import PeftkernLoraLinear, shared_input
 from peftkern.testing.numerics import assert_as_good_as
 
 BF16 = torch.bfloat16
+QKV = [("q", "k", "v")]
 
 
 @pytest.fixture
 def fused(monkeypatch) -> list[int]:
     """How many layers ran together, call by call."""
-    seen, genuine = [], shared_input.apply_shared
+    seen, genuine = [], shared_input.run
 
-    def spy(x, members):
-        seen.append(len(members))
-        return genuine(x, members)
+    def spy(x, call):
+        seen.append(len(call.bases))
+        return genuine(x, call)
 
-    monkeypatch.setattr(shared_input, "apply_shared", spy)
+    monkeypatch.setattr(shared_input, "run", spy)
     return seen
 
 
@@ -58,12 +59,11 @@ def block(**options) -> nn.Module:
 
 
 def pair(**options) -> tuple[nn.Module, nn.Module]:
-    """The same block, patched without and with groups, which a first call has found."""
+    """The same block, patched without and with groups."""
     alone = block(**options)
     shared = copy.deepcopy(alone)
     peftkern.patch(alone)
-    peftkern.patch(shared, fuse_shared_inputs=True)
-    run(shared)
+    peftkern.patch(shared, share=QKV)
     assert peftkern.shared_inputs(shared) == [["q", "k", "v"]]
     return alone, shared
 
@@ -105,13 +105,12 @@ def test_models_loss_and_gradients_against_fp64(dtype, fused):
     shared = copy.deepcopy(alone)
     truth = step(copy.deepcopy(alone).double())
     peftkern.patch(alone)
-    report = peftkern.patch(shared, fuse_shared_inputs=True)
-    assert peftkern.shared_inputs(shared) == [] and len(report.fast) == 14
-    first, expected, found = step(shared), step(alone), step(shared)
+    report = peftkern.patch(shared, share=True)
+    assert len(report.fast) == 14
+    expected, found = step(alone), step(shared)
     assert fused == [3, 2, 3, 2]
     groups = [[name.rsplit(".", 1)[1] for name in group] for group in peftkern.shared_inputs(shared)]
     assert groups == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]] * 2
-    assert all(torch.equal(first[name], expected[name]) for name in expected)
     assert torch.equal(found["loss"], expected["loss"]) and found.keys() == expected.keys()
     assert_as_good_as(pooled(found, truth), pooled(expected, truth), pooled(truth, truth), "the gradients")
 
@@ -223,12 +222,19 @@ def test_a_patched_layer_inside_disabled_runs_pefts_forward(fused):
     assert torch.equal(k, alone.k(x)) and torch.equal(v, alone.v(x)) and fused == [3]
 
 
-def test_results_left_over_twice_dissolve_the_group(fused):
+@pytest.mark.parametrize("share", ["qkv", [("q",)], ["qkv"], [("q", "k"), ("k", "v")]], ids=str)
+def test_a_share_that_makes_no_sense_is_refused(share):
+    with pytest.raises(ValueError, match="groups of two names or more"):
+        peftkern.patch(block(), share=share)
+
+
+def test_results_left_over_twice_dissolve_the_group(fused, caplog):
     alone, shared = pair()
     for seed in range(4):
         x = an_x(seed) * 1
         assert torch.equal(shared.q(x), alone.q(x)) and torch.equal(shared.v(x), alone.v(x))
     assert fused == [3, 3] and peftkern.shared_inputs(shared) == []
+    assert "q, k, v do not share their x" in caplog.text
     assert_close(run(shared), run(alone))
     assert fused == [3, 3]
 
@@ -243,8 +249,8 @@ def test_another_order_and_repeated_calls(fused):
 
 def test_the_members_of_a_smaller_set_of_targets(fused):
     alone, shared = block(target_modules=["q", "v"]), block(target_modules=["q", "v"])
-    peftkern.patch(shared, fuse_shared_inputs=True)
-    for _ in range(3):
+    peftkern.patch(shared, share=QKV)
+    for _ in range(2):
         assert_close(run(shared), run(alone))
     assert peftkern.shared_inputs(shared) == [["q", "v"]] and fused == [2, 2]
 
@@ -253,20 +259,21 @@ def test_unpatch_and_patching_otherwise_forget_the_groups(fused):
     _, shared = pair()
     peftkern.patch(shared)
     assert type(shared.q) is PeftkernLoraLinear and peftkern.shared_inputs(shared) == []
-    peftkern.patch(shared, fuse_shared_inputs=True)
-    run(shared), run(shared)
+    peftkern.patch(shared, share=QKV)
+    run(shared)
     assert fused == [3]
     peftkern.unpatch(shared)
     run(shared)
     assert fused == [3] and type(shared.q).__module__ == "peft.tuners.lora.layer"
 
 
-def test_copies_find_their_own_groups(fused):
+def test_a_copys_layers_are_alone_until_it_is_patched(fused):
     alone, shared = pair()
     shared.between = alone.between = nn.Identity()
     for twin in (copy.deepcopy(shared), pickle.loads(pickle.dumps(shared))):
         assert peftkern.shared_inputs(twin) == []
-        run(twin)
+        assert_close(run(twin), run(alone))
+        peftkern.patch(twin, share=QKV)
         assert peftkern.shared_inputs(twin) == [["q", "k", "v"]]
         assert_close(run(twin), run(alone))
     assert fused == [3, 3]
@@ -276,7 +283,7 @@ def test_copies_find_their_own_groups(fused):
 
 
 def waiting() -> list[Tensor]:
-    return [result.y for result in shared_input._trace().results.values() if result is not None]
+    return [result.y for result in shared_input._waiting.results.values() if result is not None]
 
 
 def test_a_result_ends_with_its_x_or_with_the_next_x():
@@ -321,11 +328,11 @@ def test_the_layers_can_end():
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("forwards", [1, 2])
 def test_checkpoints_from_the_very_first_forward(reentrant, forwards, fused):
-    """Forward and recomputation save the same tensors: the group begins when no recomputation is outstanding."""
+    """Forward and recomputation save the same tensors."""
     alone = block(lora_dropout=0.3)
     shared = copy.deepcopy(alone)
     peftkern.patch(alone)
-    peftkern.patch(shared, fuse_shared_inputs=True)
+    peftkern.patch(shared, share=QKV)
     results = []
     for model in (alone, shared):
         for _ in range(3):
@@ -337,7 +344,7 @@ def test_checkpoints_from_the_very_first_forward(reentrant, forwards, fused):
                 loss.backward()
         results.append(gradients(model) | {"x": leaves[-1].grad})
     assert_close(*reversed(results))
-    assert len(fused) >= 2 * forwards
+    assert len(fused) == 3 * 2 * forwards
 
 
 @pytest.mark.parametrize("apart", ["q", "k"])
@@ -390,9 +397,9 @@ def test_a_model_under_gradient_checkpointing(fused):
     alone.enable_input_require_grads()
     alone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     shared = copy.deepcopy(alone)
-    peftkern.patch(alone), peftkern.patch(shared, fuse_shared_inputs=True)
+    peftkern.patch(alone), peftkern.patch(shared, share=True)
     for _ in range(3):
         expected, found = step(alone), step(shared)
         assert_close(found, expected)
-    assert len(fused) == 2 * 2 * 4
+    assert len(fused) == 3 * 2 * 4
     assert torch.equal(logits(shared.eval()), logits(alone.eval()))

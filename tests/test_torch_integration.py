@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
+from calls import all_of, call_of, check_operators
 from conftest import (
     ATTENTION,
     NAMES,
@@ -31,11 +32,13 @@ from conftest import (
     step,
 )
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import peftkern
+from peftkern.call import Call, Pair, arguments
 from peftkern.ops import schema
 from peftkern.testing.numerics import assert_as_good_as
-from peftkern.weights import FrozenWeight
+from peftkern.weights import DenseWeight, FrozenWeight
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -67,20 +70,12 @@ OPERAND_SETS = {
 }
 
 
-def operator_arguments(case: Case, t, backend: str, tensor_scaling: bool) -> tuple:
-    weight = t.weight if isinstance(t.weight, FrozenWeight) else None
-    data, scale, name, group = (weight.data, weight.scale, weight.format, weight.group_size) if weight else (
-        t.weight, None, "dense", 0
-    )  # fmt: skip
-    scaling = torch.tensor(1.5, device=t.x.device) if tensor_scaling else None
-    return (
-        data, scale, name, group, t.lora_A, t.lora_B, t.bias, t.lora_bias, 1.0 if tensor_scaling else 1.75, scaling,
-        case.p, t.rng_state if case.p else None, case.precision, backend,
-    )  # fmt: skip
-
-
-def weight_tables(t) -> dict:
-    return {"w_tables": t.weight.tables or None} if isinstance(t.weight, FrozenWeight) else {}
+def a_call(case: Case, t, backend: str, tensor_scaling: bool) -> Call:
+    weight = t.weight if isinstance(t.weight, FrozenWeight) else DenseWeight(t.weight)
+    c, tensor = (1.0, torch.tensor(1.5, device=t.x.device)) if tensor_scaling else (1.75, None)
+    state = t.rng_state if case.p else None
+    pair = Pair(weight, t.lora_A, t.lora_B, t.bias, t.lora_bias, c, tensor, case.p, state, case.precision)
+    return call_of([pair], backend=backend)
 
 
 @pytest.mark.parametrize("tensor_scaling", [False, True])
@@ -89,12 +84,10 @@ def test_opcheck(which, tensor_scaling, target: Target):
     case = OPERAND_SETS[which]
     backend = "auto" if case.R == 0 else target.backend
     t = make(case, target.device)
-    arguments, tables = operator_arguments(case, t, backend, tensor_scaling), weight_tables(t)
-    torch.library.opcheck(schema.forward, (t.x, *arguments), tables)
-    _, s = schema.forward(t.x, *arguments, **tables)
-    for needs in ((True,) * 5, (True, False, False, False, False), (False, True, True, False, False)):
-        x, s_or_none = t.x if needs[1] else None, s if needs[2] else None
-        torch.library.opcheck(schema.backward, (t.dy, x, s_or_none, *arguments, *needs), tables)
+    call = a_call(case, t, backend, tensor_scaling)
+    every = all_of(call)
+    for needs in (every, all_of(call, True, False, [False]), every._replace(x=False, bias=[False], lora_bias=[False])):
+        check_operators(call, t.x, [t.dy], needs)
 
 
 @pytest.mark.parametrize("which", OPERAND_SETS)
@@ -105,16 +98,14 @@ def test_fake_kernels_have_the_real_shapes_strides_and_dtypes(which, strided, ta
     if strided:
         t.x, t.dy = t.x.t().contiguous().t(), t.dy.t().contiguous().t()
         t.lora_A, t.lora_B = t.lora_A.t().contiguous().t(), t.lora_B.t().contiguous().t()
-    arguments = operator_arguments(case, t, "auto" if case.R == 0 else target.backend, False)
-    tables = weight_tables(t)
-    real = schema.forward(t.x, *arguments, **tables)
-    real = [*real, *schema.backward(t.dy, t.x, real[1], *arguments, *(True,) * 5, **tables)]
+    call = a_call(case, t, "auto" if case.R == 0 else target.backend, False)
+    given, needs = arguments(call), all_of(call)
+    real = schema.forward(t.x, *given)
+    real += schema.backward([t.dy], t.x, [real[1]], *given, *needs)
     with torch._subclasses.FakeTensorMode() as mode:
-        convert = lambda value: mode.from_tensor(value) if isinstance(value, Tensor) else value  # noqa: E731
-        fakes = [convert(value) for value in arguments]
-        tables = {name: value and [convert(table) for table in value] for name, value in tables.items()}
-        fake = schema.forward(convert(t.x), *fakes, **tables)
-        fake = [*fake, *schema.backward(convert(t.dy), convert(t.x), fake[1], *fakes, *(True,) * 5, **tables)]
+        x, dy, fakes = pytree.tree_map_only(Tensor, mode.from_tensor, (t.x, t.dy, given))
+        fake = schema.forward(x, *fakes)
+        fake += schema.backward([dy], x, [fake[1]], *fakes, *needs)
     describe = lambda v: (tuple(v.shape), v.stride() if v.numel() else None, v.dtype, v.device.type)  # noqa: E731
     assert [describe(v) for v in fake] == [describe(v) for v in real]
 

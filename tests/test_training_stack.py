@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import peftkern
+from peftkern.call import Problem
 from peftkern.integrations.peft import PeftkernLoraLinear
 from peftkern.nn import LoRALinear
 from peftkern.ops import dispatch
-from peftkern.ops.problem import Problem
 
 # ------------------------------------------------------------------------------------- selective activation checkpoints
 

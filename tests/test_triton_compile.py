@@ -25,7 +25,7 @@ from peftkern.__main__ import main
 from peftkern.backends.triton import select, tiles
 from peftkern.backends.triton.arch import ARCHES, nvidia
 from peftkern.backends.triton.tiles import Choice, Pass, TileConfig
-from peftkern.ops.problem import Problem
+from peftkern.call import Problem
 from peftkern.testing import problems
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -293,10 +293,10 @@ def test_batch_invariant_choices(K: int, N: int, dispatch_env):
 )
 def test_tf32_is_torchs_switch(dtype: torch.dtype, allowed: bool, precision: str):
     from peftkern.backends.triton.launch.operands import numerics
-    from peftkern.ops.problem import LoRAOperands
+    from peftkern.call import Pair
     from peftkern.weights import DenseWeight
 
-    operands = LoRAOperands(
+    operands = Pair(
         DenseWeight(torch.empty(8, 8)), torch.empty(2, 8), torch.empty(8, 2), None, None, 1.0, None, 0.0, None, "base"
     )
     before = torch.backends.cuda.matmul.allow_tf32

@@ -17,6 +17,7 @@ from peftkern.backends.triton import select, tiles
 from peftkern.backends.triton.arch import Arch
 from peftkern.backends.triton.backend import TritonBackend
 from peftkern.backends.triton.tiles import RECOMPUTE, SHARED, Choice, Pass, TileConfig
+from peftkern.call import Pair, PairNeeds
 from peftkern.ops import dispatch
 from peftkern.testing import dropout_mask, problems
 from peftkern.testing.numerics import assert_as_good_as, relative_error
@@ -146,11 +147,11 @@ def test_masks_are_those_of_the_definition():
     M, K, p = 70, 129, 0.37
     x, dy, eye, state = torch.ones(M, K), torch.ones(M, K), torch.eye(K), torch.tensor([-(2**62) - 12345, 2**40 + 77])
     weight = DenseWeight(torch.zeros(K, K))
-    operands = dispatch.LoRAOperands(weight, eye, eye, None, None, 1.0, None, p, state, "base")
+    operands = Pair(weight, eye, eye, None, None, 1.0, None, p, state, "base")
     backend = TritonBackend()
-    _, s = backend.forward(operands, x)
-    needs = dispatch.Needs(True, False, False, False, False)
-    gradients = backend.backward(operands, dy, None, None, needs)
+    _, s = backend.pair(operands, x)
+    needs = PairNeeds(True, False, False, False, False)
+    gradients = backend.pair_backward(operands, dy, None, None, None, needs)
     keep = dropout_mask(M, K, p, state)
     assert torch.equal(s != 0, keep)
     assert torch.equal(gradients.x != 0, keep)
@@ -272,12 +273,12 @@ def test_a_nan_that_is_dropped_becomes_0(schedule: str):
     keep = dropout_mask(35, 65, 0.5, t.rng_state)
     row, column = (~keep).nonzero()[40].tolist()
     weight = DenseWeight(t.weight)
-    operands = dispatch.LoRAOperands(weight, t.lora_A, t.lora_B, None, None, 1.0, None, 0.5, t.rng_state, "base")
+    operands = Pair(weight, t.lora_A, t.lora_B, None, None, 1.0, None, 0.5, t.rng_state, "base")
     x = _with_nan(t.x, row, column)
-    _, s = TritonBackend().forward(operands, x)
+    _, s = TritonBackend().pair(operands, x)
     assert s.isfinite().all()
-    needs = dispatch.Needs(False, True, False, False, False)
-    assert TritonBackend().backward(operands, t.dy, x, None, needs).lora_A.isfinite().all()
+    needs = PairNeeds(False, True, False, False, False)
+    assert TritonBackend().pair_backward(operands, t.dy, x, None, None, needs).lora_A.isfinite().all()
 
 
 def test_many_tiles_and_runs():
@@ -291,7 +292,7 @@ def test_what_is_refused():
     def reason(case: Case) -> str:
         t = make(case)
         weight = t.weight if isinstance(t.weight, FrozenWeight) else DenseWeight(t.weight)
-        operands = dispatch.LoRAOperands(weight, t.lora_A, t.lora_B, None, None, 1.0, None, 0.0, None, "base")
+        operands = Pair(weight, t.lora_A, t.lora_B, None, None, 1.0, None, 0.0, None, "base")
         return backend.supports(operands.problem(case.M, case.dtype)) or ""
 
     assert backend.unavailable() is None

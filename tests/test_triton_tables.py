@@ -19,7 +19,7 @@ from peftkern.backends.triton import select, tables, tiles
 from peftkern.backends.triton.arch import ARCHES, Arch
 from peftkern.backends.triton.tables import Table
 from peftkern.backends.triton.tiles import Choice, Pass
-from peftkern.ops.problem import Problem
+from peftkern.call import Problem
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -273,14 +273,12 @@ def test_threads_that_call_first_make_identical_launches(monkeypatch):
     """Row 31. What a launch gets is recorded instead of run."""
     pytest.importorskip("triton")
     from peftkern.backends.triton import backend as module
-    from peftkern.ops.problem import LoRAOperands
+    from peftkern.call import Pair
     from peftkern.weights import DenseWeight
 
     case = Case(33, 129, 257, 16, BF16, F32, p=0.3)
     t = make(case)
-    operands = LoRAOperands(
-        DenseWeight(t.weight), t.lora_A, t.lora_B, None, None, 1.0, None, case.p, t.rng_state, "base"
-    )
+    operands = Pair(DenseWeight(t.weight), t.lora_A, t.lora_B, None, None, 1.0, None, case.p, t.rng_state, "base")
     seen: dict[int, list] = {}
 
     def record(steps) -> None:
@@ -292,7 +290,7 @@ def test_threads_that_call_first_make_identical_launches(monkeypatch):
 
     monkeypatch.setattr(module, "_run", record)
     select.forget()
-    at_once(lambda: module.TritonBackend().forward(operands, t.x), 4)
+    at_once(lambda: module.TritonBackend().pair(operands, t.x), 4)
     launches = list(seen.values())
     assert len(launches) == 4 and launches[0] and all(found == launches[0] for found in launches)
 

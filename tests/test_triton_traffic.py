@@ -6,14 +6,15 @@ import itertools
 
 import pytest
 import torch
+from calls import all_of, bank_of
 
 pytest.importorskip("triton")
+
 
 from peftkern.backends.triton import bank_schedule, select, tiles
 from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.tiles import Choice, Pass
-from peftkern.ops.bank_problem import BankBackward, BankOperands, Segment
-from peftkern.ops.problem import Needs, Problem
+from peftkern.call import Call, PairNeeds, Problem, Span
 from peftkern.testing import problems
 from peftkern.testing.traffic import Traffic, count, traffic
 
@@ -87,14 +88,14 @@ def test_flops():
 
 def test_x_without_a_gradient_takes_one_read_of_dy():
     problem = square(4096, bias=True)
-    _, backward = traffic(problem, needs=Needs(False, True, True, True, False))
+    _, backward = traffic(problem, needs=PairNeeds(False, True, True, True, False))
     assert backward.launches == ("grad", "grad", "reduce")
     dy = 2 * 8192 * 4096
     t_parts = 2 * 4 * 8192 * 16 * (4096 // 128)  # written and read
     assert 2 * dy + t_parts <= backward.bytes < 1.1 * 2 * dy + t_parts
-    _, of_A = traffic(problem, needs=Needs(False, True, False, False, False))
+    _, of_A = traffic(problem, needs=PairNeeds(False, True, False, False, False))
     assert of_A.launches == ("shrink", "grad", "reduce")
-    _, nothing = traffic(problem, needs=Needs(False, False, False, False, False))
+    _, nothing = traffic(problem, needs=PairNeeds(False, False, False, False, False))
     assert nothing.launches == () and nothing.bytes == 0
 
 
@@ -119,7 +120,7 @@ def test_the_few_rows_between_decode_and_training_fill_the_chip():
     assert few.SLICES == 16 and many.SLICES == 1
 
 
-def banked(M: int, counts: list[int], R: int = 16, p: float = 0.05, on_device: bool = False) -> BankOperands:
+def banked(M: int, counts: list[int], R: int = 16, p: float = 0.05, on_device: bool = False) -> Call:
     """A batch of which each adapter has so many rows, or, with ids on a device, may have any."""
     lengths = [M] * len(counts) if on_device else counts
     starts = [0, *itertools.accumulate(lengths)]
@@ -127,19 +128,17 @@ def banked(M: int, counts: list[int], R: int = 16, p: float = 0.05, on_device: b
     def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    segments = [
-        Segment(empty(R, 4096, dtype=F32), empty(4096, R, dtype=F32), 2.0, p, 0, 0, start, length)
-        for start, length in zip(starts, lengths, strict=False)
-    ]
+    factors = [(empty(R, 4096, dtype=F32), empty(4096, R, dtype=F32)) for _ in counts]
+    spans = [Span(start, length, 0, 0) for start, length in zip(starts, lengths, strict=False)]
     inside = empty(starts[-1], dtype=torch.bool) if on_device else None
-    return BankOperands(empty(4096, 4096), None, segments, empty(starts[-1], dtype=torch.int64), "base", inside)
+    numbers = empty(starts[-1], dtype=torch.int64)
+    return bank_of(empty(4096, 4096), None, factors, spans, numbers, inside, p=[p] * len(counts))
 
 
-def of_bank(operands: BankOperands, M: int, need_x: bool = True) -> tuple[Traffic, Traffic]:
+def of_bank(call: Call, M: int, need_x: bool = True) -> tuple[Traffic, Traffic]:
     arch, x = ARCHES["sm_90"], torch.empty(M, 4096, dtype=BF16, device="meta")
-    forward = bank_schedule.produce(operands, x, False, arch)
-    given = BankBackward(x, x, forward.T, need_x, [True] * len(operands.segments))
-    return count(forward.steps), count(bank_schedule.backward(operands, given, arch).steps)
+    forward = bank_schedule.produce(call, x, False, arch)
+    return count(forward.steps), count(bank_schedule.backward(call, x, x, forward.T, all_of(call, need_x), arch).steps)
 
 
 @pytest.mark.parametrize("on_device", [False, True])

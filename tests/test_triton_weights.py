@@ -15,7 +15,6 @@ from peftkern.backends.triton import launch, select
 from peftkern.backends.triton.kernels.matrix import store_block
 from peftkern.backends.triton.launch.operands import packed
 from peftkern.backends.triton.tiles import FAR, LIBRARY, RECOMPUTE, SHARED, SPLIT, Choice, TileConfig
-from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import FrozenWeight
 
 pytestmark = pytest.mark.interpreter
@@ -44,13 +43,11 @@ def test_a_loader_is_the_formats_definition(name, options, shape):
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     W[1] = 0
     weight = FrozenWeight.quantize(W, name, **options)
-    A, B = torch.zeros(2, shape[1]), torch.zeros(shape[0], 2)
-    operands = LoRAOperands(weight, A, B, None, None, 1.0, None, 0.0, None, "base")
     for dtype in (F32, BF16, F16):
-        made, decoded = launch.decode(operands, dtype)
-        decoded.weight.data.fill_(float("nan"))
+        made, decoded = launch.decode(weight, dtype)
+        decoded.data.fill_(float("nan"))
         made.run()
-        assert torch.equal(decoded.weight.data, weight.materialize(dtype))
+        assert torch.equal(decoded.data, weight.materialize(dtype))
         assert set(map(id, made.reads)) == set(map(id, weight.tensors))
 
 
@@ -120,10 +117,9 @@ def test_every_byte_of_fp8():
     """Subnormals, both zeros and both NaNs."""
     weight = FrozenWeight.quantize(torch.ones(16, 16), "fp8")
     weight.data = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
-    operands = LoRAOperands(weight, torch.zeros(2, 16), torch.zeros(16, 2), None, None, 1.0, None, 0.0, None, "base")
-    made, decoded = launch.decode(operands, F32)
+    made, decoded = launch.decode(weight, F32)
     made.run()
-    assert torch.equal(decoded.weight.data.nan_to_num(7e9), weight.materialize(F32).nan_to_num(7e9))
+    assert torch.equal(decoded.data.nan_to_num(7e9), weight.materialize(F32).nan_to_num(7e9))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from peftkern.backends.triton import codes, packed, select, tiles
 from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.tiles import Choice, Pass, TileConfig
-from peftkern.ops.problem import Problem
+from peftkern.call import Problem
 from peftkern.weights import formats
 
 BF16, F32 = torch.bfloat16, torch.float32

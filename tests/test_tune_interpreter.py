@@ -16,8 +16,8 @@ from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.tiles import Choice, Pass
 from peftkern.backends.triton.tune import command, search
 from peftkern.backends.triton.tune.search import Cell, candidates
+from peftkern.call import Problem
 from peftkern.ops import dispatch
-from peftkern.ops.problem import Problem
 
 pytestmark = [
     pytest.mark.interpreter,

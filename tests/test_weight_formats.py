@@ -9,8 +9,8 @@ from conftest import NAMES, Case, Target, make, run
 
 import peftkern
 from peftkern.backends.cpp import call
+from peftkern.call import Problem
 from peftkern.ops import dispatch
-from peftkern.ops.problem import Problem
 from peftkern.weights import FP8Weight, FrozenWeight, Int4Weight, Int8Weight, formats
 
 # Each with the largest error that a step of its grid allows, relative to the largest of what shares a scale.

@@ -15,8 +15,8 @@ from peftkern.backends.triton import select, tiles
 from peftkern.backends.triton.arch import Arch, arch_of
 from peftkern.backends.triton.estimate import estimate
 from peftkern.backends.triton.tiles import Choice, Pass
+from peftkern.call import Pair, Problem
 from peftkern.ops import dispatch
-from peftkern.ops.problem import LoRAOperands, Problem
 from peftkern.weights import DenseWeight
 
 DIRECTIONS = (("forward", False), ("backward", True))
@@ -46,10 +46,10 @@ def forced(choice: Choice | None) -> Iterator[None]:
         yield
 
 
-def operands_of(cell: Cell, o: Operands, rng_state: Tensor | None) -> LoRAOperands:
+def operands_of(cell: Cell, o: Operands, rng_state: Tensor | None) -> Pair:
     """A cell's operands, as backends take them."""
     A, B = o.A.detach(), o.B.detach()
-    return LoRAOperands(DenseWeight(o.W), A, B, None, None, SCALING, None, cell.p, rng_state, "base")
+    return Pair(DenseWeight(o.W), A, B, None, None, SCALING, None, cell.p, rng_state, "base")
 
 
 def chosen(cell: Cell) -> dict[str, str]:

@@ -25,13 +25,13 @@ from benchmarks.gpu.task import OK, REFUSED, WRONG, Result, Task
 from peftkern.backends.reference import formula
 from peftkern.backends.triton import tiles
 from peftkern.backends.triton.tiles import Choice
+from peftkern.call import Base, Call, Needs, Pair, PairNeeds, Problem, Update
 from peftkern.ops import dispatch
-from peftkern.ops.problem import LoRAOperands, Needs, Problem
 from peftkern.testing.numerics import relative_error
 from peftkern.weights import DenseWeight
 
 NAMES_OF_RESULTS = ("y", "s", "dx", "dA", "dB", "dbias", "dlora_bias")
-_ALL = Needs(True, True, True, True, True)
+_ALL = PairNeeds(True, True, True, True, True)
 _SMALLEST = 32  # entries that a judged tensor has at least, pooled over trials
 _MOST_TRIALS = 32
 _RESULTS = {False: {"y", "s"}, True: {"dx"}}  # of a direction, by whether it is backward
@@ -43,7 +43,7 @@ SHARED = tiles.SHARED
 class Trial(NamedTuple):
     """One call's tensors."""
 
-    operands: LoRAOperands
+    operands: Pair
     x: Tensor
     dy: Tensor
 
@@ -95,7 +95,7 @@ def trial(shape: tuple[int, int, int], dtypes: Dtypes, R: int, p: float, device:
         return torch.randn(*extents, generator=generator).mul_(scale).to(device, dtype)
 
     state = torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator).to(device)
-    operands = LoRAOperands(
+    operands = Pair(
         DenseWeight(normal(N, K, scale=K**-0.5)), normal(R, K, dtype=adapter, scale=K**-0.5),
         normal(N, R, dtype=adapter, scale=R**-0.5), normal(N), normal(N, dtype=adapter), 1.75, None, p,
         state if p else None, "base",
@@ -118,9 +118,9 @@ def truth(one: Trial) -> list[Tensor]:
 def run(runner: Any, one: Trial, forward: Choice | None, backward: Choice | None) -> list[Tensor]:
     """y, s and every gradient by direct calls of a backend."""
     with backend.forced(forward):
-        y, s = runner.forward(one.operands, one.x)
+        y, s = runner.pair(one.operands, one.x)
     with backend.forced(backward):
-        return [y, s, *runner.backward(one.operands, one.dy, one.x, s, _ALL)]
+        return [y, s, *runner.pair_backward(one.operands, one.dy, one.x, s, None, _ALL)]
 
 
 @contextlib.contextmanager
@@ -281,10 +281,13 @@ def _layout(plan: Plan, schedule: str, dtypes: Dtypes, kind: str) -> Result:
 
 def _empty(one: Trial) -> Result:
     """M = 0 through the dispatcher: empty y and dx, exact zeros for the parameters."""
-    y, s = dispatch.forward(one.operands, one.x[:0], "")
-    found = dispatch.backward(one.operands, one.dy[:0], one.x[:0], s, _ALL, "")
-    right = y.shape == one.dy[:0].shape and found.x.shape == one.x[:0].shape
-    right = right and all(not gradient.any() for gradient in found[1:])
+    o, yes = one.operands, [True]
+    update = Update(o.lora_A, o.lora_B, o.lora_bias, o.scaling_tensor, o.rng_state, o.scaling, o.dropout_p)
+    call = Call((Base(o.weight, o.bias),), (update,), o.precision)
+    (y,), thin = dispatch.forward(call, one.x[:0])
+    found = dispatch.backward(call, [one.dy[:0]], one.x[:0], thin, Needs(True, yes, yes, yes, yes))
+    right = y.shape == one.dy[:0].shape and all(not gradient.any() for gradient in found.asked_for())
+    right = right and found.x.shape == one.x[:0].shape and len(found.asked_for()) == 5
     return {"status": OK} if right else {"status": WRONG, "failures": [{"name": "y", "where": "M=0"}]}
 
 
@@ -293,7 +296,7 @@ def _huge(plan: Plan, shape: tuple[int, int, int], schedule: str, dtypes: Dtypes
     M, K, N = shape
     small = trial((300, K, N), dtypes, 16, 0.0, plan.device)
     runner, failures = dispatch.backend_named(plan.backend), []
-    needs = Needs(True, False, False, False, False)
+    needs = PairNeeds(True, False, False, False, False)
     peer, wanted = run(dispatch.backend_named("reference"), small, None, None), truth(small)
     for index, (_, backward) in zip((0, 2), backend.DIRECTIONS, strict=True):
         choice = _choice(plan, small.operands.problem(M, dtypes[0]), backward, schedule)
@@ -304,9 +307,9 @@ def _huge(plan: Plan, shape: tuple[int, int, int], schedule: str, dtypes: Dtypes
         X[:300], X[-300:] = source, source
         with backend.forced(choice):
             if backward:
-                found = runner.backward(small.operands, X, None, None, needs).x
+                found = runner.pair_backward(small.operands, X, None, None, None, needs).x
             else:
-                found = runner.forward(small.operands, X)[0]
+                found = runner.pair(small.operands, X)[0]
         for where, part in (("first rows", found[:300]), ("last rows", found[-300:])):
             error, allowed = relative_error(part, wanted[index]), 2 * relative_error(peer[index], wanted[index]) + 1e-6
             if not error <= allowed:

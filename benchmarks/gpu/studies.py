@@ -18,11 +18,11 @@ from benchmarks.gpu.task import WRONG, Result, Task
 from benchmarks.gpu.variants import Linear
 from benchmarks.linear import SCALING, Cell
 from peftkern import _env, dropout
+from peftkern.call import PairNeeds
 from peftkern.ops import dispatch
-from peftkern.ops.problem import Needs
 from peftkern.testing.numerics import relative_error
 
-_ONLY_DX = Needs(True, False, False, False, False)
+_ONLY_DX = PairNeeds(True, False, False, False, False)
 _DECODE_ROWS = (1, 4, 16)
 
 
@@ -72,8 +72,8 @@ class _Direction:
     def run(self) -> Tensor:
         """y or dx."""
         if self.backward:
-            return self.runner.backward(self.operands, self.X, None, None, _ONLY_DX).x
-        return self.runner.forward(self.operands, self.X)[0]
+            return self.runner.pair_backward(self.operands, self.X, None, None, None, _ONLY_DX).x
+        return self.runner.pair(self.operands, self.X)[0]
 
     def frozen(self) -> Tensor:
         """The vendor's product."""

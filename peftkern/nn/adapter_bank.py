@@ -242,11 +242,10 @@ class AdapterBank:
             raise ValueError(f"target_modules={rule!r} names none of the bank's layers {_some(self._layers)}")
         factors = {}
         for layer in chosen:
-            weight, r = self._layers[layer].weight, config.rank(layer)
-            N, K = weight.shape
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            A = torch.empty(r, K, device=weight.device, dtype=wide)
-            B = torch.empty(N, r, device=weight.device, dtype=wide)
+            module, r = self._layers[layer], config.rank(layer)
+            like: dict[str, Any] = {"device": module.device, "dtype": module.adapter_dtype}
+            A = torch.empty(r, module.in_features, **like)
+            B = torch.empty(module.out_features, r, **like)
             initialization.init_factors(A, B, config.init_lora_weights)
             factors[layer] = Factors(nn.Parameter(A), nn.Parameter(B), _scaling(config, layer))
         return factors
@@ -261,9 +260,7 @@ class AdapterBank:
                 )
         check_complete(self._layers, AdapterFile(config, dict(tensors)))
         return {
-            name: _fitted(name, tensors[name], layer.weight, config)
-            for name, layer in self._layers.items()
-            if name in tensors
+            name: _fitted(name, tensors[name], layer, config) for name, layer in self._layers.items() if name in tensors
         }
 
     def resolve(self, ids: routing.Ids) -> tuple[Tensor, dict[int, Adapter]]:
@@ -325,22 +322,23 @@ def _check_plain(config: LoRAConfig) -> None:
         )
 
 
-def _fitted(name: str, given: LoRATensors, weight: Tensor, config: LoRAConfig) -> Factors:
+def _fitted(name: str, given: LoRATensors, layer: MultiLoRALinear, config: LoRAConfig) -> Factors:
     """A copy of a layer's tensors, in a dtype that the layer computes with."""
-    N, K = weight.shape
+    N, K, weight = layer.out_features, layer.in_features, layer.weight
     r = config.rank(name)
     for field, tensor in (("lora_bias", given.lora_bias), ("bias", given.bias)):
         if tensor is not None:
             raise NotImplementedError(f"{key_of(name, field)}: a bank's adapters are lora_A and lora_B alone")
-    check_base_weight(name, given, weight)
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    if weight is not None:
+        check_base_weight(name, given, weight)
+    own = layer.adapter_dtype if weight is None else weight.dtype
     copies = []
     for field, tensor, shape in (("lora_A", given.lora_A, (r, K)), ("lora_B", given.lora_B, (N, r))):
         key = key_of(name, field)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{key} has shape {tuple(tensor.shape)}; expected is {shape}")
-        dtype = weight.dtype if given.lora_A.dtype == given.lora_B.dtype == weight.dtype else wide
-        copy = tensor.detach().to(weight.device, dtype, copy=True).contiguous()
+        dtype = own if given.lora_A.dtype == given.lora_B.dtype == own else layer.adapter_dtype
+        copy = tensor.detach().to(layer.device, dtype, copy=True).contiguous()
         if not copy.isfinite().all():
             raise ValueError(f"{key} {shape} holds a NaN, an Inf or a value that {dtype} cannot hold")
         copies.append(nn.Parameter(copy))

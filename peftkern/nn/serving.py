@@ -13,7 +13,7 @@ from peftkern.nn.adapter_bank import AdapterBank
 from peftkern.nn.adapter_config import LoRAConfig
 from peftkern.nn.adapter_files import AdapterFile, check_complete, key_of, read_adapter
 from peftkern.nn.injection import refuse_adapted, replace
-from peftkern.nn.multi_lora_linear import MultiLoRALinear
+from peftkern.nn.multi_lora_linear import MultiLoRALinear, why_not_served
 from peftkern.nn.routing import Route
 from peftkern.nn.targets import find_targets
 
@@ -27,7 +27,8 @@ def serve(
     """Put a bank of adapters under the linear layers of a model, in place, and freeze the model.
 
     Args:
-        model: a transformers model or any module without adapters. Its forward then also takes ``adapters=ids``, which
+        model: a transformers model or any module without adapters, its linear layers plain or quantised by bitsandbytes
+            (load it in 4 bits: many adapters over one packed base). Its forward then also takes ``adapters=ids``, which
             is ``with bank.route(ids)`` around the call (``generate`` needs the block).
         adapters: folders in PEFT's format, or what ``read_adapter`` returns, by name.
         target_modules: further layers, for adapters that come later: names or their ends, a regex, or "all-linear". The
@@ -35,7 +36,8 @@ def serve(
     Returns: the bank.
     Raises: those of ``read_adapter`` and ``AdapterBank.load``, naming the adapter; ValueError for a layer that the
         model lacks, or that an adapter's settings name and its tensors lack, or where there is no layer at all;
-        TypeError for one that is no plain linear; RuntimeError for a model with adapters. The model is then as it was.
+        TypeError for one that is no plain linear, nor bitsandbytes' or torchao's; RuntimeError for a model with
+        adapters. The model is then as it was.
     """
     refuse_served(model)
     refuse_adapted(model)
@@ -46,7 +48,7 @@ def serve(
     modules = {name: module for name, module in model.named_modules() if name}
     targets: dict[str, nn.Module] = {}
     if target_modules:
-        targets |= find_targets(model, LoRAConfig(1, 1, target_modules))
+        targets |= find_targets(model, LoRAConfig(1, 1, target_modules), why_not_served)
     for name, file in files.items():
         for layer in file.layers:
             if layer not in modules:

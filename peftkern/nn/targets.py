@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -27,8 +27,10 @@ def linear_names(model: nn.Module) -> list[str]:
     ]
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The layers by name.
+def find_targets(
+    model: nn.Module, config: LoRAConfig, why_not: Callable[[nn.Module], str | None] = why_not_linear
+) -> dict[str, nn.Module]:
+    """The layers by name; ``why_not`` says why a module cannot be one.
 
     Raises: ValueError naming each entry of the config that matched nothing; TypeError naming each match that is no
         plain linear layer, and why.
@@ -49,7 +51,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
         for pattern in getattr(config, field):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in chosen):
                 raise ValueError(f"{field}: {pattern!r} matches no adapted layer; they are {_some(chosen)}")
-    wrong = {name: why_not_linear(modules[name]) for name in chosen}
+    wrong = {name: why_not(modules[name]) for name in chosen}
     reasons = [f"{name}: {why}" for name, why in wrong.items() if why]
     if reasons:
         raise TypeError(f"{len(reasons)} target(s) cannot be adapted: {_some(reasons)}")

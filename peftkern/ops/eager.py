@@ -1,17 +1,26 @@
-"""The operators, past torch's dispatcher where nobody watches it: it costs as much as what they do on the host."""
+"""The operators, past torch's dispatcher where nobody watches it: it costs as much as what they do on the host.
+
+What comes this way has been checked: by ``functional``, by who patches a layer, or by autograd.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from peftkern.ops import bank_schema, schema
+from peftkern import call as calls
+from peftkern.call import Call, Gradients, Needs
+from peftkern.ops import dispatch, flops, norm, schema
+from peftkern.weights import FrozenWeight
 
 # An operand of any other class may have operators of its own: a DTensor, a fake tensor.
-_PLAIN = frozenset((Tensor, nn.Parameter, type(None), float, int, bool, str))
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
+_told: set[str] = set()  # of whom ``_tell`` has told what the operators are
 
 
 def _watched(first: Tensor) -> bool:
@@ -29,28 +38,83 @@ def _watched(first: Tensor) -> bool:
     )
 
 
-def _plain(arguments: Iterable[Any]) -> bool:
-    for argument in arguments:
-        kind = argument.__class__
-        if kind not in _PLAIN and not (kind in (list, tuple) and _plain(argument)):
+def taken(first: Tensor, tensors: Iterable[Any], call: Call | None = None) -> bool:
+    """Whether the operator is taken: somebody watches, or an operand is one that has operators of its own."""
+    return _watched(first) or not _plain(tensors) or not (call is None or _plain_call(call))
+
+
+def _plain(tensors: Iterable[Any]) -> bool:
+    for tensor in tensors:
+        if tensor.__class__ not in _PLAIN:
             return False
     return True
 
 
-def _shortened(operator: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any, **tables: Any) -> Any:
-        if _watched(arguments[0]) or not _plain(arguments) or not _plain(tables.values()):
-            return operator(*arguments, **tables)
-        return implementation(*arguments, **tables)
+def _plain_call(call: Call) -> bool:
+    for weight, bias in call.bases:
+        if bias.__class__ not in _PLAIN or not _plain(weight.tensors):
+            return False
+    for update in call.updates:
+        if not _plain(update[: calls.UPDATE]):
+            return False
+    return True
 
-    return call
+
+def _tell() -> None:
+    """Tell those parts of torch that count and shard operators what these are: importing them costs seconds, but where
+    they watch, or an operand is theirs, they have been imported.
+    """
+    if "torch.distributed.tensor" in sys.modules and "sharding" not in _told:
+        from peftkern.ops import sharding
+
+        _told.add("sharding")
+        sharding.register()
+    if "torch.utils.flop_counter" in sys.modules:
+        if "flops" not in _told:
+            _told.add("flops")
+            flops.register()
+        flops.tell(_get_current_dispatch_mode_stack())
 
 
-forward = _shortened(schema.forward, schema.forward_here)
-backward = _shortened(schema.backward, schema.backward_here)
-forward_adapters = _shortened(schema.forward_adapters, schema.forward_adapters_here)
-backward_adapters = _shortened(schema.backward_adapters, schema.backward_adapters_here)
-row_norm = _shortened(schema.row_norm, schema.row_norm_here)
-dropped_product = _shortened(schema.dropped_product, schema.dropped_product_here)
-bank_forward = _shortened(bank_schema.forward, bank_schema.forward_here)
-bank_backward = _shortened(bank_schema.backward, bank_schema.backward_here)
+_tell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result imports the compiler
+
+
+def forward(call: Call, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Every y and every s; see ``schema``."""
+    if taken(x, (x,), call):
+        _tell()
+        found = schema.forward(x, *calls.arguments(call))
+        return found[: len(call.bases)], found[len(call.bases) :]
+    return dispatch.forward(call, x)
+
+
+def backward(
+    call: Call, dys: Sequence[Tensor], x: Tensor | None, thin: Sequence[Tensor | None], needs: Needs
+) -> Gradients:
+    """The gradients that are needed."""
+    if taken(dys[0], (*dys, x, *thin), call):
+        _tell()
+        found = schema.backward(list(dys), x, list(thin), *calls.arguments(call), needs.x, *map(list, needs[1:]))
+        return calls.returned(needs, found)
+    return dispatch.backward(call, dys, x, thin, needs)
+
+
+def row_norm(
+    weight: FrozenWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, scaling_tensor: Tensor | None
+) -> Tensor:
+    """The row norms of W + c B A."""
+    if taken(lora_A, (*weight.tensors, lora_A, lora_B, scaling_tensor)):
+        _tell()
+        return schema.row_norm(*schema.weight_arguments(weight), lora_A, lora_B, scaling, scaling_tensor)
+    return norm.row_norm(weight, lora_A, lora_B, scaling, scaling_tensor)
+
+
+def dropped_product(
+    weight: FrozenWeight, rows: Tensor, dropout_p: float, rng_state: Tensor, backward: bool, backend: str
+) -> Tensor:
+    """K(rows) W^T, or, in ``backward``, K(rows W)."""
+    if taken(rows, (*weight.tensors, rows, rng_state)):
+        _tell()
+        given = schema.weight_arguments(weight)
+        return schema.dropped_product(rows, *given, dropout_p, rng_state, backward, backend)
+    return dispatch.dropped_product(weight, rows, dropout_p, rng_state, backward, backend)

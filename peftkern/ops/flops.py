@@ -1,111 +1,81 @@
 """FLOPs of the operators for ``torch.utils.flop_counter``: the products of the README's table, 2 per multiply-add.
 
-What a schedule computes twice counts once, and so do products that no gradient asks for: not at all.
+What a schedule computes twice counts once, and so do products that no gradient asks for: not at all. An update of some
+rows counts its own; where their number is known to the device alone, as many as its span has room for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 _Shape = Sequence[int]
+# Positions behind x, or behind dy, x and s: see ``call.SCHEMA``.
+_FACTS, _LORA_A, _LORA_B, _SPANS = 4, 6, 7, 14
 
 
 def forward_flops(x_shape: _Shape, *arguments: Any, **unused: Any) -> int:
-    """x W^T, s = D(x) A^T and s B^T."""
-    (M, K), (R, N) = x_shape, _rank_and_width(arguments)
-    return _forward(M, K, N, R)
+    """x W^T of each base, and of each update s = D(x) A^T and s B^T."""
+    M = x_shape[0]
+    facts = arguments[_FACTS]
+    total = sum(M * N * K for N, K in zip(facts[::4], facts[1::4], strict=True))
+    return 2 * (total + sum(m * R * (K + N) for m, R, K, N in _updates(M, arguments)))
 
 
-def backward_flops(
-    dy_shape: _Shape, x_shape: _Shape | None, s_shape: _Shape | None, *arguments: Any, **unused: Any
-) -> int:
-    """t = dy B where dx or dA is needed; dx = dy W + t A; dA = t^T D(x); dB = dy^T s."""
-    M, N = dy_shape
-    R, K = arguments[4]
-    need_x, need_A, need_B, *_ = arguments[-5:]
-    return _backward(M, N, K, R, need_x, need_A, need_B)
-
-
-def forward_shared_flops(x_shape: _Shape, weights: Any, lora_A: Any, *arguments: Any, **unused: Any) -> int:
-    """Those of every layer."""
-    M, K = x_shape
-    return sum(_forward(M, K, N, R) for (N, _), (R, _) in zip(weights, lora_A, strict=True))
-
-
-def backward_shared_flops(
-    dy_shapes: Any, x_shape: Any, s_shapes: Any, weights: Any, lora_A: Any, *arguments: Any, **unused: Any
-) -> int:
-    """Those of every layer; the sum that dx is counts nothing."""
-    need_x, *needs = arguments[-5:-2]
-    layers = zip(dy_shapes, lora_A, *needs, strict=True)
-    return sum(_backward(M, N, K, R, need_x, A, B) for (M, N), (R, K), A, B in layers)
-
-
-def _forward(M: int, K: int, N: int, R: int) -> int:
-    return 2 * M * (N * K + R * K + N * R)
-
-
-def _backward(M: int, N: int, K: int, R: int, need_x: bool, need_A: bool, need_B: bool) -> int:
-    low_rank = N * R * (need_x or need_A) + R * K * (need_x + need_A) + N * R * need_B
-    return 2 * M * (N * K * need_x + low_rank)
-
-
-def forward_adapters_flops(x_shape: _Shape, *arguments: Any, **unused: Any) -> int:
-    """x W^T, and for each adapter s = D(x) A^T and s B^T."""
-    M, K = x_shape
-    lora_B = arguments[6]
-    return 2 * M * (lora_B[0][0] * K + sum(R * K + N * R for N, R in lora_B))
-
-
-def backward_adapters_flops(
-    dy_shape: _Shape, x_shape: _Shape | None, s_shapes: Any, *arguments: Any, **unused: Any
-) -> int:
-    """dx = dy W once; for each adapter what ``backward_flops`` counts beside it."""
-    M, N = dy_shape
+def backward_flops(dy_shapes: Any, x_shape: Any, s_shapes: Any, *arguments: Any, **unused: Any) -> int:
+    """dx = dy W of each base; of each update t = dy B where dx or dA is needed, t A, dA = t^T D(x), dB = dy^T s."""
+    M, facts = dy_shapes[0][0], arguments[_FACTS]
     need_x, _, need_A, need_B, _ = arguments[-5:]
-    lora_A = arguments[5]
-    total = N * lora_A[0][1] * need_x
-    for (R, K), A, B in zip(lora_A, need_A, need_B, strict=True):
-        total += N * R * (need_x or A) + R * K * (need_x + A) + N * R * B
-    return 2 * M * total
+    total = need_x * sum(M * N * K for N, K in zip(facts[::4], facts[1::4], strict=True))
+    for (m, R, K, N), A, B in zip(_updates(M, arguments), need_A, need_B, strict=True):
+        total += m * R * (N * (need_x or A) + K * (need_x + A) + N * B)
+    return 2 * total
+
+
+def _updates(M: int, arguments: Sequence[Any]) -> Iterator[tuple[int, int, int, int]]:
+    """Rows, R, K and N of each update."""
+    counts = arguments[_SPANS][1::4]
+    for i, ((R, K), (N, _)) in enumerate(zip(arguments[_LORA_A], arguments[_LORA_B], strict=True)):
+        yield counts[i] if counts else M, R, K, N
 
 
 def row_norm_flops(w_data_shape: _Shape, *arguments: Any, **unused: Any) -> int:
     """B A; squares and their sums are no products of matrices."""
-    (R, K), (N, _) = arguments[3:5]
+    (R, K), (N, _) = arguments[4:6]
     return 2 * N * R * K
 
 
-def dropped_product_flops(rows_shape: _Shape, w_data_shape: _Shape, *arguments: Any, **unused: Any) -> int:
+def dropped_product_flops(rows_shape: _Shape, *arguments: Any, **unused: Any) -> int:
     """The one product, of the same size in both directions."""
-    N, K = w_data_shape
+    N, K, *_ = arguments[4]
     return 2 * rows_shape[0] * N * K
-
-
-def _rank_and_width(arguments: Sequence[Any]) -> tuple[int, int]:
-    """(R, N), read off lora_B, which stands behind w_data, w_scale, w_format, group_size and lora_A."""
-    N, R = arguments[5]
-    return R, N
 
 
 def register() -> None:
     """Tell PyTorch's FLOP counter, which has been imported."""
     from torch.utils.flop_counter import register_flop_formula
 
-    register_flop_formula(torch.ops.peftkern.forward)(forward_flops)
-    register_flop_formula(torch.ops.peftkern.backward)(backward_flops)
-    register_flop_formula(torch.ops.peftkern.forward_adapters)(forward_adapters_flops)
-    register_flop_formula(torch.ops.peftkern.backward_adapters)(backward_adapters_flops)
-    register_flop_formula(torch.ops.peftkern.row_norm)(row_norm_flops)
-    register_flop_formula(torch.ops.peftkern.dropped_product)(dropped_product_flops)
+    for name, formula in _FORMULAS.items():
+        register_flop_formula(getattr(torch.ops.peftkern, name))(formula)
 
 
-def register_shared() -> None:
-    """The same for the operators of layers that read one x."""
-    from torch.utils.flop_counter import register_flop_formula
+def tell(modes: Sequence[Any]) -> None:
+    """Tell counters that are at work: one has a copy of the formulas that there were when it was made."""
+    from torch.utils.flop_counter import flop_registry
 
-    register_flop_formula(torch.ops.peftkern.forward_shared)(forward_shared_flops)
-    register_flop_formula(torch.ops.peftkern.backward_shared)(backward_shared_flops)
+    for mode in modes:
+        for counter in (mode, getattr(mode, "counter", None)):
+            known = getattr(counter, "flop_registry", None)
+            if isinstance(known, dict):
+                ours = [getattr(torch.ops.peftkern, name) for name in _FORMULAS]
+                known |= {operator: flop_registry[operator] for operator in ours if operator not in known}
+
+
+_FORMULAS: dict[str, Any] = {
+    "forward": forward_flops,
+    "backward": backward_flops,
+    "row_norm": row_norm_flops,
+    "dropped_product": dropped_product_flops,
+}

@@ -1,221 +1,161 @@
 """The operators, as torch.library sees them: schemas, implementations, fake kernels.
 
-They are opaque to the compiler and return fresh, contiguous tensors. ``backward`` returns only the gradients that are
-asked for, in the order x, lora_A, lora_B, bias, lora_bias. The frozen weight's shape is that of lora_B and lora_A;
-``w_tables`` are what its format needs beside data and scales.
+    forward           every y [M, N_b] of a call, then every s [M, R_u]; with rows one s, span after span
+    backward          the gradients asked for: x, each base's bias, each update's lora_A, each lora_B, each lora_bias
+    row_norm          of W + c B A, for DoRA
+    dropped_product   of DoRA, dropped as a whole, unscaled: K(rows) W^T, or K(rows W); K keeps what dropout keeps
+
+They are opaque to the compiler and return fresh, contiguous tensors. Every one checks every operand, real and fake.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftkern._on_import import on_import
-from peftkern.ops import dispatch, flops, inputs, norm
-from peftkern.ops.define import define
-from peftkern.ops.problem import LoRAOperands, Needs
+from peftkern import call as calls
+from peftkern.call import Call, Needs
+from peftkern.ops import check, dispatch, norm
 from peftkern.weights import FrozenWeight
 
-_OPERANDS = (
-    "Tensor w_data, Tensor? w_scale, str w_format, int group_size, Tensor lora_A, Tensor lora_B, "
-    "Tensor? bias, Tensor? lora_bias, float scaling, Tensor? scaling_tensor, float dropout_p, Tensor? rng_state, "
-    "str precision, str backend"
-)
-_NEEDS = "bool need_x, bool need_A, bool need_B, bool need_bias, bool need_lora_bias"
-_TABLES = "*, Tensor[]? w_tables=None"
-
-_define = functools.partial(define, torch.library.Library("peftkern", "DEF"))
+_NEEDS = "bool need_x, bool[] need_bias, bool[] need_A, bool[] need_B, bool[] need_lora_bias"
+_WEIGHT = "Tensor w_data, Tensor? w_scale, Tensor[] w_tables, str w_format, int[] w_facts"
+_library = torch.library.Library("peftkern", "DEF")
 
 
-def _operands(tables, w_data, w_scale, w_format, group_size, lora_A, lora_B, *rest) -> LoRAOperands:
-    shape = None if w_format == "dense" else (*lora_B.shape[:1], *lora_A.shape[1:])
-    weight = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size, tables or (), shape)
-    return LoRAOperands(weight, lora_A, lora_B, *rest)
+def _define(schema: str, real: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """``peftkern::name`` with its implementation for every device, and its fake one.
+
+    The dispatcher takes None where a schema says ``Tensor``: here that is a TypeError, in both.
+    """
+    _library.define(schema)
+    name = schema.partition("(")[0]
+    operator = getattr(torch.ops.peftkern, name).default
+    positions = [
+        (i, a.name) for i, a in enumerate(operator._schema.arguments) if str(a.type) in ("Tensor", "List[Tensor]")
+    ]
+
+    def complete(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(implementation)
+        def call(*arguments: Any) -> Any:
+            for i, argument in positions:
+                value = arguments[i]
+                if value is None or (value.__class__ is list and any(entry is None for entry in value)):
+                    raise TypeError(f"{name}: {argument} is missing")
+            return implementation(*arguments)
+
+        return call
+
+    _library.impl(name, complete(real), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"peftkern::{name}", complete(fake), lib=_library)
+    return operator
 
 
-def forward_here(x: Tensor, *arguments, w_tables=None) -> tuple[Tensor, Tensor]:
-    *fields, backend = arguments
-    operands = _operands(w_tables, *fields)
-    inputs.check_forward(operands, x)
-    return dispatch.forward(operands, x, backend)
+def _given_forward(x: Tensor, *arguments: Any) -> Call:
+    call = calls.from_arguments(*arguments)
+    check.forward(call, x)
+    return call
 
 
-def _forward_fake(x: Tensor, *arguments, w_tables=None) -> tuple[Tensor, Tensor]:
-    operands = _operands(w_tables, *arguments[:-1])
-    inputs.check_forward(operands, x)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    N, R = operands.lora_B.shape
-    return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], R, dtype=wide)
+def _forward(x: Tensor, *arguments: Any) -> list[Tensor]:
+    call = _given_forward(x, *arguments)
+    check.values_of_rows(call, x.shape[0])
+    ys, thin = dispatch.forward(call, x)
+    return [*ys, *thin]
 
 
-def backward_here(dy: Tensor, x: Tensor | None, s: Tensor | None, *arguments, w_tables=None) -> list[Tensor]:
-    *fields, backend, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
-    operands, needs = _operands(w_tables, *fields), Needs(need_x, need_A, need_B, need_bias, need_lora_bias)
-    inputs.check_backward(operands, dy, x, s, needs)
-    gradients = dispatch.backward(operands, dy, x, s, needs, backend)
-    return [gradient for gradient in gradients if gradient is not None]
+def _forward_fake(x: Tensor, *arguments: Any) -> list[Tensor]:
+    call = _given_forward(x, *arguments)
+    wide, M = torch.promote_types(x.dtype, torch.float32), x.shape[0]
+    ys = [x.new_empty(M, weight.shape[0]) for weight, _ in call.bases]
+    if call.rows is not None:
+        return [*ys, x.new_empty(call.thin_size, dtype=wide)]
+    return ys + [x.new_empty(M, update.R, dtype=wide) for update in call.updates]
 
 
-def _backward_fake(dy: Tensor, x, s, *arguments, w_tables=None) -> list[Tensor]:
-    *operands, _, need_x, need_A, need_B, need_bias, need_lora_bias = arguments
-    fields = _operands(w_tables, *operands)
-    inputs.check_backward(fields, dy, x, s, Needs(need_x, need_A, need_B, need_bias, need_lora_bias))
-    shapes = [dy.new_empty(dy.shape[0], fields.weight.shape[1])] if need_x else []
-    parameters = (fields.lora_A, fields.lora_B, fields.bias, fields.lora_bias)
-    needs = (need_A, need_B, need_bias, need_lora_bias)
-    return shapes + [p.new_empty(p.shape) for p, need in zip(parameters, needs, strict=True) if need and p is not None]
+def _given_backward(dys, x, thin, *arguments: Any) -> tuple[Call, Needs]:
+    *fields, need_x, need_bias, need_A, need_B, need_lora_bias = arguments
+    call, needs = calls.from_arguments(*fields), Needs(need_x, need_bias, need_A, need_B, need_lora_bias)
+    check.backward(call, dys, x, thin, needs)
+    return call, needs
 
 
-forward = _define(f"forward(Tensor x, {_OPERANDS}, {_TABLES}) -> (Tensor y, Tensor s)", forward_here, _forward_fake)
+def _backward(dys: list[Tensor], x: Tensor | None, thin: list[Tensor | None], *arguments: Any) -> list[Tensor]:
+    call, needs = _given_backward(dys, x, thin, *arguments)
+    check.values_of_rows(call, dys[0].shape[0])
+    return dispatch.backward(call, dys, x, thin, needs).asked_for()
+
+
+def _backward_fake(dys: list[Tensor], x, thin, *arguments: Any) -> list[Tensor]:
+    call, needs = _given_backward(dys, x, thin, *arguments)
+    shapes = [dys[0].new_empty(dys[0].shape[0], call.bases[0].weight.shape[1])] if needs.x else []
+    _, *each = needs
+    for parameters, needed in zip(call.parameters(), each, strict=True):
+        shapes += [p.new_empty(p.shape) for p, need in zip(parameters, needed, strict=True) if need and p is not None]
+    return shapes
+
+
+forward = _define(f"forward(Tensor x, {calls.SCHEMA}) -> Tensor[]", _forward, _forward_fake)
 backward = _define(
-    f"backward(Tensor dy, Tensor? x, Tensor? s, {_OPERANDS}, {_NEEDS}, {_TABLES}) -> Tensor[]",
-    backward_here,
-    _backward_fake,
-)
-
-# Several adapters on one weight, y = x W^T + bias + sum_i c_i (D_i(x) A_i^T B_i^T + lora_bias_i), in one call: the
-# lists hold one entry for each. ``forward_adapters`` returns y and every s_i, ``backward_adapters`` the gradients asked
-# for in the order x, bias, and for each adapter lora_A, lora_B, lora_bias.
-_ADAPTERS = (
-    "Tensor w_data, Tensor? w_scale, str w_format, int group_size, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, "
-    "Tensor?[] lora_bias, float[] scaling, Tensor?[] scaling_tensor, float[] dropout_p, Tensor?[] rng_state, "
-    "str precision, str backend"
+    f"backward(Tensor[] dy, Tensor? x, Tensor?[] s, {calls.SCHEMA}, {_NEEDS}) -> Tensor[]", _backward, _backward_fake
 )
 
 
-_LISTS = ("lora_A", "lora_B", "lora_bias", "scaling", "scaling_tensor", "dropout_p", "rng_state")
+def weight_arguments(weight: FrozenWeight) -> tuple[Any, ...]:
+    """A weight as the other two operators take it."""
+    facts = [*weight.shape, weight.group_size, len(weight.tables)]
+    return weight.data, weight.scale, list(weight.tables), weight.format, facts
 
 
-def _adapters(w_data, w_scale, w_format, group_size, bias, *lists_and_precision) -> list[LoRAOperands]:
-    *lists, precision = lists_and_precision
-    inputs.check_lists(1, **dict(zip(_LISTS, lists, strict=True)))
-    weight = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size)
-    return [
-        LoRAOperands(weight, A, B, None if i else bias, lora_bias, c, tensor, p, rng_state, precision)
-        for i, (A, B, lora_bias, c, tensor, p, rng_state) in enumerate(zip(*lists, strict=True))
-    ]
-
-
-def _given_forward(x: Tensor, *operands) -> list[LoRAOperands]:
-    adapters = _adapters(*operands)
-    for i, one in enumerate(adapters):
-        inputs.naming(f"adapter {i}", inputs.check_forward, one, x)
-    return adapters
-
-
-def forward_adapters_here(x: Tensor, *arguments) -> list[Tensor]:
-    *operands, backend = arguments
-    return dispatch.forward_adapters(_given_forward(x, *operands), x, backend)
-
-
-def _forward_adapters_fake(x: Tensor, *arguments) -> list[Tensor]:
-    adapters = _given_forward(x, *arguments[:-1])
-    wide = torch.promote_types(x.dtype, torch.float32)
-    thin = [x.new_empty(x.shape[0], one.lora_A.shape[0], dtype=wide) for one in adapters]
-    return [x.new_empty(x.shape[0], adapters[0].weight.shape[0]), *thin]
-
-
-def _given_backward(dy: Tensor, x, thin, *arguments) -> tuple[list[LoRAOperands], list[Needs], str]:
-    *operands, backend, need_x, need_bias, need_A, need_B, need_lora_bias = arguments
-    adapters = _adapters(*operands)
-    inputs.check_lists(1, lora_A=adapters, s=thin, need_A=need_A, need_B=need_B, need_lora_bias=need_lora_bias)
-    needs = [
-        Needs(need_x, A, B, need_bias and i == 0, lora_bias)
-        for i, (A, B, lora_bias) in enumerate(zip(need_A, need_B, need_lora_bias, strict=True))
-    ]
-    for i, one in enumerate(adapters):
-        inputs.naming(f"adapter {i}", inputs.check_backward, one, dy, x, thin[i], needs[i])
-    return adapters, needs, backend
-
-
-def backward_adapters_here(dy: Tensor, x: Tensor | None, thin: list[Tensor | None], *arguments) -> list[Tensor]:
-    adapters, needs, backend = _given_backward(dy, x, thin, *arguments)
-    found = dispatch.backward_adapters(adapters, dy, x, thin, needs, backend)
-    ordered = [found[0].x, found[0].bias]
-    for one in found:
-        ordered += [one.lora_A, one.lora_B, one.lora_bias]
-    return [gradient for gradient in ordered if gradient is not None]
-
-
-def _backward_adapters_fake(dy: Tensor, x, thin, *arguments) -> list[Tensor]:
-    adapters, needs, _ = _given_backward(dy, x, thin, *arguments)
-    shapes = [dy.new_empty(dy.shape[0], adapters[0].weight.shape[1])] if needs[0].x else []
-    wanted = [(needs[0].bias, adapters[0].bias)]
-    for one, need in zip(adapters, needs, strict=True):
-        wanted += [(need.lora_A, one.lora_A), (need.lora_B, one.lora_B), (need.lora_bias, one.lora_bias)]
-    return shapes + [like.new_empty(like.shape) for need, like in wanted if need and like is not None]
-
-
-forward_adapters = _define(
-    f"forward_adapters(Tensor x, {_ADAPTERS}) -> Tensor[]", forward_adapters_here, _forward_adapters_fake
-)
-backward_adapters = _define(
-    f"backward_adapters(Tensor dy, Tensor? x, Tensor?[] s, {_ADAPTERS}, bool need_x, bool need_bias, "
-    "bool[] need_A, bool[] need_B, bool[] need_lora_bias) -> Tensor[]",
-    backward_adapters_here,
-    _backward_adapters_fake,
-)
-
-
-def _given_norm(w_data, w_scale, w_format, group_size, lora_A, lora_B, scaling_tensor) -> FrozenWeight:
-    weight = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size)
-    inputs.check_norm(weight, lora_A, lora_B, scaling_tensor)
+def _given_norm(*arguments: Any) -> FrozenWeight:
+    *fields, lora_A, lora_B, scaling_tensor = arguments
+    weight = calls.weight_of(*fields)
+    check.norm(weight, lora_A, lora_B, scaling_tensor)
     return weight
 
 
-def row_norm_here(w_data, w_scale, w_format, group_size, lora_A, lora_B, scaling, scaling_tensor) -> Tensor:
-    weight = _given_norm(w_data, w_scale, w_format, group_size, lora_A, lora_B, scaling_tensor)
+def _row_norm(*arguments: Any) -> Tensor:
+    *fields, lora_A, lora_B, scaling, scaling_tensor = arguments
+    weight = _given_norm(*fields, lora_A, lora_B, scaling_tensor)
     return norm.row_norm(weight, lora_A, lora_B, scaling, scaling_tensor)
 
 
-def _row_norm_fake(w_data, w_scale, w_format, group_size, lora_A, lora_B, _, scaling_tensor) -> Tensor:
-    weight = _given_norm(w_data, w_scale, w_format, group_size, lora_A, lora_B, scaling_tensor)
+def _row_norm_fake(*arguments: Any) -> Tensor:
+    *fields, lora_A, lora_B, _, scaling_tensor = arguments
+    weight = _given_norm(*fields, lora_A, lora_B, scaling_tensor)
     wide = torch.promote_types(weight.compute_dtype or lora_A.dtype, torch.float32)
     return lora_A.new_empty(weight.shape[0], dtype=wide)
 
 
-# The row norms of W + c B A, for DoRA.
 row_norm = _define(
-    "row_norm(Tensor w_data, Tensor? w_scale, str w_format, int group_size, Tensor lora_A, Tensor lora_B, "
-    "float scaling, Tensor? scaling_tensor) -> Tensor",
-    row_norm_here,
+    f"row_norm({_WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? scaling_tensor) -> Tensor",
+    _row_norm,
     _row_norm_fake,
 )
 
 
-def dropped_product_here(
-    rows, w_data, w_scale, w_format, group_size, dropout_p, rng_state, backward, backend
-) -> Tensor:
-    weight = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size)
-    inputs.check_product(weight, rows, dropout_p, rng_state, backward)
-    return dispatch.dropped_product(weight, rows, dropout_p, rng_state, backward, backend)
+def _given_product(rows: Tensor, *arguments: Any) -> FrozenWeight:
+    *fields, dropout_p, rng_state, backward, _ = arguments
+    weight = calls.weight_of(*fields)
+    check.product(weight, rows, dropout_p, rng_state, backward)
+    return weight
 
 
-def _dropped_product_fake(
-    rows, w_data, w_scale, w_format, group_size, dropout_p, rng_state, backward, backend
-) -> Tensor:
-    weight = FrozenWeight.from_operands(w_format, w_data, w_scale, group_size)
-    inputs.check_product(weight, rows, dropout_p, rng_state, backward)
-    return rows.new_empty(rows.shape[0], weight.shape[1 if backward else 0])
+def _dropped_product(rows: Tensor, *arguments: Any) -> Tensor:
+    return dispatch.dropped_product(_given_product(rows, *arguments), rows, *arguments[5:])
 
 
-# The product of DoRA that is dropped as a whole, unscaled: K(rows) W^T, or, in ``backward``, K(rows W); K keeps what
-# dropout keeps.
+def _dropped_product_fake(rows: Tensor, *arguments: Any) -> Tensor:
+    weight = _given_product(rows, *arguments)
+    return rows.new_empty(rows.shape[0], weight.shape[1 if arguments[-2] else 0])
+
+
 dropped_product = _define(
-    "dropped_product(Tensor rows, Tensor w_data, Tensor? w_scale, str w_format, int group_size, float dropout_p, "
-    "Tensor rng_state, bool backward, str backend) -> Tensor",
-    dropped_product_here,
+    f"dropped_product(Tensor rows, {_WEIGHT}, float dropout_p, Tensor rng_state, bool backward, str backend) -> Tensor",
+    _dropped_product,
     _dropped_product_fake,
 )
-
-
-def _register_sharding() -> None:
-    from peftkern.ops import sharding
-
-    sharding.register()
-
-
-on_import("torch.utils.flop_counter", flops.register)  # it imports Triton
-on_import("torch.distributed.tensor", _register_sharding)

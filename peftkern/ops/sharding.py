@@ -11,7 +11,7 @@ One layout per mesh dimension, chosen by the frozen weight, which is never moved
 Biases are Shard(0) in ``column``; in ``row`` the first rank adds them. Parameters' gradients leave as their parameter
 lies. Dropout counts rows and columns of the whole x: in ``column`` every rank sees it; in ``row`` a rank counts its own
 columns, in a stream of its own, so the mask is not the one of an unsharded call; ``batch`` is not taken with dropout.
-The operators for several adapters and for DoRA are refused.
+A call of one base and one update is taken, of all rows; any other, and those of DoRA, are refused.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard
 
+from peftkern import call as calls
+from peftkern.call import Base, Call, Update
+from peftkern.weights import FrozenWeight
+
 WHOLE, FIRST, SECOND, SUM = Replicate(), Shard(0), Shard(1), Partial()
-_PARAMETERS = ("lora_A", "lora_B", "bias", "lora_bias")
 _STREAM = 0x9E3779B97F4A7C15 - 2**64  # an odd step between the ranks' dropout offsets, as int64
 
 
@@ -50,21 +53,29 @@ _BATCH = _Layout(WHOLE, WHOLE, WHOLE, WHOLE, FIRST, FIRST, FIRST, FIRST, FIRST, 
 _WHOLE = _Layout(*[WHOLE] * 12)
 
 
-class _Call:
-    """One call's arguments by name, its mesh, and its layout along each of the mesh's dimensions."""
+class _Sharded:
+    """One call's tensors by name, its mesh, and its layout along each of the mesh's dimensions."""
 
-    def __init__(self, operator: Any, arguments: tuple, rows: str) -> None:
-        """``rows`` names the argument whose first dimension counts tokens: x or dy."""
-        # all but w_tables, which no format has that may be a DTensor
-        self.named = {a.name: value for a, value in zip(operator._schema.arguments, arguments, strict=False)}
+    def __init__(self, call: Call, rows: str, **tensors: Tensor | None) -> None:
+        """``tensors``: those beside the call's; ``rows`` names the one whose first dimension counts tokens."""
+        if len(call.bases) != 1 or len(call.updates) != 1 or call.rows is not None:
+            raise NotImplementedError(
+                f"a call with DTensors has one base and one update of all rows, got {len(call.bases)} and "
+                f"{len(call.updates)}{'' if call.rows is None else ' of some rows'}"
+            )
+        (self.base,), (self.update,), self.call = call.bases, call.updates, call
+        weight = self.base.weight
+        self.named = {"w_data": weight.data, "w_scale": weight.scale, "bias": self.base.bias, **tensors}
+        held: Any = self.update[: calls.UPDATE]
+        self.named |= dict(zip(self.update._fields, held, strict=False))
         self.mesh: DeviceMesh = next(v.device_mesh for v in self.named.values() if isinstance(v, DTensor))
         for name, value in self.named.items():
             if isinstance(value, DTensor) and value.device_mesh != self.mesh:
                 raise ValueError(
                     f"all DTensors must be on one mesh, got {name} on {value.device_mesh}, not {self.mesh}"
                 )
-        if self.named["w_format"] not in ("dense", "int8"):
-            raise NotImplementedError(f"a weight of format {self.named['w_format']!r} cannot be a DTensor")
+        if weight.format not in ("dense", "int8"):
+            raise NotImplementedError(f"a weight of format {weight.format!r} cannot be a DTensor")
         weights, tokens = self.placements("w_data"), self.placements(rows)
         self.layouts = [self._layout(w, t) for w, t in zip(weights, tokens, strict=True)]
 
@@ -98,21 +109,24 @@ class _Call:
             raise TypeError(f"{name} must be a DTensor where the frozen weight or x is sharded along {wanted}")
         return value
 
-    def local_operands(self) -> list[Any]:
-        """Everything from w_data to backend, in order."""
-        found = dict(self.named)
-        for name in ("w_data", "lora_A", "lora_B"):
-            found[name] = self.local(name)
+    def local_arguments(self) -> list[Any]:
+        """The call of this rank's parts, as the operators take it."""
+        found = {name: self.local(name) for name in ("w_data", "lora_A", "lora_B")}
         rows = [rank for rank, layout in zip(self._ranks(), self.layouts, strict=True) if layout is _ROW]
         for name in ("bias", "lora_bias", "w_scale"):
             wanted = "vectors" if name != "w_scale" else "lora_B"  # one per output channel
             value = self.local(name, wanted)
             # Every rank of a row layout adds its vectors to its part of the sum: all but the first add zero.
             found[name] = torch.zeros_like(value) if value is not None and name != "w_scale" and any(rows) else value
-        found["scaling_tensor"] = _whole(found["scaling_tensor"])
-        found["rng_state"] = self._stream(_whole(found["rng_state"]), rows)
-        names = list(self.named)
-        return [found[name] for name in names[names.index("w_data") : names.index("backend") + 1]]
+        found["scaling_tensor"] = _whole(self.named["scaling_tensor"])
+        found["rng_state"] = self._stream(_whole(self.named["rng_state"]), rows)
+        data: Any = found["w_data"]
+        weight = self.base.weight
+        local = FrozenWeight.from_operands(weight.format, data, found["w_scale"], weight.group_size, (), data.shape)
+        names: Any = self.update._fields[: calls.UPDATE]
+        update = Update._make((*(found[name] for name in names), *self.update[calls.UPDATE :]))
+        bases = (Base(local, found["bias"]),)
+        return calls.arguments(self.call._replace(bases=bases, updates=(update,)))
 
     def _ranks(self) -> list[int]:
         return [self.mesh.get_local_rank(dimension) for dimension in range(self.mesh.ndim)]
@@ -140,30 +154,33 @@ def _whole(value: Tensor | None) -> Tensor | None:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def forward(_: type, operator: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> tuple:
+def forward(_: type, operator: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> list[Tensor]:
     """``torch.ops.peftkern.forward`` where an operand is a DTensor: y and s are."""
-    call = _Call(operator, arguments, "x")
-    named = call.named
-    y, s = operator(call.local("x"), *call.local_operands())
-    M, N, R = named["x"].shape[0], named["lora_B"].shape[0], named["lora_A"].shape[0]
-    return call.wrap(y, "y", (M, N)), call.wrap(s, "s", (M, R))
+    x, *rest = arguments
+    sharded = _Sharded(calls.from_arguments(*rest), "x", x=x)
+    y, s = operator(sharded.local("x"), *sharded.local_arguments())
+    M, (N, R) = x.shape[0], sharded.update.lora_B.shape
+    return [sharded.wrap(y, "y", (M, N)), sharded.wrap(s, "s", (M, R))]
 
 
 def backward(_: type, operator: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> list[Tensor]:
     """``torch.ops.peftkern.backward`` where an operand is a DTensor: so is every gradient."""
-    call = _Call(operator, arguments, "dy")
-    named = call.named
-    flags = [value for name, value in named.items() if name.startswith("need_")]
-    local = operator(call.local("dy"), call.local("x"), call.local("s"), *call.local_operands(), *flags)
-    needed = [name for name, need in zip(("x", *_PARAMETERS), flags, strict=True) if need]
+    (dy, *_), x, (s, *_), *rest = arguments
+    *fields, need_x, need_bias, need_A, need_B, need_lora_bias = rest
+    sharded = _Sharded(calls.from_arguments(*fields), "dy", dy=dy, x=x, s=s)
+    lists = [[sharded.local("dy")], sharded.local("x"), [sharded.local("s")]]
+    local = operator(*lists, *sharded.local_arguments(), need_x, need_bias, need_A, need_B, need_lora_bias)
+    flags = (need_x, *need_bias, *need_A, *need_B, *need_lora_bias)
+    needed = [name for name, need in zip(("x", "bias", "lora_A", "lora_B", "lora_bias"), flags, strict=True) if need]
     found: list[Tensor] = []
     for name, gradient in zip(needed, local, strict=True):
+        parameter: Any = sharded.named[name]
         if name == "x":
-            found.append(call.wrap(gradient, "dx", (named["dy"].shape[0], named["lora_A"].shape[1])))
+            found.append(sharded.wrap(gradient, "dx", (dy.shape[0], sharded.update.lora_A.shape[1])))
         else:
             field = f"d_{name}" if name in ("lora_A", "lora_B") else "d_vectors"
-            whole = call.wrap(gradient, field, tuple(named[name].shape))
-            found.append(whole.redistribute(placements=call.placements(name)))
+            whole = sharded.wrap(gradient, field, tuple(parameter.shape))
+            found.append(whole.redistribute(placements=sharded.placements(name)))
     return found
 
 
@@ -178,5 +195,5 @@ def register() -> None:
     """Tell torch.library, once DTensor has been imported."""
     torch.library.register_torch_dispatch("peftkern::forward", DTensor, forward)
     torch.library.register_torch_dispatch("peftkern::backward", DTensor, backward)
-    for name in ("forward_adapters", "backward_adapters", "row_norm", "dropped_product"):
+    for name in ("row_norm", "dropped_product"):
         torch.library.register_torch_dispatch(f"peftkern::{name}", DTensor, refused)

@@ -14,7 +14,7 @@ from torch import Tensor
 from peftkern.backends.triton.arch import ARCHES, Arch
 from peftkern.backends.triton.launch import Parted
 from peftkern.backends.triton.schedule import Step, backward, produce
-from peftkern.ops.problem import LoRAOperands, Needs, Problem
+from peftkern.call import Pair, PairNeeds, Problem
 from peftkern.weights import DenseWeight
 
 
@@ -53,7 +53,7 @@ def count(steps: Sequence[Step | Parted]) -> Traffic:
     )  # fmt: skip
 
 
-def traffic(problem: Problem, arch: str | Arch = "sm_90", needs: Needs | None = None) -> tuple[Traffic, Traffic]:
+def traffic(problem: Problem, arch: str | Arch = "sm_90", needs: PairNeeds | None = None) -> tuple[Traffic, Traffic]:
     """Forward and backward of one call, by the schedules that ``select`` chooses for it.
 
     Args:
@@ -67,12 +67,12 @@ def traffic(problem: Problem, arch: str | Arch = "sm_90", needs: Needs | None = 
     def empty(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    operands = LoRAOperands(
+    operands = Pair(
         DenseWeight(empty(p.N, p.K)), empty(p.R, p.K, dtype=p.adapter_dtype), empty(p.N, p.R, dtype=p.adapter_dtype),
         empty(p.N) if p.bias else None, empty(p.N, dtype=p.adapter_dtype) if p.lora_bias else None, 1.0, None,
         0.05 if p.dropout else 0.0, empty(2, dtype=torch.int64) if p.dropout else None, p.precision,
     )  # fmt: skip
-    needs = needs or Needs(True, True, True, p.bias, p.lora_bias)
+    needs = needs or PairNeeds(True, True, True, p.bias, p.lora_bias)
     x, dy = empty(p.M, p.K), empty(p.M, p.N)
     forward = produce(operands, x, False, chip)
     return count(forward.steps), count(backward(operands, dy, x, forward.T, needs, chip).all)

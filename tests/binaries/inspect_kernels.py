@@ -29,8 +29,7 @@ from peftkern.backends.triton import launch, select
 from peftkern.backends.triton.arch import ARCHES, Arch
 from peftkern.backends.triton.bank_tiles import bank_grad_tile, bank_tile
 from peftkern.backends.triton.tiles import LIBRARY, SPLIT, Choice, grad_tile, shrink_tile
-from peftkern.ops.bank_problem import BankOperands, Segment
-from peftkern.ops.problem import LoRAOperands
+from peftkern.call import Base, Call, Pair, Rows, Span, Update
 from peftkern.weights import DenseWeight, FrozenWeight, split_format
 
 TARGETS = {
@@ -87,9 +86,7 @@ def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
     A, B = empty(v.R, v.K, dtype=v.adapter_dtype), empty(v.N, v.R, dtype=v.adapter_dtype)
     bias, lora_bias = (empty(v.N), empty(v.N, dtype=v.adapter_dtype)) if v.bias else (None, None)
     rng_state = empty(2, dtype=torch.int64) if v.dropout else None
-    operands = LoRAOperands(
-        weight, A, B, bias, lora_bias, 2.0, None, 0.05 if v.dropout else 0.0, rng_state, v.precision
-    )
+    operands = Pair(weight, A, B, bias, lora_bias, 2.0, None, 0.05 if v.dropout else 0.0, rng_state, v.precision)
     direction = launch.Direction(operands, v.backward, v.dtype)
     P, Q, R = direction.extents
     X, T = empty(v.M, Q), empty(v.M, R, dtype=torch.float32)
@@ -111,9 +108,9 @@ def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
         if v.body == "quantise":
             return made, "{BLOCK_M}x{BLOCK_Q}".format(**made.arguments)
     if v.body in ("bank", "bank_grad"):
-        segments = [Segment(A, B, 2.0, operands.dropout_p, 0, 0, e * v.M, v.M) for e in range(2)]
-        inside = empty(2 * v.M, dtype=torch.bool)
-        bank = BankOperands(empty(v.N, v.K), bias, segments, empty(2 * v.M, dtype=torch.int64), v.precision, inside)
+        p, rows_of_all = operands.dropout_p, Rows(empty(2 * v.M, dtype=torch.int64), empty(2 * v.M, dtype=torch.bool))
+        updates = tuple(Update(A, B, None, None, None, 2.0, p, 0, Span(e * v.M, v.M, 0, 0)) for e in range(2))
+        bank = Call((Base(DenseWeight(empty(v.N, v.K)), bias),), updates, v.precision, "", rows_of_all)
         T = empty(bank.thin_size, dtype=torch.float32)
         if v.body == "bank_grad":
             made, *_ = launch.bank_grad(bank, empty(v.M, v.K), T, empty(v.M, v.N), T, range(2), arch)

@@ -23,7 +23,7 @@ from peftkern.backends.triton.tiles import (
     pressure,
     supports,
 )
-from peftkern.ops.problem import Problem
+from peftkern.call import Problem
 
 _PACKED: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("nf4", ()), ("int4", ()), ("fp8", ()), ("nf4", (("double_quant", False),)), ("fp8", (("scaling", "block"),)),

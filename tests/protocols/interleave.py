@@ -6,7 +6,7 @@ reset themselves.
     with interleaved(seed=3, weak_memory=True, max_resident=2) as log:
         kernel[(tiles,)](...)
 
-Needs TRITON_INTERPRET=1. What is known of the interpreter's internals is all in this file.
+PairNeeds TRITON_INTERPRET=1. What is known of the interpreter's internals is all in this file.
 """
 
 from __future__ import annotations

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from peftkern import _env, dropout
 from peftkern.backends.base import Backend, Plan, bias_gradients, rounding
-from peftkern.backends.cpp import bank, call, prepack
+from peftkern.backends.cpp import call, prepack, rows
 from peftkern.backends.cpp.call import DECODE_ROWS, DTYPES, address, read_weight, unit_stride
 from peftkern.backends.cpp.extension import extension
-from peftkern.ops.bank_problem import BankBackward, BankGradients, BankOperands
-from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
+from peftkern.call import Call, Gradients, Needs, Pair, PairGradients, PairNeeds, Problem
 from peftkern.weights import FrozenWeight
 
 
@@ -62,79 +61,67 @@ class CppBackend(Backend):
     def held_bytes(self) -> int:
         return prepack.held_bytes()
 
-    def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
-        x, bias = unit_stride(x), operands.bias
-        if call.one_pass(x.dtype, x.shape[0], operands.weight.format):
-            y = x.new_empty(x.shape[0], operands.weight.shape[0])
-            return y, self._forward(operands, x, y, True, None if bias is None else bias.contiguous())
-        if operands.weight.base_compute is not None:
-            y = self.product(operands.weight, x, False)
-            y = y if bias is None else y.add_(bias)
-        else:
-            y = torch.nn.functional.linear(x, operands.weight.materialize(x.dtype), bias)
-        return y, self._forward(operands, x, y, False)
-
-    def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
-        return self._forward(operands, unit_stride(x), y, False)
-
-    def forward_shared(self, members: Sequence[LoRAOperands], x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        fused = any(call.one_pass(x.dtype, x.shape[0], operands.weight.format) for operands in members)
-        if fused or len({operands.lora_A.dtype for operands in members}) > 1:
-            return super().forward_shared(members, x)
+    def forward(self, call: Call, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        if call.rows is not None:
+            return rows.forward(self, call, x)
+        if len(call.bases) == 1 or not _thin_products_together(call, x):
+            return super().forward(call, x)
         x = unit_stride(x)
-        ys = [torch.nn.functional.linear(x, one.weight.materialize(x.dtype), one.bias) for one in members]
-        calls = [_forward_call(operands, x, y, False) for operands, y in zip(members, ys, strict=True)]
-        extension()[0].forward_shared([one for one, _, _ in calls])
-        return [(y, s) for y, (_, s, _) in zip(ys, calls, strict=True)]
-
-    def _forward(self, operands: LoRAOperands, x: Tensor, y: Tensor, whole: bool, bias: Tensor | None = None) -> Tensor:
-        """s, and y: written in one pass (``whole``), or accumulated into."""
-        forward, s, _held = _forward_call(operands, x, y, whole, bias)
-        extension()[0].forward(forward)
-        return s
+        ys = [torch.nn.functional.linear(x, weight.materialize(x.dtype), bias) for weight, bias in call.bases]
+        made = [_forward_call(call.pair(i), x, y, False) for i, y in enumerate(ys)]
+        extension()[0].forward_shared([one for one, _, _ in made])
+        return ys, [s for _, s, _ in made]
 
     def backward(
-        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
+        self, call: Call, dys: Sequence[Tensor], x: Tensor | None, thin: Sequence[Tensor | None], needs: Needs
     ) -> Gradients:
-        dx = None
-        whole = call.one_pass(dy.dtype, dy.shape[0], operands.weight.format, False)
-        if needs.x:
-            dy = unit_stride(dy)
+        if call.rows is not None:
+            return rows.backward(self, call, dys[0], x, thin[0], needs)
+        return super().backward(call, dys, x, thin, needs)
+
+    def pair(self, pair: Pair, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, bias, whole = unit_stride(x), None, False
+        if y is None:
+            whole, bias = call.one_pass(x.dtype, x.shape[0], pair.weight.format), pair.bias
             if whole:
-                dx = dy.new_empty(dy.shape[0], operands.weight.shape[1])
+                y, bias = x.new_empty(x.shape[0], pair.weight.shape[0]), None if bias is None else bias.contiguous()
+            elif pair.weight.base_compute is not None:
+                y = self.product(pair.weight, x, False)
+                y = y if bias is None else y.add_(bias)
             else:
-                dx = self.product(operands.weight, dy, True)
-        return self._backward(operands, dy, x, s, dx, needs, whole)
+                y = torch.nn.functional.linear(x, pair.weight.materialize(x.dtype), bias)
+        forward, s, _held = _forward_call(pair, x, y, whole, bias)
+        extension()[0].forward(forward)
+        return y, s
 
-    def backward_onto(
-        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor, needs: Needs
-    ) -> Gradients:
-        if not call.one_pass(dy.dtype, dy.shape[0], operands.weight.format, False):
-            return super().backward_onto(operands, dy, x, s, dx, needs)
-        return self._backward(operands, dy, x, s, dx, needs, True, onto=True)
-
-    def accumulate_backward(
-        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
-    ) -> Gradients:
-        return self._backward(operands, dy, x, s, dx, needs, False)
-
-    def _backward(self, operands, dy, x, s, dx, needs: Needs, whole: bool, onto: bool = False) -> Gradients:
-        """The gradients; in one pass (``whole``) dx is written, or added to where ``onto``, else accumulated into."""
+    def pair_backward(
+        self, pair: Pair, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: PairNeeds,
+        whole: bool = True,
+    ) -> PairGradients:  # fmt: skip
+        onto = dx is not None
+        one_pass = whole and call.one_pass(dy.dtype, dy.shape[0], pair.weight.format, False)
+        if needs.x and whole:
+            dy = unit_stride(dy)
+            if dx is None:
+                made = dy.new_empty(dy.shape[0], pair.weight.shape[1]) if one_pass else None
+                dx = self.product(pair.weight, dy, True) if made is None else made
+            elif not one_pass:
+                dx = self._product_onto(dx, pair.weight, dy)
         dA = dB = None
         if needs.x or needs.lora_A or needs.lora_B:
             dy = unit_stride(dy)
-            A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
+            A, B = pair.lora_A.contiguous(), pair.lora_B.contiguous()
             dA = torch.empty_like(A) if needs.lora_A else None
             dB = torch.empty_like(B) if needs.lora_B else None
             x = unit_stride(x) if x is not None else None
             s = s.contiguous() if s is not None else None
-            problem = call.problem(operands, dy, whole)
-            _held = read_weight(problem, operands.weight, dy, False) if whole and needs.x else None
+            problem = call.problem(pair, dy, one_pass)
+            _held = read_weight(problem, pair.weight, dy, False) if one_pass and needs.x else None
             extension()[0].backward(
                 problem, dy.data_ptr(), dy.stride(0), address(x), 0 if x is None else x.stride(0), address(s),
-                A.data_ptr(), B.data_ptr(), address(dx), onto, address(dA), address(dB),
+                A.data_ptr(), B.data_ptr(), address(dx), onto and one_pass, address(dA), address(dB),
             )  # fmt: skip
-        return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
+        return PairGradients(dx, dA, dB, *bias_gradients(pair, dy, needs))
 
     def product(self, weight: FrozenWeight, rows: Tensor, backward: bool) -> Tensor:
         if weight.base_compute is not None:
@@ -164,22 +151,24 @@ class CppBackend(Backend):
         )  # fmt: skip
         return kept
 
-    def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
-        return bank.forward(operands, x)
 
-    def bank_backward(self, operands: BankOperands, given: BankBackward) -> BankGradients:
-        return bank.backward(operands, given)
+def _thin_products_together(members: Call, x: Tensor) -> bool:
+    """Whether layers on one x, of one update each, have their thin products in one pass over it behind torch's."""
+    fused = any(call.one_pass(x.dtype, x.shape[0], weight.format) for weight, _ in members.bases)
+    rounded = any(weight.base_compute is not None for weight, _ in members.bases)
+    each = [update.base for update in members.updates] == list(range(len(members.bases)))
+    return each and not fused and not rounded and len({update.lora_A.dtype for update in members.updates}) == 1
 
 
 def _forward_call(
-    operands: LoRAOperands, x: Tensor, y: Tensor, whole: bool, bias: Tensor | None = None
+    pair: Pair, x: Tensor, y: Tensor, whole: bool, bias: Tensor | None = None
 ) -> tuple[Any, Tensor, tuple[Any, ...]]:
     """The extension's view of one forward, its s, and what has to live until it has run."""
-    s = x.new_empty(x.shape[0], operands.lora_A.shape[0], dtype=torch.float32)
-    A, B = operands.lora_A.contiguous(), operands.lora_B.contiguous()
-    lora_bias = None if operands.lora_bias is None else operands.lora_bias.contiguous()
-    problem = call.problem(operands, x, whole)
-    held = read_weight(problem, operands.weight, x, True) if whole else None
+    s = x.new_empty(x.shape[0], pair.lora_A.shape[0], dtype=torch.float32)
+    A, B = pair.lora_A.contiguous(), pair.lora_B.contiguous()
+    lora_bias = None if pair.lora_bias is None else pair.lora_bias.contiguous()
+    problem = call.problem(pair, x, whole)
+    held = read_weight(problem, pair.weight, x, True) if whole else None
     made = extension()[0].Forward(
         problem, x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(), address(lora_bias), address(bias),
         s.data_ptr(), y.data_ptr(),

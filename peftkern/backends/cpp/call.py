@@ -10,7 +10,7 @@ from torch import Tensor
 from peftkern import dropout
 from peftkern.backends.cpp import packed, prepack
 from peftkern.backends.cpp.extension import extension
-from peftkern.ops.problem import LoRAOperands
+from peftkern.call import Pair
 from peftkern.weights import FrozenWeight, split_format
 
 DECODE_ROWS = 16  # decode.h, kDecodeRows
@@ -33,15 +33,15 @@ def one_pass(dtype: torch.dtype, M: int, weight_format: str = "dense", forward: 
     return extension()[0].instruction_set() == "avx2" or (weight_format != "dense" and M <= DECODE_ROWS)
 
 
-def problem(operands: LoRAOperands, rows: Tensor, whole: bool) -> Any:
+def problem(pair: Pair, rows: Tensor, whole: bool) -> Any:
     """A Problem of problem.h for one adapter and the rows of x or dy; ``whole``: in one pass."""
-    scaling = operands.scaling
-    if operands.scaling_tensor is not None:
-        scaling *= float(operands.scaling_tensor)
-    (N, K), R = operands.weight.shape, operands.lora_A.shape[0]
+    scaling = pair.scaling
+    if pair.scaling_tensor is not None:
+        scaling *= float(pair.scaling_tensor)
+    (N, K), R = pair.weight.shape, pair.lora_A.shape[0]
     return extension()[0].Problem(
-        rows.shape[0], K, N, R, DTYPES[rows.dtype], DTYPES[operands.lora_A.dtype], _rounds(operands.precision, rows),
-        scaling, dropout.threshold(operands.dropout_p), address(operands.rng_state), torch.get_num_threads(), whole,
+        rows.shape[0], K, N, R, DTYPES[rows.dtype], DTYPES[pair.lora_A.dtype], _rounds(pair.precision, rows),
+        scaling, dropout.threshold(pair.dropout_p), address(pair.rng_state), torch.get_num_threads(), whole,
     )  # fmt: skip
 
 

@@ -13,22 +13,21 @@ import torch
 from torch import Tensor
 
 from peftkern import dropout
-from peftkern.backends.base import Backend, Plan, bias_gradients, only, rounding, scaled
-from peftkern.ops.bank_problem import BankOperands
-from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
+from peftkern.backends.base import Backend, Plan, bias_gradients, rounding, scaled
+from peftkern.call import Base, Pair, PairGradients, PairNeeds, Problem
 
 
-def _thin_dtype(operands: LoRAOperands, dtype: torch.dtype) -> torch.dtype:
+def _thin_dtype(pair: Pair, dtype: torch.dtype) -> torch.dtype:
     """The dtype the thin products run in."""
-    wide = operands.precision == "fp32" or dtype == torch.float16  # s and t may be beyond fp16's range
+    wide = pair.precision == "fp32" or dtype == torch.float16  # s and t may be beyond fp16's range
     return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 
-def _factor(operands: LoRAOperands, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _factor(pair: Pair, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """A or B in the thin dtype; under "base" rounded to the compute dtype first."""
-    if operands.precision == "base" and factor.dtype != dtype:
+    if pair.precision == "base" and factor.dtype != dtype:
         factor = _half(factor) if dtype == torch.float16 else factor.to(dtype)
-    return factor.to(_thin_dtype(operands, dtype))
+    return factor.to(_thin_dtype(pair, dtype))
 
 
 def _half(factor: Tensor) -> Tensor:
@@ -37,10 +36,10 @@ def _half(factor: Tensor) -> Tensor:
     return torch.ldexp(part.half().float(), exponent)
 
 
-def _keep(operands: LoRAOperands, M: int) -> Tensor | None:
-    if operands.rng_state is None:
+def _keep(pair: Pair, M: int) -> Tensor | None:
+    if pair.rng_state is None:
         return None
-    return dropout.keep_mask(M, operands.lora_A.shape[1], operands.dropout_p, operands.rng_state)
+    return dropout.keep_mask(M, pair.lora_A.shape[1], pair.dropout_p, pair.rng_state)
 
 
 def _apply_keep(value: Tensor, keep: Tensor | None, p: float) -> Tensor:
@@ -50,45 +49,45 @@ def _apply_keep(value: Tensor, keep: Tensor | None, p: float) -> Tensor:
     return torch.where(keep, value, value.new_zeros(())).mul_(dropout.scale(p))
 
 
-def _accumulate(target: Tensor, operands: LoRAOperands, left: Tensor, right: Tensor) -> None:
+def _accumulate(target: Tensor, pair: Pair, left: Tensor, right: Tensor) -> None:
     """target += c (left @ right), without a temporary where target has the thin dtype and c is a number."""
     # BLAS skips the product where alpha is 0, but 0 * Inf is NaN
-    if operands.scaling_tensor is None and target.dtype == left.dtype and operands.scaling != 0:
-        target.addmm_(left, right, alpha=operands.scaling)
+    if pair.scaling_tensor is None and target.dtype == left.dtype and pair.scaling != 0:
+        target.addmm_(left, right, alpha=pair.scaling)
     else:
-        target.add_(scaled(left @ right, operands))
+        target.add_(scaled(left @ right, pair))
 
 
-def add_update(operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
+def add_update(pair: Pair, x: Tensor, y: Tensor) -> Tensor:
     """y += c s B^T in place; returns s = D(x) A^T in fp32 (fp64 for fp64)."""
-    thin = _thin_dtype(operands, x.dtype)
-    dropped = _apply_keep(x, _keep(operands, x.shape[0]), operands.dropout_p)
-    s = dropped.to(thin) @ _factor(operands, operands.lora_A, x.dtype).T
-    _accumulate(y, operands, s, _factor(operands, operands.lora_B, x.dtype).T)
+    thin = _thin_dtype(pair, x.dtype)
+    dropped = _apply_keep(x, _keep(pair, x.shape[0]), pair.dropout_p)
+    s = dropped.to(thin) @ _factor(pair, pair.lora_A, x.dtype).T
+    _accumulate(y, pair, s, _factor(pair, pair.lora_B, x.dtype).T)
     return s.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def add_update_backward(
-    operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None
+    pair: Pair, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx += c D(t A) in place where there is one; dA where there is x and dB where there is s."""
-    A, B = _factor(operands, operands.lora_A, dy.dtype), _factor(operands, operands.lora_B, dy.dtype)
+    A, B = _factor(pair, pair.lora_A, dy.dtype), _factor(pair, pair.lora_B, dy.dtype)
     need_t = dx is not None or x is not None
-    thin = _thin_dtype(operands, dy.dtype)
-    keep = _keep(operands, dy.shape[0]) if need_t else None
+    thin = _thin_dtype(pair, dy.dtype)
+    keep = _keep(pair, dy.shape[0]) if need_t else None
     thin_dy = dy.to(thin) if need_t or s is not None else dy
     t = thin_dy @ B if need_t else thin_dy
     dA = dB = None
     if dx is not None:
         if keep is None:
-            _accumulate(dx, operands, t, A)
+            _accumulate(dx, pair, t, A)
         else:
-            dx.add_(scaled(_apply_keep(t @ A, keep, operands.dropout_p), operands))
+            dx.add_(scaled(_apply_keep(t @ A, keep, pair.dropout_p), pair))
     if x is not None:
-        dropped = _apply_keep(x, keep, operands.dropout_p).to(thin)
-        dA = scaled(t.T @ dropped, operands).to(operands.lora_A.dtype)
+        dropped = _apply_keep(x, keep, pair.dropout_p).to(thin)
+        dA = scaled(t.T @ dropped, pair).to(pair.lora_A.dtype)
     if s is not None:
-        dB = scaled(thin_dy.T @ s.to(thin), operands).to(operands.lora_B.dtype)
+        dB = scaled(thin_dy.T @ s.to(thin), pair).to(pair.lora_B.dtype)
     return dA, dB
 
 
@@ -106,39 +105,19 @@ class ReferenceBackend(Backend):
     def plan(self, problem: Problem) -> Plan:
         return Plan("library", f"vendor GEMM{rounding(problem)}")
 
-    def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
-        rows, weight = operands.weight.factors(x, False)
-        bias = None if operands.bias is None else operands.bias.to(rows.dtype)
-        y = torch.nn.functional.linear(rows, weight.materialize(rows.dtype), bias).to(x.dtype)
-        return y, self.accumulate(operands, x, y)
+    def pair(self, pair: Pair, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if y is None:
+            y = self._alone(Base(pair.weight, pair.bias), x)
+        s = add_update(pair, x, y)
+        if pair.lora_bias is not None:
+            y += scaled(pair.lora_bias.clone(), pair)
+        return y, s
 
-    def backward(
-        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
-    ) -> Gradients:
-        dx = self.product(operands.weight, dy, True) if needs.x else None
-        return self.accumulate_backward(operands, dy, x, s, dx, needs)
-
-    def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
-        s = add_update(operands, x, y)
-        if operands.lora_bias is not None:
-            y += scaled(operands.lora_bias.clone(), operands)
-        return s
-
-    def accumulate_backward(
-        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
-    ) -> Gradients:
-        dA, dB = add_update_backward(operands, dy, x if needs.lora_A else None, s if needs.lora_B else None, dx)
-        return Gradients(dx, dA, dB, *bias_gradients(operands, dy, needs))
-
-    def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = torch.nn.functional.linear(x, operands.weight, operands.bias)
-        parts = []
-        for segment in operands.segments:
-            if not segment.length:
-                continue
-            rows, inside = operands.rows_of(segment), operands.inside_of(segment)
-            own = y[rows]
-            parts.append(add_update(operands.alone(segment), only(x[rows], inside), own).flatten())
-            y[rows] = own if inside is None else torch.where(inside, own, y[rows])
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return y, torch.cat(parts) if parts else x.new_empty(0, dtype=wide)
+    def pair_backward(
+        self, pair: Pair, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: PairNeeds,
+        whole: bool = True,
+    ) -> PairGradients:  # fmt: skip
+        if needs.x and whole:
+            dx = self.product(pair.weight, dy, True) if dx is None else self._product_onto(dx, pair.weight, dy)
+        dA, dB = add_update_backward(pair, dy, x, s, dx)
+        return PairGradients(dx, dA, dB, *bias_gradients(pair, dy, needs))

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.backends.base import Backend, Plan
+from peftkern.backends.base import Backend, Plan, add_lora_bias, fill_rows
 from peftkern.backends.triton import codes, select, tiles
 from peftkern.backends.triton.arch import Arch, arch_of
 from peftkern.backends.triton.bank_tiles import bank_tile
-from peftkern.ops.bank_problem import BankBackward, BankGradients, BankOperands
-from peftkern.ops.problem import Gradients, LoRAOperands, Needs, Problem
+from peftkern.call import Call, Gradients, Needs, Pair, PairGradients, PairNeeds, Problem
 
 _OLDEST = (3, 6)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +75,8 @@ class TritonBackend(Backend):
             return f"the kernels compute in float32, bfloat16 or float16, not {problem.dtype}"
         if problem.adapter_dtype not in (torch.float32, problem.dtype):
             return f"adapters are {problem.dtype} or float32, not {problem.adapter_dtype}"
+        if problem.several_adapters and problem.base_compute is not None:
+            return f"rows with adapters of their own are multiplied as they are, not rounded to {problem.base_compute}"
         if problem.R == 0 and not problem.several_adapters:
             return "r = 0 has no low-rank pair"
         if problem.R > tiles.MAX_R:
@@ -106,34 +107,24 @@ class TritonBackend(Backend):
         coded = ", x rounded to e4m3 by a launch before, on FP8 tensor cores" if problem.base_compute else ""
         return Plan(choice.schedule, f"{choice.tile}{decoded}{coded}", tiles.refusals(launch, arch))
 
-    def forward(self, operands: LoRAOperands, x: Tensor) -> tuple[Tensor, Tensor]:
+    def pair(self, pair: Pair, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         from peftkern.backends.triton import schedule
 
         with _on(x.device):
-            produced = schedule.produce(operands, x, backward=False, arch=arch_of(x.device))
+            produced = schedule.produce(pair, x, backward=False, arch=arch_of(x.device), onto=y)
             _run(produced.steps)
         return produced.Z, produced.T
 
-    def accumulate(self, operands: LoRAOperands, x: Tensor, y: Tensor) -> Tensor:
+    def pair_backward(
+        self, pair: Pair, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: PairNeeds,
+        whole: bool = True,
+    ) -> PairGradients:  # fmt: skip
         from peftkern.backends.triton import schedule
 
-        with _on(x.device):
-            produced = schedule.produce(operands, x, backward=False, arch=arch_of(x.device), onto=y)
-            _run(produced.steps)
-        return produced.T
-
-    def backward(
-        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
-    ) -> Gradients:
-        return self.accumulate_backward(operands, dy, x, s, None, needs)
-
-    def accumulate_backward(
-        self, operands: LoRAOperands, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: Needs
-    ) -> Gradients:
-        from peftkern.backends.triton import schedule
-
+        if whole and dx is not None:
+            dx = self._product_onto(dx, pair.weight, dy)
         with _on(dy.device):
-            plan = schedule.backward(operands, dy, x, s, needs, arch_of(dy.device), onto=dx)
+            plan = schedule.backward(pair, dy, x, s, needs, arch_of(dy.device), onto=dx)
             _run(plan.before)
             if plan.beside and dy.is_cuda:
                 _run_beside(plan, dy.device)
@@ -142,21 +133,23 @@ class TritonBackend(Backend):
             _run(plan.after)
         return plan.gradients
 
-    def bank_forward(self, operands: BankOperands, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward_rows(self, call: Call, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         from peftkern.backends.triton import bank_schedule
 
         with _on(x.device):
-            produced = bank_schedule.produce(operands, x, backward=False, arch=arch_of(x.device))
+            produced = bank_schedule.produce(call, x, backward=False, arch=arch_of(x.device))
             _run(produced.steps)
         assert produced.Z is not None
-        return produced.Z, produced.T
+        add_lora_bias(call, produced.Z)
+        return [produced.Z], [produced.T]
 
-    def bank_backward(self, operands: BankOperands, given: BankBackward) -> BankGradients:
+    def _backward_rows(self, call: Call, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs) -> Gradients:
         from peftkern.backends.triton import bank_schedule
 
-        with _on(given.dy.device):
-            plan = bank_schedule.backward(operands, given, arch_of(given.dy.device))
+        with _on(dy.device):
+            plan = bank_schedule.backward(call, dy, x, s, needs, arch_of(dy.device))
             _run(plan.steps)
+        fill_rows(call, dy, needs, plan.gradients)
         return plan.gradients
 
     def kept(self, x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from peftkern.backends.triton.arch import Arch
 from peftkern.backends.triton.tiles import COUNTERS, Pass, ThinConfig, TileConfig, grad_tile, padded
-from peftkern.ops.problem import Problem
+from peftkern.call import Problem
 
 _Three = tuple[TileConfig, TileConfig, TileConfig]  # decode, a few sequences, prefill
 

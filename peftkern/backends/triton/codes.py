@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftkern.backends.triton.arch import Arch
-from peftkern.ops.problem import Problem
+from peftkern.call import Problem
 
 TWO_READS = "its programs read the same rows for both products, and e4m3 ones are for the frozen one alone"
 _LARGEST_STEP = 128  # a block's: what is contracted between two looks at the scales

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftkern.backends.triton.arch import Arch
-from peftkern.ops.problem import Problem
+from peftkern.call import Problem
 
 FORMATS = ("int4", "nf4", "fp4", "fp8")
 _ANY, _NO = 99, -1

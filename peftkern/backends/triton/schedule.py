@@ -21,7 +21,7 @@ from peftkern.backends.triton import launch, select, tiles
 from peftkern.backends.triton.arch import Arch
 from peftkern.backends.triton.launch import Direction, Gradient, Launch, VendorProduct
 from peftkern.backends.triton.tiles import LIBRARY, SPLIT
-from peftkern.ops.problem import Gradients, LoRAOperands, Needs
+from peftkern.call import Pair, PairGradients, PairNeeds
 
 Step = Launch | VendorProduct
 
@@ -47,7 +47,7 @@ class Produced:
 class Backward:
     """Steps in order; ``beside`` may run while ``steps`` does, between ``before`` and ``after``."""
 
-    gradients: Gradients
+    gradients: PairGradients
     before: list[Step] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     beside: list[Step] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Backward:
 
 
 def produce(
-    operands: LoRAOperands, X: Tensor, backward: bool, arch: Arch, forked: bool = False, onto: Tensor | None = None
+    operands: Pair, X: Tensor, backward: bool, arch: Arch, forked: bool = False, onto: Tensor | None = None
 ) -> Produced:
     """The steps of one direction, by the schedule that is selected for it. ``forked``: others start after ``first``.
 
@@ -74,7 +74,8 @@ def produce(
     first: list[Step] = []
     rest: list[Step] = []
     if onto is None and tiles.decodes(key.problem.weight_format, choice):
-        decoding, operands = launch.decode(operands, X.dtype)
+        decoding, dense = launch.decode(operands.weight, X.dtype)
+        operands = operands._replace(weight=dense)
         first.append(decoding)
     direction = Direction(operands, backward, X.dtype)
     P, _, R = direction.extents
@@ -94,11 +95,11 @@ def produce(
 
 
 def backward(
-    operands: LoRAOperands,
+    operands: Pair,
     dy: Tensor,
     x: Tensor | None,
     s: Tensor | None,
-    needs: Needs,
+    needs: PairNeeds,
     arch: Arch,
     onto: Tensor | None = None,
 ) -> Backward:
@@ -115,7 +116,7 @@ def backward(
     overlapped = bool(wide) and large and _env.settings().overlap
     produced = produce(operands, dy, True, arch, overlapped, onto)
     if not wide:
-        return Backward(Gradients(produced.Z, None, None, None, None), steps=produced.steps)
+        return Backward(PairGradients(produced.Z, None, None, None, None), steps=produced.steps)
     direction = Direction(operands, True, dy.dtype)
     t = produced.T
     if not overlapped or produced.first or side_x is None or side_dy is None:
@@ -132,7 +133,7 @@ def backward(
 
 
 def _without_dx(
-    operands: LoRAOperands, dy: Tensor, x: Tensor | None, thin: Tensor | None, needs: Needs, arch: Arch
+    operands: Pair, dy: Tensor, x: Tensor | None, thin: Tensor | None, needs: PairNeeds, arch: Arch
 ) -> Backward:
     """The parameters alone: t and dB from one read of dy where one launch can do both."""
     direction = Direction(operands, True, dy.dtype)
@@ -153,19 +154,19 @@ def _without_dx(
         rest, found = launch.grad(direction, x, t, side_dy, thin, sums, arch)
         steps.append(rest)
     if not steps:
-        return Backward(Gradients(None, None, None, None, None))
+        return Backward(PairGradients(None, None, None, None, None))
     last, made = _reduced(direction, Gradient(found.x, of_dy or found.dy), needs)
     return Backward(made, steps=[*steps, last])
 
 
-def _reduced(direction: Direction, found: Gradient, needs: Needs) -> tuple[Launch, Gradients]:
+def _reduced(direction: Direction, found: Gradient, needs: PairNeeds) -> tuple[Launch, PairGradients]:
     """The second stage, and the fresh gradients that it writes; dx is not among them."""
     operands = direction.operands
 
     def fresh(needed: bool, like: Tensor | None) -> Tensor | None:
         return torch.empty_like(like, memory_format=torch.contiguous_format) if needed and like is not None else None
 
-    made = Gradients(
+    made = PairGradients(
         None, fresh(needs.lora_A, operands.lora_A), fresh(needs.lora_B, operands.lora_B),
         fresh(needs.bias, operands.bias), fresh(needs.lora_bias, operands.lora_bias),
     )  # fmt: skip

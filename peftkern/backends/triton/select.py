@@ -15,7 +15,7 @@ from peftkern.backends.triton import tables, tiles
 from peftkern.backends.triton.arch import Arch
 from peftkern.backends.triton.estimate import estimate
 from peftkern.backends.triton.tiles import Choice, Pass
-from peftkern.ops.problem import Problem
+from peftkern.call import Problem
 
 # Under the batch-invariant mode every M is run as this one would be, so that a row's result has no neighbours.
 _INVARIANT_M = 256

@@ -9,7 +9,7 @@ import torch
 from peftkern._env import SCHEDULES
 from peftkern.backends.triton import codes, packed
 from peftkern.backends.triton.arch import Arch
-from peftkern.ops.problem import Problem
+from peftkern.call import Problem
 
 MAX_R = 512
 ONE_PASS_R = 64  # the largest rank whose T is accumulated beside Z

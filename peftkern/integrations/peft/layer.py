@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from peftkern import dropout
-from peftkern.functional import apply, apply_adapters, apply_dora, autocast, lora_linear, split_scaling
-from peftkern.integrations.peft import quantised, tally
+from peftkern.call import Base, Call, Update
+from peftkern.functional import autocast, run, run_dora, run_in, split_scaling
+from peftkern.integrations import quantised
+from peftkern.integrations.peft import tally
 from peftkern.integrations.peft.mixed_batch import mixed_batch
 from peftkern.integrations.peft.parts import Adapter, Parts, plain_parts, why_not_input
-from peftkern.ops import dispatch
-from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight, FrozenWeight
 
 _disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("peftkern_disabled", default=False)
@@ -64,12 +64,7 @@ class PeftkernLoraLinear(lora.Linear):
             tally.fell_back(self, reason, of_input=True)
             return self.peft.forward(self, x)
         tally.fused(self)
-        adapters = parts.adapters
-        if len(adapters) > 1:
-            return _several(x, parts)
-        if adapters[0].magnitude is not None:
-            return _dora(x, parts, adapters[0].magnitude)
-        return _one(x, parts)
+        return fused(x, parts)
 
     def _get_name(self) -> str:
         return "Linear"  # print(model) looks as PEFT's does
@@ -90,45 +85,37 @@ def _unusual(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
     return y
 
 
-def _one(x: Tensor, parts: Parts) -> Tensor:
-    """One vanilla adapter."""
-    weight, bias, (adapter,), _, _ = parts
+def fused(x: Tensor, parts: Parts) -> Tensor:
+    """y of a layer that the predicate has let through."""
+    weight, bias, adapters = parts.weight, parts.bias, parts.adapters
     if isinstance(weight, FrozenWeight):
         return _over_quantised(x, weight, parts)
-    if dispatch.autocasting(x.device.type):
-        A, B, lora_bias, p, scaling, _ = adapter
-        return lora_linear(x, weight, A, B, scaling, bias=bias, lora_bias=lora_bias, dropout_p=p)
-    return apply(x, operands_of(x, DenseWeight(weight), bias, adapter))
+    x, frozen, bias = autocast(x, DenseWeight(weight), bias)
+    call = Call((Base(frozen, bias),), updates_of(x, adapters))
+    magnitude = adapters[0].magnitude
+    return run(x, call)[0] if magnitude is None else run_dora(x, call, magnitude)
 
 
 def _over_quantised(x: Tensor, weight: FrozenWeight, parts: Parts) -> Tensor:
-    """One vanilla adapter beside a base that rounds x to a dtype of its own."""
-    (adapter,), bias = parts.adapters, parts.bias
-    dtype = quantised.dtype_of_products(x, parts.compute)
+    """Adapters beside a base that rounds x to a dtype of its own."""
+    bias, dtype = parts.bias, quantised.dtype_of_products(x, parts.compute)
     if parts.follows_autocast:
         x = x.to(dtype)
+    updates = updates_of(x, parts.adapters)
     if x.dtype == dtype:
-        return apply(x, operands_of(x, weight, None if bias is None else bias.to(dtype), adapter))
-    y = apply(x, operands_of(x, weight, None, adapter), compute=dtype)
+        return run(x, Call((Base(weight, None if bias is None else bias.to(dtype)),), updates))[0]
+    y = run_in(x, Call((Base(weight, None),), updates), dtype)
     return y if bias is None else y + bias.to(y.dtype)  # not rounded to the base's dtype, nor is its gradient
 
 
-def _several(x: Tensor, parts: Parts) -> Tensor:
-    """The sum of several adapters. PEFT casts x to each one's dtype in turn, which the dtype rule makes a widening."""
-    assert isinstance(parts.weight, Tensor)  # the predicate has seen to it
-    x, weight, bias = autocast(x, DenseWeight(parts.weight), parts.bias)
-    return apply_adapters(x, [operands_of(x, weight, bias, adapter) for adapter in parts.adapters])
+def updates_of(x: Tensor, adapters: Sequence[Adapter], base: int = 0) -> tuple[Update, ...]:
+    """The updates that adapters are, but for a magnitude; draws their RNG states.
 
-
-def operands_of(x: Tensor, weight: FrozenWeight, bias: Tensor | None, adapter: Adapter) -> LoRAOperands:
-    """The operands of an adapter, but for its magnitude, beside a base in x's dtype; draws its RNG state."""
-    A, B, lora_bias, p, scaling, _ = adapter
-    rng_state = dropout.draw_rng_state(x.device) if p else None
-    c, tensor = split_scaling(scaling, x)
-    return LoRAOperands(weight, A, B, bias, lora_bias, c, tensor, p, rng_state, "base")
-
-
-def _dora(x: Tensor, parts: Parts, magnitude: Tensor) -> Tensor:
-    assert isinstance(parts.weight, Tensor)  # the predicate has seen to it
-    x, weight, bias = autocast(x, DenseWeight(parts.weight), parts.bias)
-    return apply_dora(x, operands_of(x, weight, bias, parts.adapters[0]), magnitude)
+    PEFT casts x to each one's dtype in turn, which the dtype rule makes a widening.
+    """
+    updates = []
+    for A, B, lora_bias, p, scaling, _ in adapters:
+        rng_state = dropout.draw_rng_state(x.device) if p else None
+        c, tensor = split_scaling(scaling, x)
+        updates.append(Update(A, B, lora_bias, tensor, rng_state, c, p, base))
+    return tuple(updates)

@@ -16,10 +16,10 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from peftkern.functional import apply, lora_linear
+from peftkern.call import Base, Call, Update
+from peftkern.functional import lora_linear, run
 from peftkern.integrations.peft.parts import Adapter, Parts, why_not_input
 from peftkern.ops import dispatch
-from peftkern.ops.problem import LoRAOperands
 from peftkern.weights import DenseWeight
 
 
@@ -95,7 +95,7 @@ def _linear(input: Tensor, weight: LowRankStack, bias: Tensor | None = None) -> 
         return NotImplemented
     if autocasting or isinstance(c, Tensor):
         return lora_linear(input, W, A, B, c, bias=bias)
-    return apply(input, LoRAOperands(DenseWeight(W), A, B, bias, None, float(c), None, 0.0, None, "base"))
+    return run(input, Call((Base(DenseWeight(W), bias),), (Update(A, B, None, None, None, float(c), 0.0),)))[0]
 
 
 def _matmul(input: Tensor, other: LowRankStack, *, out: Tensor | None = None) -> Tensor:

@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.bank_autograd import BankSettings
+from peftkern.call import Rows, Span, Update
+from peftkern.integrations import quantised
 from peftkern.integrations.peft.parts import Adapter, plain_parts, why_not_input
-from peftkern.multi_lora import apply, draw_states
+from peftkern.multi_lora import draw_states, run_rows
 from peftkern.segments import Plan, plan_rows
+from peftkern.weights import DenseWeight, FrozenWeight
 
 BASE = "__base__"  # PEFT's name for no adapter
 
 
-class _Rows(NamedTuple):
+class _Routed(NamedTuple):
     """The rows of a batch by adapter: an id in ``plan`` is a position in ``names``."""
 
     names: tuple[str, ...]
@@ -24,7 +26,7 @@ class _Rows(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _rows(names: tuple[str, ...], tokens: int, device: torch.device, stream: int) -> _Rows:
+def _rows(names: tuple[str, ...], tokens: int, device: torch.device, stream: int) -> _Routed:
     """Worked out once a batch, by its first layer, and not again while the same names come with as many tokens.
 
     A stream has its own: on another they might not be there yet, or be in use when the cache drops them.
@@ -33,7 +35,7 @@ def _rows(names: tuple[str, ...], tokens: int, device: torch.device, stream: int
     numbers = {name: i for i, name in enumerate(used)} | {BASE: -1}
     with torch.inference_mode(False):  # the next batch may be one of training
         ids = torch.tensor([numbers[name] for name in names], dtype=torch.int64, device="cpu")
-        return _Rows(used, plan_rows(ids.repeat_interleave(tokens), device))
+        return _Routed(used, plan_rows(ids.repeat_interleave(tokens), device))
 
 
 def mixed_batch(layer: Any, x: Tensor, names: Any) -> Tensor | str:
@@ -53,21 +55,20 @@ def mixed_batch(layer: Any, x: Tensor, names: Any) -> Tensor | str:
     parts = plain_parts(layer, [used[span.id] for span in spans])
     if isinstance(parts, str):
         return parts
-    if not isinstance(parts.weight, Tensor):
-        return "a mixed batch on a quantised base"
     if not all(map(_is_plain, parts.adapters)):
-        return "a mixed batch with DoRA, lora_bias or a tensor as scaling"
+        return "a mixed batch with DoRA or a tensor as scaling"
     reason = why_not_input(parts, x)
     if reason is not None:
         return reason
-    p = [adapter.dropout_p for adapter in parts.adapters]
-    settings = BankSettings(
-        [adapter.scaling for adapter in parts.adapters], p,  # type: ignore[misc]  # numbers: see _is_plain
-        [number for state in draw_states(p) for number in state],
-        plan.rows, [span.start for span in spans], [span.length for span in spans], "base", "",
-    )  # fmt: skip
-    factors = [factor for adapter in parts.adapters for factor in adapter[:2]]
-    return apply(x, parts.weight, parts.bias, settings, factors)
+    updates = []
+    states = draw_states([adapter.dropout_p for adapter in parts.adapters])
+    for (A, B, lora_bias, p, scaling, _), (_, start, count), state in zip(parts.adapters, spans, states, strict=True):
+        assert isinstance(scaling, (int, float))  # see _is_plain
+        updates.append(Update(A, B, lora_bias, None, None, float(scaling), p, 0, Span(start, count, *state)))
+    rows = Rows(plan.rows, plan.inside)
+    if not isinstance(parts.weight, FrozenWeight):
+        return run_rows(x, DenseWeight(parts.weight), parts.bias, updates, rows)
+    return quantised.run_rows(x, parts.weight, parts.bias, parts.compute, updates, rows, parts.follows_autocast)
 
 
 def _stream(x: Tensor) -> int:
@@ -75,5 +76,5 @@ def _stream(x: Tensor) -> int:
 
 
 def _is_plain(adapter: Adapter) -> bool:
-    """Whether a bank can hold the adapter: two factors and a number."""
-    return adapter.magnitude is None and adapter.lora_bias is None and not isinstance(adapter.scaling, Tensor)
+    """Whether an adapter can have rows of its own: its scaling is a number, and it has no magnitude."""
+    return adapter.magnitude is None and not isinstance(adapter.scaling, Tensor)

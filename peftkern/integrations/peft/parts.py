@@ -15,7 +15,7 @@ from torch.nn.modules import module as nn_module
 
 from peftkern import dropout
 from peftkern.functional import looked_through
-from peftkern.integrations.peft import quantised
+from peftkern.integrations import quantised
 from peftkern.integrations.peft.tally import DISABLED, MERGED
 from peftkern.ops import dispatch
 from peftkern.weights import FrozenWeight
@@ -103,18 +103,17 @@ def plain_parts(layer: lora.Linear, mixed: Sequence[str] | None = None) -> Parts
             if isinstance(adapter, str):
                 return adapter if len(active) == 1 else f"adapter {name!r}: {adapter}"
             adapters.append(adapter)
+    follows = isinstance(weight, FrozenWeight) and quantised.follows_autocast(base)
     if mixed is not None:
-        return Parts(weight, bias, adapters, compute)
+        return Parts(weight, bias, adapters, compute, follows)
     if not adapters:
         names = ", ".join(map(repr, active))
         return f"the active adapter {names} is not on this layer" if active else "no adapter is active"
     if len(adapters) > 1 and any(adapter.magnitude is not None for adapter in adapters):
         return f"{len(adapters)} adapters are active, and one of them uses DoRA"
-    if not isinstance(weight, FrozenWeight):
-        return Parts(weight, bias, adapters, compute)
-    if len(adapters) > 1 or adapters[0].magnitude is not None:
-        return "several adapters, or DoRA, on a quantised base"
-    return Parts(weight, bias, adapters, compute, quantised.follows_autocast(base))
+    if isinstance(weight, FrozenWeight) and adapters[0].magnitude is not None:
+        return "DoRA on a quantised base"
+    return Parts(weight, bias, adapters, compute, follows)
 
 
 def _base_parts(base: Any) -> tuple[Tensor | FrozenWeight, Tensor | None, torch.dtype | None] | str:

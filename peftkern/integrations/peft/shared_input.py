@@ -1,67 +1,55 @@
-"""Layers that read the very same x one after the other (q, k and v; gate and up) run as one autograd node.
+"""Layers that read the very same x one after the other (q, k and v; gate and up) run as one call.
 
-They are found by tracing: layers that were called in turn with one tensor object form a group. From then on the first
-one's call computes all of them, and the others hand their result out when they are called with that object, unchanged,
-in the state in which it was computed. Whatever differs (another x, an adapter that is missing, disabled or merged, a
-changed factor, another grad mode, autocast or stream) runs the layer alone, as without a group.
+``patch(model, share=...)`` names them. The first one's call computes all of them, and the others hand their result out
+when they are called with that tensor object, unchanged, in the state in which it was computed. Whatever differs
+(another x, an adapter that is missing, disabled or merged, a changed factor, another grad mode, autocast or stream)
+runs the layer alone, as without a group.
 
-What is not handed out lies in one place per thread: the next call of any such layer with another x drops it, and so
-does the end of x. A group whose results are left over twice in a row is dissolved for good.
-
-Non-reentrant checkpointing compares what forward and recomputation save, so between the two a group may not begin or
-end: in backward nothing changes, and a group waits for the recomputation of forwards that ran without it.
+What is not handed out lies in one place per thread: the next call of a first layer drops it, and so does the end of x.
+A group whose results are left over twice in a row is dissolved for good, but not in backward or under a checkpoint,
+which compares what forward and recomputation save.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from peftkern.functional import apply_shared, autocast, looked_through
+from peftkern.call import Base, Call, Update
+from peftkern.functional import autocast, looked_through, run
 from peftkern.integrations.peft import tally
-from peftkern.integrations.peft.layer import PeftkernLoraLinear, operands_of, patched_forward_is_off
+from peftkern.integrations.peft.layer import PeftkernLoraLinear, patched_forward_is_off, updates_of
 from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_input
 from peftkern.ops import dispatch
 from peftkern.weights import DenseWeight, FrozenWeight
 
+USUAL = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 _TOLERATED = 2  # forwards in a row that leave results over: one may be an exception
+logger = logging.getLogger("peftkern")
 
 
 class _Group:
-    """Layers, by weak reference, in the order of their calls."""
+    """Layers, by weak reference, in the order of their calls; ``dissolved`` where they turned out to share no x."""
 
-    def __init__(self, layers: list[Any], unrecomputed: int) -> None:
+    def __init__(self, names: Sequence[str], layers: Sequence[Any]) -> None:
+        self.names = tuple(names)
         self.members = [weakref.ref(layer) for layer in layers]
-        self.active = self.dissolved = False
-        self.unrecomputed = unrecomputed  # checkpointed forwards that ran without the group
+        self.dissolved = False
         self.wasted = 0
-
-    def layers(self) -> list[Any] | None:
-        """The layers, or None where one is gone."""
-        found = [member() for member in self.members]
-        return None if any(layer is None for layer in found) else found
-
-    def runs(self, trace: _Trace) -> bool:
-        """Whether the first member's call, which asks, computes all of them."""
-        if not (self.active or self.dissolved):
-            if trace.in_backward:
-                self.unrecomputed -= trace.observed
-            elif self.unrecomputed <= 0:
-                self.active = True
-            else:
-                self.unrecomputed += trace.observed
-        return self.active
 
     def judge(self, left_over: bool) -> None:
         """Dissolve the group where its results are left over again."""
         self.wasted = self.wasted + 1 if left_over else 0
         if self.wasted >= _TOLERATED:
-            self.active, self.dissolved = False, True
+            self.dissolved = True
+            logger.warning("peftkern: %s do not share their x, and run one by one", ", ".join(self.names))
 
 
 class _Result(NamedTuple):
@@ -72,131 +60,116 @@ class _Result(NamedTuple):
     state: tuple
 
 
-class _Trace:
-    """One thread's x of the moment: which layers were called with it, and what is not handed out yet."""
+class _Waiting(threading.local):
+    """One thread's results that are not handed out yet, and the x that they belong to."""
 
-    def __init__(self) -> None:
-        self.key: tuple[int, int] | None = None  # of x: its id and version
-        self.end: Any = None  # a weak reference that forgets x when it ends: its id may then be another tensor's
-        self.called: set[int] = set()  # ids of layers
-        self.ungrouped: list[weakref.ref] = []
-        self.group: _Group | None = None
-        self.results: dict[int, _Result | None] = {}  # by a member's id; None for what has ended with x
-        self.in_backward = self.observed = False
+    key: tuple[int, int] | None = None  # of x: its id and version
+    end: Any = None  # a weak reference that drops the results when x ends: its id may then be another tensor's
+    group: _Group | None = None
+    results: dict[int, _Result | None] = {}  # by a member's id; None for one that has ended with x
 
-    def turn_to(self, x: Tensor, key: tuple[int, int]) -> None:
+    def turn_to(self, x: Tensor, group: _Group) -> None:
         """Leave the x before, and take this one."""
-        self.find()
-        if self.group is not None and not (self.in_backward or self.observed):
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self.group is not None and not in_backward and _observer() is None:
             self.group.judge(bool(self.results))
-        self.called, self.ungrouped, self.group, self.results = set(), [], None, {}
-        self.in_backward = torch._C._current_graph_task_id() != -1
-        self.observed = _observer() is not None
-        self.key, self.end = key, weakref.ref(x, self._forget)
+        self.key, self.group, self.results = (id(x), x._version), group, {}
+        self.end = weakref.ref(x, self._drop)
 
-    def find(self) -> None:
-        """Form a group of the layers called with this x, where they are two or more and in none yet."""
-        layers = [layer for ref in self.ungrouped if (layer := ref()) is not None]
-        if len(layers) < 2 or self.in_backward or len(layers) < len(self.ungrouped):
-            return
-        with _lock:
-            if not any(layer in _groups for layer in layers):
-                group = _Group(layers, int(self.observed))
-                for layer in layers:
-                    _groups[layer] = group
-
-    def _forget(self, end: Any) -> None:
+    def _drop(self, end: Any) -> None:
         if end is self.end:
             self.key, self.results = None, dict.fromkeys(self.results)
 
 
-_local = threading.local()
+_waiting = _Waiting()
 _groups: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+
+
+def group(layers: Mapping[str, nn.Module], share: Iterable[Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Put patched layers of one parent whose last names are those of an entry of ``share`` into a group.
+
+    Returns: the group of each layer by the layer's name; layers of which a parent has one alone are in none.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for entry in share:
+        for name in list(layers):
+            parent, dot, last = name.rpartition(".")
+            members = [parent + dot + other for other in entry]
+            members = [member for member in members if type(layers.get(member)) is SharedInputLoraLinear]
+            if last == entry[0] and name in members and len(members) > 1:
+                made = _Group(members, [layers[member] for member in members])
+                for member in members:
+                    _groups[layers[member]] = made
+                    found[member] = tuple(members)
+    return found
 
 
 def forget(layer: nn.Module) -> None:
-    """Dissolve the group of a layer, and let its members be found anew."""
-    with _lock:
-        group = _groups.pop(layer, None)
-        if group is not None:
-            group.active, group.dissolved = False, True
-            for member in group.layers() or ():
-                _groups.pop(member, None)
+    """Dissolve the group of a layer."""
+    made = _groups.pop(layer, None)
+    if made is not None:
+        made.dissolved = True
 
 
 def shared_inputs(model: nn.Module) -> list[list[str]]:
     """Which layers of a model run together, by name, in the order of their calls.
 
-    Args: model: patched with ``fuse_shared_inputs=True``. Before its first forward there are none.
+    Args: model: patched with ``share``.
     Returns: a list of groups; a layer that is in none runs alone. A group whose layers cannot run together at the
         moment (an adapter is missing on one of them) is listed.
     """
     names = {module: name for name, module in model.named_modules()}
-    _trace().find()
-    groups = {id(group): group for module in names if (group := _groups.get(module)) is not None}
-    return [
-        [names[layer] for layer in layers]
-        for group in groups.values()
-        if not group.dissolved and (layers := group.layers()) is not None and all(layer in names for layer in layers)
-    ]
+    groups = {id(found): found for module in names if (found := _groups.get(module)) is not None}
+    members = [[member() for member in found.members] for found in groups.values() if not found.dissolved]
+    return [[names[layer] for layer in layers] for layers in members if all(layer in names for layer in layers)]
 
 
 class SharedInputLoraLinear(PeftkernLoraLinear):
-    """A patched layer that looks for others with the same x. Made by ``patch``, never constructed."""
+    """A patched layer that may run together with others. Made by ``patch``, never constructed."""
 
     peft = lora.Linear
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling() or args or kwargs or patched_forward_is_off() or not _traceable(x):
+        made = None if args or kwargs else _groups.get(self)
+        if made is None or made.dissolved or patched_forward_is_off() or not _traceable(x):
             return super().forward(x, *args, **kwargs)
-        trace, key = _trace(), (id(x), x._version)
-        if trace.key != key or id(self) in trace.called:
-            trace.turn_to(x, key)
-        trace.called.add(id(self))
-        if id(self) in trace.results:
-            result = trace.results.pop(id(self))
+        y = None
+        if made.members[0]() is self:
+            _waiting.turn_to(x, made)
+            y = None if made.dissolved else _together(made, x)
+        elif _waiting.key == (id(x), x._version) and id(self) in _waiting.results:
+            result = _waiting.results.pop(id(self))
             if result is not None and result.state == _state(_simple_parts(self, x), x):
-                tally.fused(self)
-                return result.y
+                y = result.y
+        else:
+            _waiting.results.pop(id(self), None)  # it ended with its x: used, or not, as the layer says now
+        if y is None:
             return super().forward(x)
-        group = _groups.get(self)
-        if group is None:
-            trace.ungrouped.append(weakref.ref(self))
-        elif group.members[0]() is self and group.runs(trace):
-            y = _together(group, x, trace)
-            if y is not None:
-                tally.fused(self)
-                return y
-        return super().forward(x)
+        tally.fused(self)
+        return y
 
 
-def _together(group: _Group, x: Tensor, trace: _Trace) -> Tensor | None:
-    """The first member's y, with the others' left in the trace; None where one of them cannot take part."""
-    layers = group.layers()
-    if layers is None:
-        return None
-    parts = [found for layer in layers if (found := _simple_parts(layer, x)) is not None]
+def _together(made: _Group, x: Tensor) -> Tensor | None:
+    """The first member's y, with the others' left waiting; None where one of them cannot take part."""
+    layers = [member() for member in made.members]
+    parts = [found for layer in layers if layer is not None and (found := _simple_parts(layer, x)) is not None]
     if len(parts) < len(layers):
         return None
     states = [_state(found, x) for found in parts]
-    rows = _autocast(x, parts[0])[0]
-    members = []
-    for one in parts:
-        _, weight, bias = _autocast(rows, one)
-        members.append(operands_of(rows, weight, bias, one.adapters[0]))
-    y, *others = apply_shared(rows, members)
-    trace.group = group
-    trace.results = {
+    bases: list[Base] = []
+    updates: list[Update] = []
+    rows = x
+    for i, one in enumerate(parts):
+        assert isinstance(one.weight, Tensor)  # _simple_parts has seen to it
+        rows, weight, bias = autocast(rows, DenseWeight(one.weight), one.bias)
+        bases.append(Base(weight, bias))
+        updates += updates_of(rows, one.adapters, i)
+    y, *others = run(rows, Call(tuple(bases), tuple(updates)))
+    _waiting.results = {
         id(layer): _Result(other, found, state)
         for layer, other, found, state in zip(layers[1:], others, parts[1:], states[1:], strict=True)
     }
     return y
-
-
-def _autocast(x: Tensor, parts: Parts) -> tuple[Tensor, FrozenWeight, Tensor | None]:
-    assert isinstance(parts.weight, Tensor)  # the predicate has seen to it
-    return autocast(x, DenseWeight(parts.weight), parts.bias)
 
 
 def _simple_parts(layer: Any, x: Tensor) -> Parts | None:
@@ -228,17 +201,15 @@ def _state(parts: Parts | None, x: Tensor) -> tuple:
 
 def _traceable(x: Any) -> bool:
     """Whether x has an identity and a version to go by."""
-    return type(x) is Tensor and not torch.is_inference_mode_enabled() and not x.is_inference() and not looked_through()
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.is_inference_mode_enabled()
+        and not x.is_inference()
+        and not looked_through()
+    )
 
 
 def _observer() -> Any:
     """The hooks on saved tensors that are in force, such as a non-reentrant checkpoint's, or None."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def _trace() -> _Trace:
-    try:
-        return _local.trace
-    except AttributeError:
-        _local.trace = _Trace()
-        return _local.trace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +14,14 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from peftkern import _env
+from peftkern.call import Problem
 from peftkern.integrations.peft.experts import ParameterParts, ParamWrapper, PeftParamWrapper, parameter_parts
 from peftkern.integrations.peft.layer import PeftkernLoraLinear
 from peftkern.integrations.peft.parts import Parts, is_replaced, plain_parts, why_not_dtypes
-from peftkern.integrations.peft.shared_input import SharedInputLoraLinear, forget
+from peftkern.integrations.peft.shared_input import USUAL, SharedInputLoraLinear, forget, group
 from peftkern.integrations.peft.tally import Tally, attach, detach
 from peftkern.integrations.peft.tally import of as tally_of
 from peftkern.ops import dispatch
-from peftkern.ops.problem import Problem
 from peftkern.weights import FrozenWeight
 
 _PEFTS = "PEFT's own forward: "
@@ -77,7 +78,7 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def patch(model: nn.Module, fuse_shared_inputs: bool = False) -> PatchReport:
+def patch(model: nn.Module, share: bool | Sequence[Sequence[str]] = False) -> PatchReport:
     """Run every vanilla PEFT LoRA linear of ``model`` through peftkern, in place.
 
     Parameters, state_dict keys, hooks on the layers, saving and loading stay PEFT's. Layers are judged again at every
@@ -89,22 +90,24 @@ def patch(model: nn.Module, fuse_shared_inputs: bool = False) -> PatchReport:
 
     Args:
         model: any module that contains ``peft.tuners.lora.Linear`` (PeftModel, ``add_adapter`` models, wrapped ones).
-        fuse_shared_inputs: layers that read the very same x one after the other (q, k and v; gate and up) run as one
-            node, found by the first forward (``shared_inputs`` names them). A backward through some of them alone
-            then frees what the others saved: pass retain_graph=True where a graph is run through in parts.
+        share: names of layers that read the very same x one after the other, in that order, such as
+            ``[("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]``, which True stands for (with
+            ``("query", "key", "value")``): those of one parent run as one node. A layer of them that is called with
+            another x runs alone (``shared_inputs`` names the groups). A backward through some of them alone then
+            frees what the others saved: pass retain_graph=True where a graph is run through in parts.
     Returns: a PatchReport. Calling it again changes nothing and reports anew. A layer that is reported fused and then
         cannot be, for a state that it gets into or for the x of a call, says so once, in one log line a reason.
-    Raises: ValueError for a bad environment variable, RuntimeError where it asks for a backend that cannot; nothing for
-        the state that the model is in.
+    Raises: ValueError for a bad environment variable or a bad ``share``, RuntimeError where the former asks for a
+        backend that cannot; nothing for the state that the model is in.
     """
     _env.settings()  # a bad variable is an error before anything is changed
+    groups = _checked(share)
     found = PatchReport()
     done: list[nn.Module] = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for name, layer in layers.items():
         before = type(layer)
-        reason = _swap(layer, fuse_shared_inputs)
+        reason = _swap(layer, bool(groups))
         if type(layer) is not before:
             done.append(layer)
         if _class_before(layer) is not None:
@@ -115,9 +118,20 @@ def patch(model: nn.Module, fuse_shared_inputs: bool = False) -> PatchReport:
             for swapped in done:
                 unpatch(swapped)
             raise RuntimeError(f"layer {name}: {error}") from error
+    group(layers, groups)
     if not found.fast:
         logger.warning("peftkern: no layer is fused: %s", found if found.skipped else "the model has no LoRA layer")
     return found
+
+
+def _checked(share: bool | Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+    """The groups of names. Raises: ValueError unless each is two names or more, of which none is in two."""
+    if isinstance(share, bool):
+        return USUAL if share else ()
+    names = [name for entry in share for name in entry]
+    if any(isinstance(entry, str) or len(entry) < 2 for entry in share) or len(set(names)) < len(names):
+        raise ValueError(f"share is True, or groups of two names or more, of which none is in two, got {share!r}")
+    return share
 
 
 def report(model: nn.Module) -> PatchReport:
@@ -146,16 +160,16 @@ def _enter(report: PatchReport, name: str, layer: Any, reason: str | None) -> No
     report.fast.append(name)
 
 
-def _swap(layer: Any, fuse_shared_inputs: bool) -> str | None:
+def _swap(layer: Any, share: bool) -> str | None:
     """Swap the class where the fast path can ever apply; the reason why the layer is not fast now, or None."""
     kind = type(layer)
-    fast = _fast_class(_class_before(layer) or kind, fuse_shared_inputs)
+    fast = _fast_class(_class_before(layer) or kind, share)
     if fast is None:
         return f"{kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear"
     if is_replaced(layer):
         return _REPLACED
+    forget(layer)
     if kind is not fast:
-        forget(layer)
         layer.__dict__.pop("forward", None)
         layer.__class__ = fast
     return _why_not(layer)
@@ -174,10 +188,10 @@ def _why_not(layer: Any) -> str | None:
     return why_not_dtypes(_compute(parts), _compute(parts), parts.adapters)
 
 
-def _fast_class(kind: type, fuse_shared_inputs: bool) -> type | None:
+def _fast_class(kind: type, share: bool) -> type | None:
     """The class that a layer of exactly this class of PEFT's gets."""
     if kind is lora.Linear:
-        return SharedInputLoraLinear if fuse_shared_inputs else PeftkernLoraLinear
+        return SharedInputLoraLinear if share else PeftkernLoraLinear
     if kind is PeftParamWrapper:
         return ParamWrapper
     if kind.__module__ == "peft.tuners.lora.bnb":

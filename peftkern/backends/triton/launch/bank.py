@@ -14,48 +14,43 @@ from peftkern.backends.triton.bank_tiles import bank_rank_block
 from peftkern.backends.triton.kernels.fused import fused as fused_body
 from peftkern.backends.triton.launch import bank_tables as tables
 from peftkern.backends.triton.launch.operands import (
-    Direction,
+    UNMASKED,
     Launch,
     columns,
     counters,
-    masking,
     matrix,
     near,
     numerics,
     present,
+    weight_loader,
 )
 from peftkern.backends.triton.tiles import TileConfig
-from peftkern.ops.bank_problem import BankOperands, Segment
-from peftkern.ops.problem import LoRAOperands
-from peftkern.weights import DenseWeight
+from peftkern.call import Call, Update
 
 
 def bank(
-    operands: BankOperands, X: Tensor, T: Tensor, Z: Tensor | None, tile: TileConfig, arch: Arch, backward: bool = False
+    call: Call, X: Tensor, T: Tensor, Z: Tensor | None, tile: TileConfig, arch: Arch, backward: bool = False
 ) -> Launch:  # fmt: skip
-    """Z [M, P], unless it is None, and T, all segments' [length, R] one behind the other.
+    """Z [M, P], unless it is None, and T, all spans' [count, R] one behind the other.
 
     As many programs, and the same arguments, whatever ids on a device are: every adapter has chunks for all rows there,
     of which one without rows of its own stores zeros and multiplies nothing.
     """
-    M, P, Q = X.shape[0], operands.weight.shape[1 if backward else 0], X.shape[1]
-    segments = _alike([segment for segment in operands.segments if segment.length and segment.R])
-    dropped = any(segment.dropout_p for segment in segments)
-    R = max((segment.R for segment in segments), default=1)
-    like = segments[0].lora_A if segments else X
-    direction = Direction(
-        LoRAOperands(DenseWeight(operands.weight), like, like, operands.bias, None, 1.0, None, 0.0, None,
-                     operands.precision),
-        backward, X.dtype,
-    )  # fmt: skip
-    places = [number for segment in segments for number in (segment.start, segment.length, segment.R)]
-    factors = tables.on(X.device, tables.as_they_are, tables.lookups(segments))
+    (((weight, bias),), rows), M, Q = (call.bases, call.rows), *X.shape
+    assert rows is not None and rows.numbers is not None
+    P = weight.shape[1 if backward else 0]
+    updates = _alike([update for update in call.updates if update.span is not None and update.span.length and update.R])
+    dropped = any(update.dropout_p for update in updates)
+    R = max((update.R for update in updates), default=1)
+    like = updates[0].lora_A if updates else X
+    places = [number for u in updates if u.span is not None for number in (*u.span[:2], u.R)]
+    factors = tables.on(X.device, tables.as_they_are, tables.lookups(updates))
     spans = tables.on(X.device, tables.spans, (tile.BLOCK_M, *places))
-    chunks = sum(triton.cdiv(segment.length, tile.BLOCK_M) for segment in segments)
-    rows, inside = (operands.rows, operands.inside) if segments else (spans, None)
-    A, B = [segment.lora_A for segment in segments], [segment.lora_B for segment in segments]
+    chunks = sum(triton.cdiv(count, tile.BLOCK_M) for count in places[1::3])
+    index, inside = rows if updates else (spans, None)
+    A, B = [update.lora_A for update in updates], [update.lora_B for update in updates]
     looked_up = (
-        factors, spans, rows, None if inside is None else inside.view(torch.uint8),
+        factors, spans, index, None if inside is None else inside.view(torch.uint8),
         torch.empty(2, M, dtype=torch.int64, device=X.device), X, *X.stride(), like, _aligned(A), _aligned(B),
     )  # fmt: skip
     target = X.new_empty(1, P) if Z is None else Z  # of the same binary, which writes nothing there
@@ -67,39 +62,37 @@ def bank(
     arguments: dict[str, Any] = {
         **matrix("X", X, (tile.BLOCK_M, tile.BLOCK_Q), tile.tma),
         **matrix("Z", target, (tile.BLOCK_M, tile.BLOCK_P // tile.SUBTILES), tile.tma),
-        **direction.loader(tile.BLOCK_Q, tile.BLOCK_P, tile.tma),
+        **weight_loader(weight, backward, tile.BLOCK_Q, tile.BLOCK_P, tile.tma),
         "T": T, "F": None, "f_strides": (), "G": looked_up, "g_strides": (),
         "counters": counters(X), "PARTIALS": partials, "t_scale": 1.0, "scaling": 1.0, "scaling_tensor": None,
         "M": M, "P": P, "Q": Q, "R": 1,
-        **(tables.masking(segments, X.device) if dropped else masking(direction.operands, active=False)),
-        **columns(direction.operands, backward),
-        **numerics(operands, X.dtype),
+        **(tables.masking(updates, X.device) if dropped else UNMASKED),
+        **columns(bias, None, backward),
+        **numerics(call.precision, X.dtype),
         "SOURCE": "bank", "BACKWARD": backward, "MASK_OUT": backward and dropped, "DEPENDENT": False,
         "BLOCK_M": tile.BLOCK_M, "BLOCK_P": tile.BLOCK_P, "BLOCK_Q": tile.BLOCK_Q,
-        "BLOCK_R": bank_rank_block(R, operands.precision, backward and dropped),
+        "BLOCK_R": bank_rank_block(R, call.precision, backward and dropped),
         "GROUP_M": tile.GROUP_M, "SUBTILES": tile.SUBTILES, "SLICES": tile.SLICES,
     }  # fmt: skip
     programs = min((chunks + produced) * tile.SLICES, arch.units * max(1, tile.resident))
-    thin = sum(segment.length * segment.R for segment in segments)
+    thin = sum(count * rank for count, rank in zip(places[1::3], places[2::3], strict=True))
     return Launch(
         fused_body, (programs,), arguments, tile.num_warps, tile.num_stages,
-        reads=present(*(X, operands.weight) * (Z is not None), *((X, T) if segments else ()), *A, *B, partials),
+        reads=present(*(X, weight.data) * (Z is not None), *((X, T) if updates else ()), *A, *B, partials),
         writes=present(Z, T, partials), flops=2 * (M * P * Q + thin * (P + Q)),
         maxnreg=255,
     )  # fmt: skip
 
 
-def _alike(segments: Sequence[Segment]) -> list[Segment]:
+def _alike(updates: Sequence[Update]) -> list[Update]:
     """Factors of one dtype, the widest that there is, which is exact, with adjacent elements in their rows."""
-    wide = torch.float32 if len({segment.lora_A.dtype for segment in segments}) > 1 else None
+    wide = torch.float32 if len({update.lora_A.dtype for update in updates}) > 1 else None
 
     def row_major(factor: Tensor) -> Tensor:
         factor = near(factor if wide is None else factor.to(wide))
         return factor if factor.stride(1) == 1 else factor.contiguous()
 
-    return [
-        segment._replace(lora_A=row_major(segment.lora_A), lora_B=row_major(segment.lora_B)) for segment in segments
-    ]
+    return [update._replace(lora_A=row_major(update.lora_A), lora_B=row_major(update.lora_B)) for update in updates]
 
 
 def _aligned(factors: Sequence[Tensor]) -> int | None:

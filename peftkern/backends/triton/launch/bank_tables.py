@@ -21,17 +21,17 @@ from torch import Tensor
 
 from peftkern import dropout
 from peftkern.backends.triton.kernels import dropout as drop
-from peftkern.ops.bank_problem import Segment
+from peftkern.call import Update
 
 _KEPT = 1024  # tables; most are of a few hundred bytes
 _Numbers = tuple[int, ...]
 FIELDS = 7  # of a segment in PIECES
 
 
-def lookups(segments: Sequence[Segment]) -> _Numbers:
+def lookups(updates: Sequence[Update]) -> _Numbers:
     """FACTORS (see ``kernels.lookup``)."""
     values: list[int] = []
-    for A, B, scaling, *_ in segments:
+    for A, B, _, _, _, scaling, *_ in updates:
         for factor in (A, B):
             values += [0 if factor.is_meta else factor.data_ptr(), factor.stride(0)]
         values += [A.shape[0], bits(scaling)]
@@ -43,12 +43,13 @@ def bits(value: float) -> int:
     return int(struct.unpack("i", bytes(ctypes.c_float(value)))[0])
 
 
-def masking(segments: Sequence[Segment], device: torch.device) -> dict[str, Any]:
+def masking(updates: Sequence[Update], device: torch.device) -> dict[str, Any]:
     """The DROP plug and its operand, ``drops`` (see ``kernels.lookup``)."""
     numbers: list[int] = []
-    for segment in segments:
-        p = segment.dropout_p
-        numbers += [segment.seed, segment.offset, dropout.threshold(p), bits(dropout.scale(p))]
+    for update in updates:
+        p = update.dropout_p
+        assert update.span is not None
+        numbers += [*update.span[2:], dropout.threshold(p), bits(dropout.scale(p))]
     return {"DROP": drop.philox, "drop_operands": (_sent(device, numbers),)}
 
 

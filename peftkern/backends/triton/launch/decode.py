@@ -9,27 +9,25 @@ import triton
 from torch import Tensor
 
 from peftkern.backends.triton.kernels.decode import decode as decode_body
-from peftkern.backends.triton.launch.operands import Direction, Launch, numerics
-from peftkern.ops.problem import LoRAOperands
-from peftkern.weights import DenseWeight
+from peftkern.backends.triton.launch.operands import Launch, numerics, weight_loader
+from peftkern.weights import DenseWeight, FrozenWeight
 
 _BLOCK_N, _BLOCK_K = 32, 128
 
 
-def decode(operands: LoRAOperands, dtype: torch.dtype) -> tuple[Launch, LoRAOperands]:
-    """The launch that writes the weight to scratch memory, and the operands that read it from there.
+def decode(weight: FrozenWeight, dtype: torch.dtype) -> tuple[Launch, DenseWeight]:
+    """The launch that writes the weight to scratch memory, and the weight that is read from there.
 
     The scratch is torch's allocator's: on one stream the next call gets the same memory, and no call of another stream,
     thread or graph can.
     """
-    weight = operands.weight
     N, K = weight.shape
     out: Tensor = torch.empty(N, K, dtype=dtype, device=weight.device)
-    loaded = Direction(operands, True, dtype).loader(_BLOCK_N, _BLOCK_K, tma=False)
+    loaded = weight_loader(weight, True, _BLOCK_N, _BLOCK_K, tma=False)
     arguments: dict[str, Any] = {
-        **loaded, "OUT": out, "N": N, "K": K, "DTYPE": numerics(operands, dtype)["DTYPE"],
+        **loaded, "OUT": out, "N": N, "K": K, "DTYPE": numerics("base", dtype)["DTYPE"],
         "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K,
     }  # fmt: skip
     grid = (triton.cdiv(N, _BLOCK_N) * triton.cdiv(K, _BLOCK_K),)
     launch = Launch(decode_body, grid, arguments, 4, 1, reads=weight.tensors, writes=(out,), flops=N * K)
-    return launch, operands._replace(weight=DenseWeight(out))
+    return launch, DenseWeight(out)

@@ -80,7 +80,7 @@ def grad(
         "programs_x": 0 if of_x is None else of_x.programs, "SUMS": None if of_dy is None else of_dy.sums,
         "T": t_out, "T_PARTS": parts, "F": F, "f_strides": f_strides,
         "counters": None if t_out is None else counters(like), "M": like.shape[0], "R": R,
-        **masking(operands, active=x is not None), **numerics(operands, like.dtype),
+        **masking(operands, active=x is not None), **numerics(operands.precision, like.dtype),
         "WITH_T": t_out is not None,
         "BLOCK_M": tile.BLOCK_M, "BLOCK_C": tile.BLOCK_COLS, "BLOCK_R": tiles.rank_block(R),
     }  # fmt: skip

@@ -16,11 +16,11 @@ from peftkern import dropout
 from peftkern.backends.triton.kernels import adapter, epilogue, weight_load
 from peftkern.backends.triton.kernels import dropout as drop
 from peftkern.backends.triton.tiles import COUNTERS, FAR
-from peftkern.ops.bank_problem import BankOperands
-from peftkern.ops.problem import LoRAOperands
+from peftkern.call import Pair
 from peftkern.weights import FrozenWeight
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+UNMASKED: dict[str, Any] = {"DROP": drop.keep_all, "drop_operands": ()}
 _FORMATS = ("dense", "int8", "int4", "nf4", "fp4", "fp8", "fp8xfp8")
 
 
@@ -92,7 +92,7 @@ class VendorProduct:
 class Direction:
     """Forward or backward of one call: the operands by the names that the shared body gives them."""
 
-    operands: LoRAOperands
+    operands: Pair
     backward: bool
     dtype: torch.dtype
 
@@ -136,16 +136,20 @@ class Direction:
 
     def loader(self, block_q: int, block_p: int, tma: bool) -> dict[str, Any]:
         """LOAD_W, W and LOAD_W's operands."""
-        weight = self.operands.weight
-        if weight.format != "dense":
-            return packed(weight, self.backward)
-        block = (block_q, block_p) if self.backward else (block_p, block_q)
-        W: Any = near(weight.data)
-        along_n, along_k = W.stride()
-        strides: tuple[Any, ...] = (along_n, along_k) if self.backward else (along_k, along_n)
-        if tma and describable(W):
-            W, strides = TensorDescriptor.from_tensor(W, list(block)), ()
-        return {"LOAD_W": weight_load.dense, "W": W, "w_operands": strides}
+        return weight_loader(self.operands.weight, self.backward, block_q, block_p, tma)
+
+
+def weight_loader(weight: FrozenWeight, backward: bool, block_q: int, block_p: int, tma: bool) -> dict[str, Any]:
+    """LOAD_W, W and LOAD_W's operands."""
+    if weight.format != "dense":
+        return packed(weight, backward)
+    block = (block_q, block_p) if backward else (block_p, block_q)
+    W: Any = near(weight.data)
+    along_n, along_k = W.stride()
+    strides: tuple[Any, ...] = (along_n, along_k) if backward else (along_k, along_n)
+    if tma and describable(W):
+        W, strides = TensorDescriptor.from_tensor(W, list(block)), ()
+    return {"LOAD_W": weight_load.dense, "W": W, "w_operands": strides}
 
 
 def near(tensor: Tensor) -> Tensor:
@@ -208,30 +212,30 @@ def packed(weight: FrozenWeight, backward: bool) -> dict[str, Any]:
     return {"LOAD_W": plug, "W": W, "w_operands": fields}
 
 
-def numerics(operands: LoRAOperands | BankOperands, dtype: torch.dtype) -> dict[str, Any]:
+def numerics(precision: str, dtype: torch.dtype) -> dict[str, Any]:
     """The ADAPTER plug and the dtypes of the products."""
     backends = torch.backends.cuda.matmul
     allowed = backends.fp32_precision == "tf32" if hasattr(backends, "fp32_precision") else backends.allow_tf32
     return {
-        "ADAPTER": adapter.split if operands.precision == "fp32" and dtype != torch.float32 else adapter.rounded,
+        "ADAPTER": adapter.split if precision == "fp32" and dtype != torch.float32 else adapter.rounded,
         "DTYPE": _DTYPES[dtype],
         "PRECISION": "tf32" if allowed and dtype == torch.float32 else "ieee",
     }
 
 
-def masking(operands: LoRAOperands, active: bool) -> dict[str, Any]:
+def masking(operands: Pair, active: bool) -> dict[str, Any]:
     """The DROP plug and its operands."""
     if operands.rng_state is None or not active:
-        return {"DROP": drop.keep_all, "drop_operands": ()}
+        return dict(UNMASKED)
     return {
         "DROP": drop.philox,
         "drop_operands": (operands.rng_state.contiguous(), dropout.threshold(operands.dropout_p)),
     }
 
 
-def columns(operands: LoRAOperands, backward: bool) -> dict[str, Any]:
+def columns(bias: Tensor | None, lora_bias: Tensor | None, backward: bool) -> dict[str, Any]:
     """The EPILOGUE plug and its operands."""
-    vectors = (operands.bias, operands.lora_bias)
+    vectors = (bias, lora_bias)
     if backward or vectors == (None, None):
         return {"EPILOGUE": epilogue.nothing, "column_operands": ()}
     fields = [field for v in vectors for field in ((None, None) if v is None else (v, v.stride(0)))]

@@ -22,7 +22,7 @@ from peftkern.backends.triton.tables import Table
 from peftkern.backends.triton.tiles import Choice, Pass
 from peftkern.backends.triton.tune.progress import Progress
 from peftkern.backends.triton.tune.search import Bench, Budget, Cell, Outcome, tune
-from peftkern.ops.problem import Problem
+from peftkern.call import Problem
 from peftkern.testing.problems import LAYERS, Layer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -15,12 +15,12 @@ from peftkern.backends.triton.arch import Arch
 from peftkern.backends.triton.schedule import Produced
 from peftkern.backends.triton.tiles import Choice
 from peftkern.backends.triton.tune.search import Cell, DeviceLost
-from peftkern.ops.problem import LoRAOperands, Needs
+from peftkern.call import Pair, PairNeeds
 from peftkern.testing.numerics import relative_error
 from peftkern.weights import DenseWeight, FrozenWeight, split_format
 
 Timer = Callable[[Callable[[], None]], float]
-_ONLY_X = Needs(True, False, False, False, False)
+_ONLY_X = PairNeeds(True, False, False, False, False)
 _SCALING = 1.75
 
 
@@ -101,9 +101,9 @@ class DeviceBench:
                 lora_B=operands.lora_B.to(dtype),
             )  # fmt: skip
         if self.backward:
-            Z, T = self.reference.backward(operands, X, None, None, _ONLY_X).x, X @ operands.lora_B.to(dtype)
+            Z, T = self.reference.pair_backward(operands, X, None, None, None, _ONLY_X).x, X @ operands.lora_B.to(dtype)
         else:
-            Z, T = self.reference.forward(operands, X)
+            Z, T = self.reference.pair(operands, X)
         if Z is None:
             raise RuntimeError("the reference gave no dx")
         return Z if product is None else Z + product, T
@@ -124,7 +124,7 @@ def _run(steps: list[schedule.Step]) -> None:
         step.run()
 
 
-def _operands(cell: Cell, device: torch.device) -> tuple[LoRAOperands, Tensor]:
+def _operands(cell: Cell, device: torch.device) -> tuple[Pair, Tensor]:
     """Gaussian operands of magnitude 1 in, about 1 out: real multiplications, at the power that they draw."""
     problem = cell.launch.problem
     generator = torch.Generator(device).manual_seed(0)
@@ -134,7 +134,7 @@ def _operands(cell: Cell, device: torch.device) -> tuple[LoRAOperands, Tensor]:
 
     W = normal(problem.N, problem.K, problem.dtype, problem.K**-0.5)
     stored, base_compute = split_format(problem.weight_format)
-    operands = LoRAOperands(
+    operands = Pair(
         weight=FrozenWeight.quantize(W, stored, base_compute=base_compute),
         lora_A=normal(problem.R, problem.K, problem.adapter_dtype, problem.K**-0.5),
         lora_B=normal(problem.N, problem.R, problem.adapter_dtype, problem.R**-0.5),

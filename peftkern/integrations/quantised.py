@@ -1,13 +1,16 @@
-"""The frozen weight under PEFT's bitsandbytes and torchao layers, as the kernels take it. Neither is imported."""
+"""The frozen weights of bitsandbytes' and torchao's layers, as the kernels take them. Neither is imported."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftkern import multi_lora
+from peftkern.call import Rows, Update
 from peftkern.integrations.bitsandbytes import from_bitsandbytes
 from peftkern.integrations.torchao import from_torchao
 from peftkern.ops import dispatch
@@ -113,3 +116,15 @@ def why_not_dtype(x: Tensor, dtype: torch.dtype) -> str | None:
     if x.dtype == dtype or x.dtype in _ROUNDED:
         return None
     return f"x is {x.dtype}, and the quantised base computes in {dtype}"
+
+
+def run_rows(
+    x: Tensor, weight: FrozenWeight, bias: Tensor | None, compute: torch.dtype | None, updates: Sequence[Update],
+    rows: Rows, follows: bool = False,
+) -> Tensor:  # fmt: skip
+    """``multi_lora.run_rows`` over a base that rounds x to a dtype of its own; y is in x's, or (``follows``) in it."""
+    dtype = dtype_of_products(x, compute)
+    with torch.autocast(x.device.type, enabled=False):  # x is in the dtype that autocast asks for
+        y = multi_lora.run_rows(x.to(dtype), weight, None, updates, rows)
+    y = y if follows else y.to(x.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
