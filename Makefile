@@ -6,6 +6,7 @@
 # make lesser   the tests of the CPU kernels as on a processor with AVX2 alone, and as on one with nothing newer than SSE
 # make versions   the tests of PEFT and the Trainer with the oldest supported pair of PEFT and transformers
 # make mutants   forty small mistakes, one at a time, each of which a test must find
+# make forms   the table of what goes with each form of a call (one adapter, several, a shared input, DoRA, a bank)
 # make sanitize   the extension's tests under AddressSanitizer and UBSan
 PYTHON ?= python3
 STEPS ?=
@@ -22,7 +23,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-many test test-all lint types unit interpreter lesser versions mutants sanitize clean
+.PHONY: demo demo-many test test-all lint types unit interpreter lesser forms versions mutants sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -57,10 +58,13 @@ test-all: LONG := --long
 test-all: test
 
 # What of the CPU kernels a rule or a library decides by the instruction set.
-CPU := cpp cpp_weights products weight_formats prepack frozen_layer experts peft_quantised multi_lora
+CPU := cpp cpp_weights products weight_formats frozen_layer experts peft_quantised multi_lora
 lesser: .venv/ready
 	PEFTKERN_MAX_ISA=avx2 $(PYTEST) $(CPU:%=tests/test_%.py)
 	PEFTKERN_MAX_ISA=baseline $(PYTEST) $(CPU:%=tests/test_%.py)
+
+forms: .venv/ready
+	PYTHONPATH=tests $(BIN)/python tests/test_forms.py
 
 # The newest pair is what `unit` runs with. The extension is the one that .venv/ready has built in place.
 OLDEST := .venv/oldest

@@ -7,6 +7,7 @@ baseline case. No time is asserted anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import sys
@@ -33,13 +34,14 @@ class Case:
     """One thing to time.
 
     ``run`` is timed; ``check`` returns None where the result is right and otherwise the reason why it is not;
-    ``prepare`` runs before every sample, untimed.
+    ``prepare`` runs before every run, untimed; ``around`` is entered around every sample.
     """
 
     name: str
     run: Callable[[], object]
     check: Callable[[], str | None]
     prepare: Callable[[], object] | None = None
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ def check(cases: Sequence[Case]) -> None:
             raise WrongResult(f"{case.name} is wrong and is not timed: {reason}")
 
 
-def measure(cases: Sequence[Case], rounds: int, warmup: int = 1, label: str = "timing") -> list[Timing]:
+def measure(
+    cases: Sequence[Case], rounds: int, warmup: int = 1, label: str = "timing", repeat: bool = True
+) -> list[Timing]:
     """Check all cases, then time them in interleaved rounds.
 
     Args:
@@ -100,6 +104,7 @@ def measure(cases: Sequence[Case], rounds: int, warmup: int = 1, label: str = "t
         rounds: how often each is timed.
         warmup: untimed rounds before.
         label: shown beside the progress bar.
+        repeat: whether a sample is the mean of several runs of a short case.
     Raises: WrongResult where a check fails; nothing is timed then.
     """
     check(cases)
@@ -107,7 +112,8 @@ def measure(cases: Sequence[Case], rounds: int, warmup: int = 1, label: str = "t
     for _ in range(max(1, warmup)):
         for case in cases:
             seconds = _sample(case, 1)
-            repeats[case.name] = max(1, min(1000, round(_SAMPLE_SECONDS / max(seconds, 1e-7))))
+            if repeat:
+                repeats[case.name] = max(1, min(1000, round(_SAMPLE_SECONDS / max(seconds, 1e-7))))
     samples: dict[str, list[float]] = {case.name: [] for case in cases}
     schedule = [case for _ in range(rounds) for case in cases]
     for case in progress(schedule, len(schedule), label):
@@ -118,6 +124,11 @@ def measure(cases: Sequence[Case], rounds: int, warmup: int = 1, label: str = "t
 
 def _sample(case: Case, repeats: int) -> float:
     """Seconds of one run, as the mean of ``repeats`` back-to-back runs."""
+    with case.around():
+        return _timed(case, repeats)
+
+
+def _timed(case: Case, repeats: int) -> float:
     total = 0.0
     if case.prepare is None:
         synchronise()

@@ -103,21 +103,36 @@ static std::vector<Segment> segments_of(const py::list &entries) {
   return result;
 }
 
-static Problem problem(int64_t M, int64_t K, int64_t N, int64_t R, int dtype, int adapter_dtype, bool round_factors,
-                       float scaling, uint32_t threshold, uintptr_t rng_state, int threads, bool one_pass) {
-  return {M, K, N, R, DType(dtype), DType(adapter_dtype), round_factors, scaling, dropout(threshold, rng_state), threads, one_pass, {}};
+// What a call's scaling and dropout are filled in to.
+static Problem problem(int64_t M, int64_t K, int64_t N, int64_t R, int dtype, int adapter_dtype, bool round_factors, int threads,
+                       bool one_pass) {
+  return {M, K, N, R, DType(dtype), DType(adapter_dtype), round_factors, 0.f, {0, 1.f, 0, 0}, threads, one_pass, {}};
 }
 
-static void read_dense(Problem &problem, uintptr_t weight, int64_t stride, bool transposed, uintptr_t panels) {
-  problem.weight = {pointer<const void>(weight), stride, transposed, pointer<const float>(panels)};
+static Problem read_dense(Problem problem, uintptr_t weight, int64_t stride, bool transposed) {
+  problem.weight = {pointer<const void>(weight), stride, transposed, nullptr};
+  return problem;
 }
 
-static void read_packed(Problem &problem, int format, uintptr_t data, uintptr_t scale, int64_t scale_stride, int group_shift,
+static Problem read_packed(Problem problem, int format, uintptr_t data, uintptr_t scale, int64_t scale_stride, int group_shift,
                    int row_shift, const std::vector<uintptr_t> &tables) {
   const auto table = [&](size_t i) { return i < tables.size() ? tables[i] : 0; };
   problem.weight = {pointer<const void>(data), 0, false, nullptr, WeightFormat(format), problem.K, group_shift, row_shift,
                     scale_stride, pointer<const void>(scale), pointer<const void>(table(0)), pointer<const float>(table(1)),
                     pointer<const float>(table(2)), pointer<const float>(table(3))};
+  return problem;
+}
+
+static Forward forward_of(const Problem &shape, float scaling, uint32_t threshold, uintptr_t rng_state, uintptr_t x, int64_t x_stride,
+                          uintptr_t A, uintptr_t B, uintptr_t lora_bias, uintptr_t bias, uintptr_t s, uintptr_t y) {
+  Forward call;
+  static_cast<Problem &>(call) = shape;
+  call.scaling = scaling, call.dropout = dropout(threshold, rng_state);
+  call.x = pointer<const void>(x), call.x_stride = x_stride;
+  call.A = pointer<const void>(A), call.B = pointer<const void>(B), call.lora_bias = pointer<const void>(lora_bias);
+  call.bias = pointer<const void>(bias);
+  call.s = pointer<float>(s), call.y = pointer<void>(y);
+  return call;
 }
 
 }  // namespace peftkern
@@ -128,26 +143,18 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   py::class_<Problem>(m, "Problem")
       .def(py::init(&problem), py::arg("M"), py::arg("K"), py::arg("N"), py::arg("R"), py::arg("dtype"),
-           py::arg("adapter_dtype"), py::arg("round_factors"), py::arg("scaling"), py::arg("threshold"),
-           py::arg("rng_state"), py::arg("threads"), py::arg("one_pass"))
-      .def("read_dense", &read_dense, py::arg("weight"), py::arg("stride"), py::arg("transposed"), py::arg("panels"),
-           "The weight of one pass: its address, the distance of its rows (of its columns where transposed), its packed copy's address.")
+           py::arg("adapter_dtype"), py::arg("round_factors"), py::arg("threads"), py::arg("one_pass"))
+      .def("read_dense", &read_dense, py::arg("weight"), py::arg("stride"), py::arg("transposed"),
+           "This problem with the weight of one pass: its address, the distance of its rows (of its columns where transposed).")
       .def("read_packed", &read_packed, py::arg("format"), py::arg("data"), py::arg("scale"), py::arg("scale_stride"), py::arg("group_shift"),
-           py::arg("row_shift"), py::arg("tables"), "The weight of one pass in a packed format; addresses of its tables in their order.");
+           py::arg("row_shift"), py::arg("tables"), "The same with a weight in a packed format; addresses of its tables in their order.");
 
-  py::class_<Forward>(m, "Forward").def(py::init([](const Problem &p, uintptr_t x, int64_t x_stride, uintptr_t A, uintptr_t B,
-                                                     uintptr_t lora_bias, uintptr_t bias, uintptr_t s, uintptr_t y) {
-    Forward call;
-    static_cast<Problem &>(call) = p;
-    call.x = pointer<const void>(x), call.x_stride = x_stride;
-    call.A = pointer<const void>(A), call.B = pointer<const void>(B), call.lora_bias = pointer<const void>(lora_bias);
-    call.bias = pointer<const void>(bias);
-    call.s = pointer<float>(s), call.y = pointer<void>(y);
-    return call;
-  }));
+  py::class_<Forward>(m, "Forward").def(py::init(&forward_of));
 
-  m.def("forward", [](const Forward &call) {
+  m.def("forward", [](const Problem &shape, float scaling, uint32_t threshold, uintptr_t rng_state, uintptr_t x, int64_t x_stride,
+                      uintptr_t A, uintptr_t B, uintptr_t lora_bias, uintptr_t bias, uintptr_t s, uintptr_t y) {
     py::gil_scoped_release release;
+    const Forward call = forward_of(shape, scaling, threshold, rng_state, x, x_stride, A, B, lora_bias, bias, s, y);
     chosen->forward({&call, 1});
   }, "s = D(x) A^T and y = x W^T + bias + c s B^T + c lora_bias; unless in one pass, y holds x W^T + bias beforehand.");
 
@@ -156,11 +163,26 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     chosen->forward({calls.data(), int64_t(calls.size())});
   }, "forward of calls on one x; unless in one pass, their thin products take one pass over it together.");
 
-  m.def("backward", [](const Problem &p, uintptr_t dy, int64_t dy_stride, uintptr_t x, int64_t x_stride, uintptr_t s,
-                       uintptr_t A, uintptr_t B, uintptr_t dx, bool onto, uintptr_t dA, uintptr_t dB) {
+  m.def("forward", [](const Problem &shape, float scaling, uint32_t threshold, uintptr_t rng_state, uintptr_t x, int64_t x_stride,
+                      uintptr_t A, uintptr_t B, uintptr_t lora_bias, uintptr_t bias, uintptr_t s, uintptr_t y) {
+    py::gil_scoped_release release;
+    Forward call;
+    static_cast<Problem &>(call) = shape;
+    call.scaling = scaling, call.dropout = dropout(threshold, rng_state);
+    call.x = pointer<const void>(x), call.x_stride = x_stride;
+    call.A = pointer<const void>(A), call.B = pointer<const void>(B), call.lora_bias = pointer<const void>(lora_bias);
+    call.bias = pointer<const void>(bias);
+    call.s = pointer<float>(s), call.y = pointer<void>(y);
+    chosen->forward({&call, 1});
+  }, "s = D(x) A^T and y = x W^T + bias + c s B^T + c lora_bias; unless in one pass, y holds x W^T + bias beforehand.");
+
+  m.def("backward", [](const Problem &shape, float scaling, uint32_t threshold, uintptr_t rng_state, uintptr_t dy, int64_t dy_stride,
+                       uintptr_t x, int64_t x_stride, uintptr_t s, uintptr_t A, uintptr_t B, uintptr_t dx, bool onto, uintptr_t dA,
+                       uintptr_t dB) {
     py::gil_scoped_release release;
     Backward call;
-    static_cast<Problem &>(call) = p;
+    static_cast<Problem &>(call) = shape;
+    call.scaling = scaling, call.dropout = dropout(threshold, rng_state);
     call.dy = pointer<const void>(dy), call.dy_stride = dy_stride;
     call.x = pointer<const void>(x), call.x_stride = x_stride, call.s = pointer<const float>(s);
     call.A = pointer<const void>(A), call.B = pointer<const void>(B);
@@ -196,22 +218,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     py::gil_scoped_release release;
     chosen->pack_weight({K, N, DType(dtype), {pointer<const void>(weight), w_stride, w_transposed, nullptr}, forward, threads, pointer<float>(panels)});
   }, "fp32 panels of W^T (forward: y = x W^T) or of W (dx = dy W), panel_columns() columns each, for the `panels` of a Problem.");
-
-  m.def("sample", [](uintptr_t weight, int64_t bytes, uintptr_t out, int64_t count) {
-    py::gil_scoped_release release;
-    const char *from = pointer<const char>(weight);
-    uint32_t *samples = pointer<uint32_t>(out);
-    bool same = bytes >= 4;
-    uint64_t state = 0;
-    for (int64_t i = 0; i < count && bytes >= 4; ++i) {
-      state = state * 6364136223846793005u + 1442695040888963407u;
-      uint32_t value;
-      memcpy(&value, from + int64_t((state >> 33) % uint64_t(bytes / 4)) * 4, 4);
-      same &= value == samples[i];
-      samples[i] = value;
-    }
-    return same;
-  }, "Read `count` words of 4 bytes at fixed, scattered places of a memory into `out`; whether they are what it held.");
 
   m.def("panel_columns", [] { return chosen->panel_columns; });
 

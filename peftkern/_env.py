@@ -10,8 +10,6 @@ variable                  values                                   default
                           depend on the number of rows
 ``PEFTKERN_OVERLAP``      ``0 | 1``: large gradients of A and B   ``1``
                           run beside dx, on a second stream
-``PEFTKERN_PREPACK``      ``off | forward | both``: C++ keeps     ``off``
-                          frozen weights packed for y, or y and dx
 ``PEFTKERN_CHECK_IDS``    ``0 | 1``: adapter ids on a device     ``0``
                           are read, and refused out of range
 ``PEFTKERN_MAX_ISA``      ``auto | baseline | avx2 | avx512 |      ``auto``
@@ -32,7 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BACKENDS = ("triton", "cpp", "reference")
-PREPACK = ("off", "forward", "both")
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")  # module.cpp, limit
 SCHEDULES = ("one_pass/recompute", "one_pass/shared", "split", "library")
 
@@ -45,7 +42,6 @@ class Settings:
     schedule: str
     batch_invariant: bool
     overlap: bool
-    prepack: str
     check_ids: bool
     max_isa: str
 
@@ -72,13 +68,12 @@ def settings() -> Settings:
         schedule=_choice("PEFTKERN_SCHEDULE", "auto", SCHEDULES),
         batch_invariant=_switch("PEFTKERN_BATCH_INVARIANT", "0"),
         overlap=_switch("PEFTKERN_OVERLAP", "1"),
-        prepack=_choice("PEFTKERN_PREPACK", "off", PREPACK),
         check_ids=_switch("PEFTKERN_CHECK_IDS", "0"),
         max_isa=_choice("PEFTKERN_MAX_ISA", "auto", ISAS),
     )
 
 
 def cache_folder() -> Path:
-    """Where the user's tuned tables are: PEFTKERN_CACHE, or peftkern below XDG_CACHE_HOME or ~/.cache. Never cached."""
+    """The folder of the user's tables, read anew: PEFTKERN_CACHE, or peftkern below XDG_CACHE_HOME or ~/.cache."""
     chosen = os.environ.get("PEFTKERN_CACHE")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftkern"

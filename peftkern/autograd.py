@@ -8,51 +8,41 @@ that an in-place update of anything else is not held against the caller; of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftkern.call import UPDATE, Base, Call, Gradients, Layout, Needs, join, split
-from peftkern.ops import eager
+from peftkern.backends.base import Backend, no_gradients
+from peftkern.call import Base, Call, Gradients, Layout, Needs, Pair, PairNeeds, join, others, split
+from peftkern.ops import dispatch, eager
 from peftkern.saved_tensors import saved_tensors
 
 _BEFORE = 3  # arguments of LoRAFunction before the call's tensors
 
 
-class LoRAFunction(torch.autograd.Function):
-    """Every y of a call on 2-D x, as one node; once differentiable in x, every A, B and bias.
+class Bound(NamedTuple):
+    """A pair whose tensors outlive the graph, and the backend that runs it: what ``run_pair`` has decided before."""
 
-    The arguments are x, whether the products are in fp16 of an x in another dtype, which y and dx have, and the call as
-    ``call.split`` leaves it. In fp16, dy may lie where there are few digits or none: it is brought to about 2^-4 by a
-    power of two, which is taken out of every gradient again. A NaN or an infinity in dy leaves it as it is.
+    pair: Pair
+    backend: Backend
+
+
+class LoRAFunction(torch.autograd.Function):
+    """Every y [..., N_b] of a call on x [..., K], as one node; once differentiable in x, every A, B and bias.
+
+    The arguments are x; whether the products are in fp16 of an x in another dtype, which y and dx have; and the call as
+    ``call.split`` leaves it, or a ``Bound`` pair and its bias, lora_A, lora_B and lora_bias. In fp16, dy may lie where
+    there are few digits or none: it is brought to about 2^-4 by a power of two, which is taken out of every gradient
+    again. A NaN or an infinity in dy leaves it as it is.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, half: bool, layout: Layout, *tensors) -> Any:
-        call = join(layout, tensors)
-        updates = tuple(update._replace(scaling_tensor=snapshot(update.scaling_tensor)) for update in call.updates)
-        call = call._replace(updates=updates)
-        rows = x.to(torch.float16) if half else x
-        ys, thin = eager.forward(call, rows)
-        needs = _needs(layout, ctx.needs_input_grad)
-        some = [A or B for A, B in zip(needs.lora_A, needs.lora_B, strict=True)]
-        if layout.rows:  # the pair's gradients are one launch's
-            needs = needs._replace(lora_A=some, lora_B=some)
-        keep_x = any(needs.lora_A)
-        keep_s = [any(some)] if layout.rows else needs.lora_B
-        read, ctx.unread = _sorted(call, needs)
-        ctx.save_for_backward(
-            rows if keep_x else None, *(s if keep else None for s, keep in zip(thin, keep_s, strict=True)), *read
-        )
-        ctx.facts = layout, needs, half, len(thin)
-        if len(ys) == 1:
-            return ys[0].to(x.dtype) if half else ys[0]
-        ctx.set_materialize_grads(False)
-        useful = [_any(needs, call, b) for b in range(len(ys))]
-        ctx.mark_non_differentiable(*(y for y, use in zip(ys, useful, strict=True) if not use))
-        return tuple(ys)
+    def forward(ctx: Any, x, half: bool, held: Layout | Bound, *tensors) -> Any:
+        if held.__class__ is Bound:
+            return _pair_forward(ctx, x, held)
+        return _call_forward(ctx, x, half, held, tensors)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -60,39 +50,102 @@ class LoRAFunction(torch.autograd.Function):
         return _graphed_backward(ctx, *dys) if torch.is_grad_enabled() else _backward(ctx, *dys)
 
 
-def _backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-    layout, needs, half, count = ctx.facts
-    x, *saved = saved_tensors(ctx)
-    thin, read = saved[:count], saved[count:]
-    tensors = [other if one is None else one for one, other in zip(read, ctx.unread, strict=True)]
+def _backward(ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:
+    return _pair_backward(ctx, *dys) if ctx.held.__class__ is Bound else _call_backward(ctx, *dys)
+
+
+def _pair_forward(ctx: Any, x: Tensor, held: Bound) -> Tensor:
+    pair, shape = held.pair, x.shape
+    y, s = dispatch.pair(held.backend, pair, x if len(shape) == 2 else flattened(x))
+    need_x, _, _, _, need_A, need_B, _ = ctx.needs_input_grad
+    # In the order of _call_forward: a checkpoint compares what forward and recomputation save.
+    ctx.save_for_backward(
+        x if need_A else None, s if need_B else None, pair.lora_A if need_x else None,
+        pair.lora_B if need_x or need_A else None, pair.rng_state, *(pair.weight.tensors if need_x else ()),
+    )  # fmt: skip
+    ctx.held, ctx.shape = held, shape
+    return y if len(shape) == 2 else unflattened(y, shape[:-1])
+
+
+def _pair_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (pair, backend), shape = ctx.held, ctx.shape
+    x, s, A, B, state, *weight = saved_tensors(ctx)
+    need_x, _, _, need_bias, need_A, need_B, need_lora_bias = ctx.needs_input_grad
+    if need_x and any(one is not other for one, other in zip(weight, pair.weight.tensors, strict=True)):
+        pair = pair._replace(
+            weight=pair.weight.holding(weight)
+        )  # hooks on saved tensors have put others in their place
+    if state is not pair.rng_state or A is not pair.lora_A or B is not pair.lora_B:
+        A, B = pair.lora_A if A is None else A, pair.lora_B if B is None else B
+        pair = pair._replace(lora_A=A, lora_B=B, rng_state=state)
+    flat = len(shape) == 2
+    if not flat:
+        x, dy = None if x is None else flattened(x), flattened(dy)
+    if eager.taken(dy, ()):
+        call = Call((Base(pair.weight, pair.bias),), (pair.update(),), pair.precision)
+        wanted = Needs(need_x, [need_bias], [need_A], [need_B], [need_lora_bias])
+        dx, (dbias,), (dA,), (dB,), (dlora_bias,) = eager.backward(call, [dy], x, [s], wanted)
+    else:
+        needs = PairNeeds(need_x, need_A, need_B, need_bias, need_lora_bias)
+        dx, dA, dB, dbias, dlora_bias = dispatch.pair_backward(backend, pair, dy, x, s, needs)
+    return (dx if flat or dx is None else dx.view(shape)), None, None, dbias, dA, dB, dlora_bias
+
+
+def _call_forward(ctx: Any, x: Tensor, half: bool, layout: Layout, tensors: Sequence[Any]) -> Any:
     call = join(layout, tensors)
-    result: list[Tensor | None] = [None] * (_BEFORE + len(tensors))
+    if any(update.scaling_tensor is not None for update in call.updates):
+        updates = tuple(u._replace(scaling_tensor=snapshot(u.scaling_tensor)) for u in call.updates)
+        call = call._replace(updates=updates)
+    rows = x.to(torch.float16) if half else x
+    ys, thin = eager.forward(call, rows if rows.ndim == 2 else flattened(rows))
+    needs = _needs(call, ctx.needs_input_grad)
+    keep_s = [any(needs.lora_B)] if call.rows is not None else needs.lora_B
+    tensors, read = (*call.flat_parameters(), *others(call)), _read(call, needs)
+    ctx.save_for_backward(
+        rows if True in needs.lora_A else None, *(s if keep else None for s, keep in zip(thin, keep_s, strict=True)),
+        *(tensor if reads else None for tensor, reads in zip(tensors, read, strict=True)),
+    )  # fmt: skip
+    ctx.unread = [None if reads or t is None else t.detach() for t, reads in zip(tensors, read, strict=True)]
+    ctx.held, ctx.facts = layout, (needs, half, len(thin), x.shape)
+    ys = [y.to(x.dtype) for y in ys] if half else ys
+    ys = ys if x.ndim == 2 else [unflattened(y, x.shape[:-1]) for y in ys]
+    if len(ys) == 1:
+        return ys[0]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(y for b, y in enumerate(ys) if not _any(needs, call, b)))
+    return tuple(ys)
+
+
+def _call_backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs, half, count, shape = ctx.facts
+    x, *saved = saved_tensors(ctx)
+    thin, saved = saved[:count], saved[count:]
+    call = join(ctx.held, [other if one is None else one for one, other in zip(saved, ctx.unread, strict=True)])
+    wanted = ctx.needs_input_grad
     used = [b for b, dy in enumerate(dys) if dy is not None and _any(needs, call, b)]
     if not used:
-        return tuple(result)
-    mine = [i for i, update in enumerate(call.updates) if update.base in used]
+        return (None,) * len(wanted)
     given: list[Any] = [dys[b] for b in used]
-    power = None
+    if len(shape) != 2:
+        x, given = None if x is None else flattened(x), list(map(flattened, given))
     if half:
-        power = _power_of(given[0])
-        dtype, given = given[0].dtype, [(given[0] * power).to(torch.float16)]
+        power, dtype = _power_of(given[0]), given[0].dtype
+        given = [(given[0] * power).to(torch.float16)]
     if len(used) < len(dys):
-        call, needs, thin = _part(call, used, mine), _part_of_needs(needs, used, mine), [thin[i] for i in mine]
-        x = x if any(needs.lora_A) else None
-    gradients = eager.backward(call, given, x, thin, needs)
-    if power is not None:
-        dx = None if gradients.x is None else (gradients.x.float() / power).to(dtype)
-        _, *columns = gradients
-        gradients = Gradients(dx, *([one if one is None else one / power for one in column] for column in columns))
-    result[0] = gradients.x
-    at = layout.bases_at
-    for b, dbias in zip(used, gradients.bias, strict=True):
-        result[_BEFORE + at[b] + 2] = dbias
-    for i, *found in zip(mine, *gradients[2:], strict=True):
-        first = _BEFORE + at[-1] + UPDATE * i
-        for j, gradient in enumerate(found, first):
-            result[j] = gradient if ctx.needs_input_grad[j] else None
-    return tuple(result)
+        mine = [i for i, update in enumerate(call.updates) if update.base in used]
+        part, asked = _part(call, used, mine), _part_of_needs(needs, used, mine)
+        some = eager.backward(part, given, x if True in asked.lora_A else None, [thin[i] for i in mine], asked)
+        found = _spread(some, call, used, mine)
+    else:
+        found = eager.backward(call, given, x, thin, needs)
+    dx, *columns = found
+    if half:
+        dx = None if dx is None else (dx.float() / power).to(dtype)
+        columns = [[g if g is None else g / power for g in column] for column in columns]
+    gradients = [None if dx is None else dx.view(shape), None, None, *(g for column in columns for g in column)]
+    if call.rows is not None:  # a pair's gradients come together
+        gradients = [g if need else None for g, need in zip(gradients, wanted, strict=False)]
+    return (*gradients, *[None] * (len(wanted) - len(gradients)))
 
 
 _graphed_backward = once_differentiable(_backward)
@@ -109,38 +162,52 @@ def lora(x: Tensor, call: Call, half: bool = False) -> Any:
     return super(torch.autograd.Function, LoRAFunction).apply(x, half, layout, *tensors)
 
 
+def lora_pair(x: Tensor, pair: Pair, backend: Backend) -> Tensor:
+    """The same of a pair whose tensors outlive the graph. Not for a compiler."""
+    parameters = (pair.bias, pair.lora_A, pair.lora_B, pair.lora_bias)
+    return super(torch.autograd.Function, LoRAFunction).apply(x, False, Bound(pair, backend), *parameters)
+
+
+def flattened(rows: Tensor) -> Tensor:
+    """Rows without their leading dimensions, [M, ...]."""
+    return rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])
+
+
+def unflattened(y: Tensor, lead: Sequence[int]) -> Tensor:
+    """y with leading dimensions. No view: autograd lets none be modified in place behind a reentrant checkpoint."""
+    return torch.ops.aten._unsafe_view.default(y, (*lead, y.shape[-1]))
+
+
 def snapshot(scaling_tensor: Tensor | None) -> Tensor | None:
     """A copy: backward uses the value that forward saw."""
     return None if scaling_tensor is None else scaling_tensor.detach().clone()
 
 
-def _needs(layout: Layout, wanted: Sequence[bool]) -> Needs:
-    """Which gradients autograd wants, of the arguments of ``LoRAFunction``."""
-    at = layout.bases_at
-    first = _BEFORE + at[-1]
-    bias = [wanted[_BEFORE + begin + 2] for begin in at[:-1]]
-    end = first + UPDATE * len(layout.updates)
-    return Needs(wanted[0], bias, *(list(wanted[first + i : end : UPDATE]) for i in range(3)))
+def _needs(call: Call, wanted: Sequence[bool]) -> Needs:
+    """Which gradients autograd wants, of the arguments of ``LoRAFunction``; with rows a pair's come together."""
+    b, E = len(call.bases), len(call.updates)
+    at = _BEFORE + b
+    A, B = list(wanted[at : at + E]), list(wanted[at + E : at + 2 * E])
+    if call.rows is not None:
+        A = B = [one or other for one, other in zip(A, B, strict=True)]
+    return Needs(wanted[0], list(wanted[_BEFORE:at]), A, B, list(wanted[at + 2 * E : at + 3 * E]))
 
 
-def _sorted(call: Call, needs: Needs) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """``call.split``'s tensors twice: those that backward reads, and the others without their history."""
-    read: list[bool] = []
+def _read(call: Call, needs: Needs) -> list[bool]:
+    """Which of ``call.split``'s tensors backward reads; not the numbers of rows, which inference mode may have made."""
+    b, E, need_x = len(call.bases), len(call.updates), needs.x
+    read = [False] * b + [need_x] * E + [need_x or need for need in needs.lora_A] + [False] * E
     for weight, _ in call.bases:
-        read += [needs.x, needs.x, False, *[needs.x] * len(weight.tables)]
-    for need_A in needs.lora_A:
-        read += [needs.x, needs.x or need_A, False, True, True]
-    _, tensors = split(call)
-    read += [False] * (len(tensors) - len(read))  # the numbers of rows, which inference mode may have made
-    kept = [tensor if reads else None for tensor, reads in zip(tensors, read, strict=True)]
-    others = [None if reads or one is None else one.detach() for one, reads in zip(tensors, read, strict=True)]
-    return kept, others
+        read += [need_x] * (2 + len(weight.tables))
+    return read + [True] * (2 * E) + [False] * (0 if call.rows is None else 2)
 
 
 def _any(needs: Needs, call: Call, base: int) -> bool:
     """Whether any gradient comes from a base's y."""
+    if needs.x or needs.bias[base]:
+        return True
     mine = [i for i, update in enumerate(call.updates) if update.base == base]
-    return needs.x or needs.bias[base] or any(column[i] for column in needs[2:] for i in mine)
+    return any(needs.lora_A[i] or needs.lora_B[i] or needs.lora_bias[i] for i in mine)
 
 
 def _part(call: Call, bases: list[int], updates: list[int]) -> Call:
@@ -153,7 +220,18 @@ def _part(call: Call, bases: list[int], updates: list[int]) -> Call:
 
 
 def _part_of_needs(needs: Needs, bases: list[int], updates: list[int]) -> Needs:
-    return Needs(needs.x, [needs.bias[b] for b in bases], *([column[i] for i in updates] for column in needs[2:]))
+    columns = ([column[i] for i in updates] for column in (needs.lora_A, needs.lora_B, needs.lora_bias))
+    return Needs(needs.x, [needs.bias[b] for b in bases], *columns)
+
+
+def _spread(part: Gradients, call: Call, bases: list[int], updates: list[int]) -> Gradients:
+    """The gradients of a part of a call in their places."""
+    whole = no_gradients(call)._replace(x=part.x)
+    for i, b in enumerate(bases):
+        whole.bias[b] = part.bias[i]
+    for i, u in enumerate(updates):
+        whole.lora_A[u], whole.lora_B[u], whole.lora_bias[u] = part.lora_A[i], part.lora_B[i], part.lora_bias[i]
+    return whole
 
 
 def _power_of(dy: Tensor) -> Tensor:

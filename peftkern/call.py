@@ -22,7 +22,7 @@ from peftkern.weights import FrozenWeight, split_format
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What a backend may look at to say whether, and how, it can run a pair, or a call with rows. Hashable.
+    """The key of a pair, or of a call with rows: all that a backend may look at to say whether, and how, it runs it.
 
     ``dtype`` is the compute dtype (x, y, dense weight); ``adapter_dtype`` that of lora_A and lora_B;
     ``precision`` is "base" (factors rounded to ``dtype``) or "fp32" (factors kept in fp32). Where there are
@@ -48,7 +48,7 @@ class Problem:
 
     @property
     def base_compute(self) -> str | None:
-        """What the rows of the frozen product are rounded to: a fact of the weight's format."""
+        """The format that the rows of the frozen product are rounded to, or None: a fact of the weight's format."""
         return split_format(self.weight_format)[1]
 
 
@@ -124,6 +124,11 @@ class Pair(NamedTuple):
     rng_state: Tensor | None
     precision: str
 
+    def update(self) -> Update:
+        """The update, without the base."""
+        A, B, lora_bias = self.lora_A, self.lora_B, self.lora_bias
+        return Update(A, B, lora_bias, self.scaling_tensor, self.rng_state, self.scaling, self.dropout_p)
+
     def problem(self, M: int, dtype: torch.dtype) -> Problem:
         """The key of a pair with M rows in compute dtype ``dtype``."""
         return Problem(*self.key(M, dtype))
@@ -161,6 +166,12 @@ class Call(NamedTuple):
         """Each base's bias, and each update's lora_A, lora_B and lora_bias: what has gradients, in ``Needs``' order."""
         columns: Iterator[Any] = ([update[field] for update in self.updates] for field in range(3))
         return [bias for _, bias in self.bases], *columns
+
+    def flat_parameters(self) -> list[Tensor | None]:
+        """``parameters`` in one list."""
+        if len(self.updates) == 1 == len(self.bases):
+            return [self.bases[0].bias, *self.updates[0][:3]]
+        return [one for column in self.parameters() for one in column]
 
     def pair(self, i: int, bias: bool = True) -> Pair:
         """Update i with its base; ``bias``: the base's too."""
@@ -205,7 +216,7 @@ class Call(NamedTuple):
 
 
 class PairNeeds(NamedTuple):
-    """Which gradients of a pair a backend must return; what is False is not computed."""
+    """The gradients of a pair that a backend must return; one that is False is not computed."""
 
     x: bool
     lora_A: bool
@@ -215,7 +226,7 @@ class PairNeeds(NamedTuple):
 
 
 class PairGradients(NamedTuple):
-    """dx [M, K], dA [R, K], dB [N, R], dbias [N], dlora_bias [N]; None where not needed.
+    """dx [M, K], dA [R, K], dB [N, R], dbias [N], dlora_bias [N]; one is None where it is not needed.
 
     dx has x's dtype, the others their parameter's (from an fp32 accumulator).
     """
@@ -228,7 +239,7 @@ class PairGradients(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients a call must return: of x, of each base's bias, and of each update's A, B and lora_bias."""
+    """The gradients that a call must return: of x, of each base's bias, and of each update's A, B and lora_bias."""
 
     x: bool
     bias: Sequence[bool]
@@ -237,12 +248,12 @@ class Needs(NamedTuple):
     lora_bias: Sequence[bool]
 
     def of(self, i: int, base: int, first: bool) -> PairNeeds:
-        """Those of update i of a base; the first of a base has the bias's."""
+        """The needs of update i of a base; the first of a base has the bias's."""
         return PairNeeds(self.x, self.lora_A[i], self.lora_B[i], first and self.bias[base], self.lora_bias[i])
 
 
 class Gradients(NamedTuple):
-    """The same for the gradients: dx is the sum over the bases. None where not needed."""
+    """The gradients of a call: dx is the sum over the bases. One is None where it is not needed."""
 
     x: Tensor | None
     bias: list[Tensor | None]
@@ -251,7 +262,7 @@ class Gradients(NamedTuple):
     lora_bias: list[Tensor | None]
 
     def asked_for(self) -> list[Tensor]:
-        """Those that are there, in the fields' order."""
+        """The gradients that are there, in the fields' order."""
         flat = (self.x, *self.bias, *self.lora_A, *self.lora_B, *self.lora_bias)
         return [gradient for gradient in flat if gradient is not None]
 
@@ -264,9 +275,7 @@ def returned(needs: Needs, found: Sequence[Tensor]) -> Gradients:
 
 
 class Layout(NamedTuple):
-    """What a call is beside its tensors. Where tensors stand in ``split``'s: those of base i at 3 i plus the tables
-    before it, those of the updates behind, ``UPDATE`` each, and at the end the rows'.
-    """
+    """The constants of a call: all of it beside its tensors."""
 
     bases: tuple[tuple[str, int, tuple[int, int], int], ...]  # format, group_size, shape, tables
     updates: tuple[tuple[float, float, int, Span | None], ...]  # Update's fields from ``scaling`` on
@@ -274,44 +283,47 @@ class Layout(NamedTuple):
     backend: str
     rows: bool
 
-    @property
-    def bases_at(self) -> list[int]:
-        """Where each base begins, and the end of the last."""
-        return [0, *itertools.accumulate(3 + tables for _, _, _, tables in self.bases)]
-
 
 UPDATE = 5  # tensors of an update
 
 
 def split(call: Call) -> tuple[Layout, list[Tensor | None]]:
-    """A call as constants and a flat list of tensors, for autograd: data, scale, bias and tables of each base,
-    ``Update``'s tensors of each update, and the index of rows and ``inside`` where there are rows.
+    """A call as constants and a flat list of tensors, for autograd: ``parameters`` first, column by column; then data,
+    scale and tables of each base, scaling_tensor and rng_state of each update, and the tensors of ``Rows``.
     """
-    tensors: list[Tensor | None] = []
-    bases = []
-    for weight, bias in call.bases:
-        tensors += (weight.data, weight.scale, bias, *weight.tables)
-        bases.append((weight.format, weight.group_size, weight.shape, len(weight.tables)))
+    facts = tuple((w.format, w.group_size, w.shape, len(w.tables)) for w, _ in call.bases)
+    updates: Any = tuple(update[UPDATE:] for update in call.updates)
+    layout = Layout(facts, updates, call.precision, call.backend, call.rows is not None)
+    return layout, [*call.flat_parameters(), *others(call)]
+
+
+def others(call: Call) -> list[Tensor | None]:
+    """The tensors of a call that are never trained, in ``split``'s order."""
+    found: list[Tensor | None] = []
+    for weight, _ in call.bases:
+        found += (weight.data, weight.scale, *weight.tables)
     for update in call.updates:
-        tensors += update[:UPDATE]  # type: ignore[arg-type]
-    if call.rows is not None:
-        tensors += call.rows
-    facts = tuple(update[UPDATE:] for update in call.updates)
-    return Layout(tuple(bases), facts, call.precision, call.backend, call.rows is not None), tensors  # type: ignore[arg-type]
+        found += (update.scaling_tensor, update.rng_state)
+    return found if call.rows is None else [*found, *call.rows]
 
 
 def join(layout: Layout, tensors: Sequence[Any]) -> Call:
     """The opposite of ``split``."""
-    bases, at = [], 0
-    for format, group_size, shape, tables in layout.bases:
-        data, scale, bias = tensors[at : at + 3]
-        at += 3 + tables
-        weight = FrozenWeight.from_operands(format, data, scale, group_size, tuple(tensors[at - tables : at]), shape)
-        bases.append(Base(weight, bias))
-    updates = []
-    for facts in layout.updates:
-        updates.append(Update._make((*tensors[at : at + UPDATE], *facts)))
-        at += UPDATE
+    b, E = len(layout.bases), len(layout.updates)
+    biases, A, B, lora_bias = (
+        tensors[:b],
+        tensors[b : b + E],
+        tensors[b + E : b + 2 * E],
+        tensors[b + 2 * E : b + 3 * E],
+    )
+    bases, updates, at = [], [], b + 3 * E
+    for bias, (format, group_size, shape, tables) in zip(biases, layout.bases, strict=True):
+        data, scale, *rest = tensors[at : at + 2 + tables]
+        bases.append(Base(FrozenWeight.from_operands(format, data, scale, group_size, tuple(rest), shape), bias))
+        at += 2 + tables
+    for i, facts in enumerate(layout.updates):
+        updates.append(Update(A[i], B[i], lora_bias[i], tensors[at], tensors[at + 1], *facts))
+        at += 2
     rows = Rows(*tensors[at:]) if layout.rows else None
     return Call(tuple(bases), tuple(updates), layout.precision, layout.backend, rows)
 

@@ -26,11 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from peftkern import dropout
 from peftkern.autograd import snapshot
-from peftkern.call import UPDATE, Call, Layout, Needs, join, split
+from peftkern.call import Call, Layout, Needs, join, split
 from peftkern.ops import eager
 from peftkern.saved_tensors import saved_tensors
-
-_BEFORE = 3  # arguments before the call's tensors
 
 
 def products(x: Tensor, call: Call, magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -78,14 +76,15 @@ class DoRAFunction(torch.autograd.Function):
         update = update._replace(scaling_tensor=snapshot(update.scaling_tensor))
         call = call._replace(updates=(update,))
         y, h, s, gain, norm = products(x, call, magnitude)
-        at, wanted = layout.bases_at, ctx.needs_input_grad
-        need_x, need_magnitude, need_bias = wanted[0], wanted[1], wanted[_BEFORE + 2]
-        need_A, need_B = wanted[_BEFORE + at[-1]], wanted[_BEFORE + at[-1] + 1]
+        need_x, need_magnitude, _, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         drops = update.rng_state is not None
         need_G = need_B or (need_magnitude and drops)
         need_lora_B = need_x or need_A or (need_magnitude and drops)
         _, held = split(_without_bias(call))
-        read = [need_x] * at[-1] + [need_x, need_lora_B, False, True, True]
+        weight_tensors = (
+            len(held) - 6
+        )  # bias, A, B and lora_bias stand before them, scaling_tensor and rng_state behind
+        read = [False, need_x, need_lora_B, False, *[need_x] * weight_tensors, True, True]
         ctx.save_for_backward(
             x if need_A else None, s if need_G else None, h if need_magnitude else None, norm, gain,
             *(one if reads else None for one, reads in zip(held, read, strict=True)),
@@ -130,6 +129,4 @@ class DoRAFunction(torch.autograd.Function):
         dB = G if need_B else None
         if drops and dB is not None:
             dB = (gain.unsqueeze(1) * dB).to(update.lora_B.dtype)
-        at = layout.bases_at[-1]
-        base = [None, None, dbias, *[None] * (at - 3)]
-        return dx, dmagnitude, None, *base, dA, dB, *[None] * (UPDATE - 2)
+        return dx, dmagnitude, None, dbias, dA, dB, *[None] * (len(ctx.needs_input_grad) - 6)

@@ -26,7 +26,7 @@ def threshold(p: float) -> int:
 
 
 def scale(p: float) -> float:
-    """What a kept element is multiplied by; 0 where everything is dropped."""
+    """The factor of a kept element; 0 where everything is dropped."""
     kept = 65536 - threshold(p)
     return 65536 / kept if kept else 0.0
 

@@ -19,8 +19,8 @@ _VECTORS = {"avx512bf16": "AVX512-BF16", "avx512": "AVX-512", "avx2": "AVX2"}  #
 def env_report() -> dict[str, object]:
     """Versions, devices, and each backend's state.
 
-    Returns: a JSON-ready dict with keys platform, python, versions, device, threads, settings, backends, held_bytes; a
-    backend's value is "ready" or the reason why it is not, held_bytes what packed copies of frozen weights take now.
+    Returns: a JSON-ready dict with keys platform, python, versions, device, threads, settings, backends; a backend's
+    value is "ready" or the reason why it is not.
     """
     versions = {"peftkern": _version.__version__}
     for name in _PACKAGES:
@@ -31,7 +31,7 @@ def env_report() -> dict[str, object]:
     cuda = torch.cuda.is_available()
     backends = {name: dispatch.backend_named(name) for name in _env.BACKENDS}
     settings = _env.settings()
-    chosen = {"BACKEND": settings.backend, "SCHEDULE": settings.schedule, "PREPACK": settings.prepack}
+    chosen = {"BACKEND": settings.backend, "SCHEDULE": settings.schedule}
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -40,7 +40,6 @@ def env_report() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "settings": {f"PEFTKERN_{name}": value for name, value in chosen.items()},
         "backends": {name: backend.unavailable() or "ready" for name, backend in backends.items()},
-        "held_bytes": sum(backend.held_bytes() for backend in backends.values()),
     }
 
 

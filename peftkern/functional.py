@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from peftkern import autograd, dora, dropout
+from peftkern import _env, autograd, dora, dropout
+from peftkern.autograd import unflattened
+from peftkern.backends.base import Backend
 from peftkern.backends.reference import formula
-from peftkern.call import Base, Call, Update
+from peftkern.call import Base, Call, Pair, Update
 from peftkern.ops import check, dispatch, eager
 from peftkern.weights import DenseWeight, FrozenWeight
+
+_KEPT = 64  # numbers of rows whose backend a pair remembers
 
 
 def lora_linear(
@@ -78,16 +83,45 @@ def run(x: Tensor, call: Call, half: bool = False) -> list[Tensor]:
 
     ``half``: the products are in fp16 of an x in another dtype, which y and dx have; of one base, where it trains.
     """
+    if not looked_through() and trains(x, call):
+        y = autograd.lora(x, call, half)
+        return [y] if len(call.bases) == 1 else list(y)
     flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if looked_through():
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # promote_types would be a node of a graph
         ys: Sequence[Tensor] = [y.to(x.dtype) for y in formula.forward_call(call, flat.to(wide))]
-    elif trains(flat, call):
-        y = autograd.lora(flat, call, half)
-        ys = [y] if len(call.bases) == 1 else y
     else:
         ys = eager.forward(call, flat)[0]
-    return [y if x.ndim == 2 else unflattened(y, x) for y in ys]
+    return [y if x.ndim == 2 else unflattened(y, x.shape[:-1]) for y in ys]
+
+
+def run_pair(x: Tensor, pair: Pair, backends: dict[Any, Backend] | None = None) -> Tensor:
+    """``run`` of a pair that computes in x's dtype, and whose tensors outlive every graph.
+
+    ``backends`` is the caller's, who keeps it: what has been chosen for the pair, by number of rows.
+    """
+    M = x.shape[:-1].numel()
+    if M == 0 or eager.taken(x, ()):
+        return run(x, Call((Base(pair.weight, pair.bias),), (pair.update(),), pair.precision))[0]
+    key = M, _env.settings()
+    backend = None if backends is None else backends.get(key)
+    if backend is None:
+        backend = dispatch.backend_of_pair(pair, M, x.dtype)
+        if backends is not None:
+            if len(backends) >= _KEPT:
+                backends.clear()
+            backends[key] = backend
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or pair.lora_A.requires_grad
+        or pair.lora_B.requires_grad
+        or (pair.bias is not None and pair.bias.requires_grad)
+        or (pair.lora_bias is not None and pair.lora_bias.requires_grad)
+    ):
+        return autograd.lora_pair(x, pair, backend)
+    if x.ndim == 2:
+        return dispatch.pair(backend, pair, x)[0]
+    return unflattened(dispatch.pair(backend, pair, x.reshape(M, x.shape[-1]))[0], x.shape[:-1])
 
 
 def run_in(x: Tensor, call: Call, compute: torch.dtype) -> Tensor:
@@ -108,12 +142,7 @@ def run_dora(x: Tensor, call: Call, magnitude: Tensor) -> Tensor:
         y = dora.dora(flat, call, magnitude)
     else:
         y = dora.products(flat, call, magnitude)[0]
-    return unflattened(y, x)
-
-
-def unflattened(y: Tensor, x: Tensor) -> Tensor:
-    """y with x's leading dimensions. No view: autograd lets none be modified in place behind a reentrant checkpoint."""
-    return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+    return y if x.ndim == 2 else unflattened(y, x.shape[:-1])
 
 
 def looked_through() -> bool:

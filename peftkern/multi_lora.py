@@ -114,7 +114,7 @@ def run_rows(
     flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     check.forward(call, flat)
     y = functional.run(flat, call)[0]
-    return y if x.ndim == 2 else functional.unflattened(y, x)
+    return y if x.ndim == 2 else functional.unflattened(y, x.shape[:-1])
 
 
 def _plan(ids: Tensor, x: Tensor, E: int) -> Plan:

@@ -1,4 +1,4 @@
-"""What backward reads of what forward saved, with an error that a user of layers understands."""
+"""Backward's reading of the tensors that forward saved, with an error that a user of layers understands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows of a batch belong to which adapter: sorted once, used by every layer.
+"""The rows of a batch that belong to each adapter: sorted once, used by every layer.
 
 Ids on the host are counted there, and a plan says how many rows each adapter has. Ids on a device stay there: nothing
 waits for it, so nobody on the host knows the counts, and a plan has room for every row with every adapter.
@@ -61,7 +61,7 @@ def plan_rows(ids: Tensor, device: torch.device | str = "cpu") -> Plan:
 
 
 def on_device(ids: Tensor) -> bool:
-    """Whether ids are where reading them would make the host wait."""
+    """True where reading the ids would make the host wait."""
     return ids.device.type != "cpu"
 
 

@@ -365,6 +365,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """The shapes that went through the fast path."""
     from peftkern.integrations.peft import layer as integration
+    from peftkern.integrations.peft import memo
 
     seen: list[tuple] = []
     genuine = integration.fused
@@ -374,6 +375,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         return genuine(x, parts)
 
     monkeypatch.setattr(integration, "fused", spy)
+    run = memo.Memo.run
+    monkeypatch.setattr(memo.Memo, "run", lambda self, x: seen.append(tuple(x.shape)) or run(self, x))
     return seen
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -53,6 +55,20 @@ def test_rounds_are_interleaved_and_prepared(monkeypatch):
         assert len(timing.samples) == 2
         assert timing.q1 <= timing.median <= timing.q3
         assert timing.ratio_q1 <= timing.ratio <= timing.ratio_q3
+
+
+def test_a_sample_is_taken_somewhere_and_may_be_one_run():
+    order = []
+
+    @contextlib.contextmanager
+    def around():
+        order.append("in")
+        yield
+        order.append("out")
+
+    cases = [Case("a", lambda: order.append("run"), right, lambda: order.append("prepare"), around)]
+    harness.measure(cases, rounds=2, repeat=False)
+    assert order == ["in", "prepare", "run", "out"] * 3  # one of them to warm up
 
 
 def test_the_interval_of_a_median_is_the_sign_tests():
@@ -180,6 +196,63 @@ def test_layer_checks_and_measures():
     assert [row["name"] for row in rows[:3]] == ["frozen", "peft", "peftkern"]
 
 
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of a real GPU cannot be stood in for")
+
+
+@no_gpu
+def test_the_host_benchmark(tmp_path, monkeypatch, capsys):
+    """Every phase, warm and cold, of every layer in both places; launches by the schedule that this size gets."""
+    pytest.importorskip("peft")
+    pytest.importorskip("triton")
+    from benchmarks import host
+
+    evicted = []
+    monkeypatch.setattr(host, "evict", lambda: evicted.append(1))
+    sizes = ["--rows", "1", "--columns", "64", "--dtype", "fp32", "--rounds", "2"]
+    host.main([*sizes, "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "host.json").read_text())["rows"]
+    assert len(rows) == 2 * len(host.PHASES) * 2 * 3 and (tmp_path / "host.csv").exists()
+    assert len(evicted) == 2 * len(host.PHASES) * 3 * (2 + 2)  # two to warm up
+    launches = {(row["name"], row["phase"]): row["launches"] for row in rows if row["place"] == "sm_90"}
+    assert [launches["peftkern", phase] for phase in host.PHASES] == [1, 1, 3, 4]
+    assert [launches["linear", phase] for phase in host.PHASES] == [1, 1, 1, 2]
+    assert [launches["peft", phase] for phase in host.PHASES] == [5, 5, 7, 12]
+    assert "1 rows, 64 columns, fp32" in capsys.readouterr().out
+
+
+def test_the_host_benchmark_does_not_time_what_is_wrong(monkeypatch):
+    pytest.importorskip("peft")
+    from benchmarks import host, layer
+
+    monkeypatch.setattr(layer.Layers, "check", lambda self, name: "off by one")
+    with pytest.raises(WrongResult, match="peftkern is wrong and is not timed: off by one"):
+        host.variants(1, 64, torch.float32, 4, 0.0)
+
+
+@no_gpu
+def test_the_host_benchmark_counts_instructions(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("triton")
+    from benchmarks import host, host_instructions
+
+    monkeypatch.setattr(host_instructions.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(host_instructions, "count", lambda place, name, *_: 50.0 if name == "peftkern" else 100.0)
+    host.main(["--instructions", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "host_instructions.json").read_text())["rows"]
+    assert [(row["place"], row["name"]) for row in rows] == list(host_instructions.VARIANTS)
+    assert capsys.readouterr().out.count("0.50x") == 2
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
+def test_instructions_of_the_host_are_counted(tmp_path):
+    pytest.importorskip("peft")
+    from benchmarks import host_instructions
+
+    one, again = (host_instructions.count("CPU", "peftkern", (1, 8, "fp32", 2, 0.0), tmp_path) for _ in range(2))
+    assert one > 50_000 and abs(again / one - 1) < 0.02
+
+
 def tiny_llama(dtype: torch.dtype) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -214,15 +287,12 @@ def test_the_model_benchmark_end_to_end(dtype):
 
 def test_a_wrong_gradient_stops_the_model_benchmark(monkeypatch):
     pytest.importorskip("peft")
-    import peftkern.integrations.peft.layer as integration
     from benchmarks import model
+    from peftkern.integrations.peft import memo
 
-    exact = integration.updates_of
-
-    def wrong(x, adapters):
-        return tuple(update._replace(scaling=update.scaling * 1.05) for update in exact(x, adapters))
-
-    monkeypatch.setattr(integration, "updates_of", wrong)
+    exact = memo.run_pair
+    wrong = lambda x, pair, *kept: exact(x, pair._replace(scaling=pair.scaling * 1.05), *kept)  # noqa: E731
+    monkeypatch.setattr(memo, "run_pair", wrong)
     ids = torch.randint(128, (1, 16), generator=torch.Generator().manual_seed(0))
     with pytest.raises(WrongResult, match="peftkern is wrong"):
         model.compare(tiny_llama(torch.float32), ids, 0.0, rounds=1)

@@ -17,6 +17,7 @@ from pairwise import pairwise
 import peftkern
 from peftkern import dropout
 from peftkern.backends.cpp import call
+from peftkern.call import Problem
 from peftkern.ops import dispatch
 from peftkern.testing import dropout_mask
 from peftkern.testing.numerics import assert_as_good_as
@@ -342,3 +343,12 @@ def test_a_block_of_wide_rows_takes_no_more_than_16_mib():
     """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(found.stdout) < 32  # MiB: the block, its panels and the factors'
+
+
+def test_a_format_without_a_decoder_is_refused_by_name(monkeypatch):
+    from peftkern.backends.cpp import packed
+
+    backend, problem = dispatch.backend_named("cpp"), Problem("cpu", 4, 64, 64, 2, torch.float32, torch.float32, "nf4")
+    assert backend.supports(problem) is None
+    monkeypatch.delitem(packed.FORMATS, "nf4")
+    assert backend.supports(problem) == "there is no C++ decoder for weight format 'nf4'"

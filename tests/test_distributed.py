@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from unittest import mock
 
 import distributed
 import pytest
@@ -21,6 +23,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import peftkern
 from peftkern.call import Pair, arguments
 from peftkern.functional import run, run_dora
+from peftkern.integrations.peft import layer as peft_layer
+from peftkern.integrations.peft import memo
 from peftkern.nn import LoRALinear
 from peftkern.nn.tensor_parallel import ColwiseLoRALinear, RowwiseLoRALinear
 from peftkern.ops import schema
@@ -234,23 +238,22 @@ def my_step(model: nn.Module, backward=lambda loss: loss.backward()) -> dict[str
     return {"loss": total / 2} | found
 
 
-class counted:
+class counted(contextlib.ExitStack):
     """How many calls took the fast path."""
 
+    count = 0
+
     def __enter__(self) -> counted:
-        from peftkern.integrations.peft import layer as integration
-
-        self.integration, self.genuine, self.count = integration, integration.fused, 0
-
-        def spy(*arguments):
-            self.count += 1
-            return self.genuine(*arguments)
-
-        integration.fused = spy
+        for owner, name in ((peft_layer, "fused"), (memo.Memo, "run")):
+            self.enter_context(mock.patch.object(owner, name, self.spy(getattr(owner, name))))
         return self
 
-    def __exit__(self, *_) -> None:
-        self.integration.fused = self.genuine
+    def spy(self, genuine):
+        def run(*arguments):
+            self.count += 1
+            return genuine(*arguments)
+
+        return run
 
 
 def check_ddp_by_accelerate() -> None:

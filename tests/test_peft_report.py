@@ -214,5 +214,8 @@ def test_a_fused_call_costs_one_addition(monkeypatch):
     touched: list[str] = []
     genuine = type(tally).__setattr__
     monkeypatch.setattr(type(tally), "__setattr__", lambda self, n, v: touched.append(n) or genuine(self, n, v))
-    model(torch.randn(3, 16))
-    assert touched == ["fused"]
+    x = torch.randn(3, 16)
+    model(x)
+    assert touched == ["fused", "memo"]  # what has been found is kept, once
+    model(x)
+    assert touched == ["fused", "memo", "fused"]

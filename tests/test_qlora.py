@@ -122,10 +122,10 @@ def test_the_demo_names_what_it_quantises_to(capsys):
 
 
 def test_a_wrong_quantised_product_stops_the_demo(tiny, tmp_path, monkeypatch, one_thread):
-    import peftkern.integrations.peft.layer as layer
+    from peftkern.integrations.peft import memo
 
-    exact = layer.fused
-    monkeypatch.setattr(layer, "fused", lambda x, parts: exact(x, parts) * 1.001)
+    exact = memo.run_pair
+    monkeypatch.setattr(memo, "run_pair", lambda *call: exact(*call) * 1.001)
     with pytest.raises(demo.Disagreement, match="nf4|fp32"):
         demo.main(["--steps", "5", "--quant", "nf4", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())

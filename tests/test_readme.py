@@ -125,6 +125,7 @@ GIVEN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], 
     "accelerate": (accelerate, None),
     "FSDP2": (lambda: {"model": adapted()}, lambda names: names["model"](**batch()).loss.backward()),
     "torch.compile": (a_model_and_a_batch, lambda names: names["loss"].backward()),
+    "torch.compile by blocks": (a_model_and_a_batch, lambda names: names["loss"].backward()),
     "no PEFT at all": (plain_models, None),
     "tensor parallelism": (an_mlp, lambda names: names["mlp"](torch.randn(2, 8)).sum().backward()),
 }
@@ -139,7 +140,7 @@ def test_snippet(heading, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     if heading in ("FSDP2", "tensor parallelism"):
         request.getfixturevalue("one_process")
-    if heading == "torch.compile":  # in one graph; the C++ that torch makes of it takes a minute to compile
+    if heading.startswith("torch.compile"):  # in one graph; the C++ that torch makes of it takes a minute to compile
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     given, check = GIVEN[heading]
     names = given()

@@ -24,16 +24,17 @@ from peftkern.ops import dispatch
 
 @pytest.fixture
 def runs(monkeypatch) -> dict[str, int]:
-    """How often each of the two operators has run."""
+    """How often each direction of a layer has run."""
     seen = {"forward": 0, "backward": 0}
-    for name in seen:
-        genuine = getattr(dispatch, name)
+    for backend in map(dispatch.backend_named, ("cpp", "reference")):
+        for name, method in (("forward", "pair"), ("backward", "pair_backward")):
+            genuine = getattr(type(backend), method)
 
-        def spy(*arguments, name=name, genuine=genuine):
-            seen[name] += 1
-            return genuine(*arguments)
+            def spy(self, *arguments, name=name, genuine=genuine, **how):
+                seen[name] += 1
+                return genuine(self, *arguments, **how)
 
-        monkeypatch.setattr(dispatch, name, spy)
+            monkeypatch.setattr(type(backend), method, spy)
     return seen
 
 

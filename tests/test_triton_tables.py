@@ -281,12 +281,13 @@ def test_threads_that_call_first_make_identical_launches(monkeypatch):
     operands = Pair(DenseWeight(t.weight), t.lora_A, t.lora_B, None, None, 1.0, None, case.p, t.rng_state, "base")
     seen: dict[int, list] = {}
 
-    def record(steps) -> None:
+    def record(steps) -> list[None]:
         for step in steps:
             arguments = getattr(step, "arguments", {})
             plain = {name: value for name, value in arguments.items() if isinstance(value, int | float | str)}
             shapes = [tuple(tensor.shape) for tensor in (*step.reads, *step.writes)]
             seen.setdefault(threading.get_ident(), []).append((step.name, plain, shapes))
+        return [None] * len(steps)
 
     monkeypatch.setattr(module, "_run", record)
     select.forget()

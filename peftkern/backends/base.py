@@ -1,4 +1,4 @@
-"""What a backend is to the dispatcher."""
+"""The interface of a backend to the dispatcher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftkern.weights import FrozenWeight
 
 @dataclass(frozen=True)
 class Plan:
-    """How a backend would run a problem: its schedule and tile, and the schedules it refuses, for ``explain``."""
+    """A backend's way to run a problem: its schedule and tile, and the schedules it refuses, for ``explain``."""
 
     schedule: str
     tile: str = ""
@@ -31,20 +31,16 @@ class Backend(ABC):
 
     @abstractmethod
     def unavailable(self) -> str | None:
-        """Why this backend cannot run at all on this machine, or None."""
+        """The reason why this backend cannot run at all on this machine, or None."""
 
     @property
     def broken(self) -> bool:
-        """Whether it is installed but fails to load, which deserves a warning."""
+        """True where it is installed but fails to load, which deserves a warning."""
         return False
-
-    def held_bytes(self) -> int:
-        """Memory that the backend keeps between calls, beside what its callers own."""
-        return 0
 
     @abstractmethod
     def supports(self, problem: Problem) -> str | None:
-        """Why this backend cannot run ``problem``, or None."""
+        """The reason why this backend cannot run ``problem``, or None."""
 
     @abstractmethod
     def plan(self, problem: Problem) -> Plan:
@@ -70,7 +66,7 @@ class Backend(ABC):
     def forward(self, call: Call, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """y [M, N] of each base and s of each update; with rows one s, the spans' [count, R] one behind the other.
 
-        M >= 1. Pair after pair, where each has its thin product in its own pass over x.
+        M >= 1. It runs pair after pair, where each has its thin product in its own pass over x.
         """
         if call.rows is not None:
             return self._forward_rows(call, x)
@@ -131,7 +127,7 @@ class Backend(ABC):
         return torch.nn.functional.linear(rows, weight.materialize(rows.dtype), bias).to(x.dtype)
 
     def _forward_rows(self, call: Call, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Update after update, of gathered rows."""
+        """``forward`` of a call with rows, update after update, on gathered rows."""
         y = self._alone(call.bases[0], x)
         thin = []
         for _, update, pair, rows, inside in spans(call):
@@ -144,7 +140,7 @@ class Backend(ABC):
         return [y], [torch.cat(thin) if thin else x.new_empty(0, dtype=wide)]
 
     def _backward_rows(self, call: Call, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs) -> Gradients:
-        """The same in backward; exact zeros for an update without rows."""
+        """``backward`` of a call with rows; exact zeros for an update without any."""
         found = no_gradients(call)
         dx = self.product(call.bases[0].weight, dy, True) if needs.x else None
         at = 0
@@ -168,14 +164,14 @@ class Backend(ABC):
 
 
 def no_gradients(call: Call) -> Gradients:
-    """None for each, to be filled."""
+    """Gradients that are None each, to be filled."""
     updates = len(call.updates)
     return Gradients(None, [None] * len(call.bases), [None] * updates, [None] * updates, [None] * updates)
 
 
 def spans(call: Call) -> Iterator[tuple[int, Update, Pair, Tensor, Tensor | None]]:
-    """Of each update of some rows that has any: its number, it, its pair, which draws its mask from the span, and
-    what ``Rows.of`` says.
+    """Each update of some rows that has any: its number, it, its pair, which draws its mask from the span, and the
+    answer of ``Rows.of``.
     """
     assert call.rows is not None
     for i, update in enumerate(call.updates):
@@ -225,7 +221,7 @@ def only(value: Tensor, inside: Tensor | None) -> Tensor:
 
 
 def rounding(problem: Problem) -> str:
-    """What a plan has to add where the frozen product rounds its rows."""
+    """The words that a plan adds where the frozen product rounds its rows."""
     return " of rows rounded to e4m3" if problem.base_compute else ""
 
 

@@ -1,1 +1,1 @@
-"""Where peftkern meets other libraries; each module imports exactly one of them."""
+"""The places where peftkern meets other libraries: a module imports one of them, or reads its objects without."""

@@ -41,3 +41,16 @@ def from_bitsandbytes(module: Any) -> FrozenWeight:
     raise TypeError(
         f"a bitsandbytes Linear4bit or Linear8bitLt has a frozen weight to take, not {type(module).__name__}"
     )
+
+
+def read_bitsandbytes(module: Any) -> FrozenWeight:
+    """What ``from_bitsandbytes`` has taken before, without its checks: a compiler can trace this."""
+    weight = module.weight
+    if not hasattr(weight, "quant_state"):
+        held = module.state if weight.CB is None else weight
+        return FrozenWeight.from_operands("int8", held.CB, held.SCB.float() / 127, 0)
+    state, data = weight.quant_state, weight.view(-1).view(torch.uint8)
+    nested = (state.state2.absmax, state.state2.code, state.offset.view(1)) if state.nested else ()
+    return FrozenWeight.from_operands(
+        state.quant_type, data, state.absmax, state.blocksize, (state.code, *nested), state.shape
+    )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from peftkern import multi_lora
 from peftkern.call import Rows, Update
-from peftkern.integrations.bitsandbytes import from_bitsandbytes
-from peftkern.integrations.torchao import from_torchao
+from peftkern.integrations.bitsandbytes import from_bitsandbytes, read_bitsandbytes
+from peftkern.integrations.torchao import from_torchao, read_torchao
 from peftkern.ops import dispatch
 from peftkern.weights import FrozenWeight
 
@@ -39,8 +39,31 @@ def is_quantised(base: Any) -> bool:
 def frozen(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     """(weight, the dtype it is multiplied in or None for x's own), or why it cannot be taken.
 
-    The weight shares the layer's memory. It is made once and again whenever the layer holds other tensors.
+    The weight shares the layer's memory.
     """
+    return _traced(base) if torch.compiler.is_compiling() else _held(base)
+
+
+def _traced(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
+    """``frozen`` in a compiler's graph, which reads the layer at every call, and judges it when it is traced."""
+    reason = _why_not(base)
+    if reason is not None:
+        return reason
+    if type(base) is nn.Linear:
+        return read_torchao(base.weight), None
+    return read_bitsandbytes(base), getattr(base, "compute_dtype", None)
+
+
+def _why_not(base: Any) -> str | None:
+    found = _held(base)
+    return found if isinstance(found, str) else None
+
+
+_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result imports the compiler
+
+
+def _held(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
+    """``frozen`` elsewhere. The weight is made once and again whenever the layer holds other tensors."""
     weight = base._parameters["weight"]
     state, data = weight.__dict__, weight
     if "qdata" in state:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftkern.weights import Int8Weight
+from peftkern.weights import FrozenWeight, Int8Weight
 
 
 def from_torchao(weight: Any) -> Int8Weight:
@@ -34,3 +34,11 @@ def from_torchao(weight: Any) -> Int8Weight:
             raise ValueError(f"this int8 weight has scales for blocks of {list(weight.block_size)}")
         return Int8Weight(data, scale, group, dtype=weight.dtype)
     return Int8Weight(data, scale.view(-1).expand(data.shape[0]).contiguous(), dtype=weight.dtype)
+
+
+def read_torchao(weight: Any) -> FrozenWeight:
+    """What ``from_torchao`` has taken before, without its checks: a compiler can trace this."""
+    data, scale = weight.qdata, weight.scale.float()
+    if scale.shape[1] > 1:
+        return FrozenWeight.from_operands("int8", data, scale, weight.block_size[1])
+    return FrozenWeight.from_operands("int8", data, scale.view(-1).expand(data.shape[0]).contiguous(), 0)

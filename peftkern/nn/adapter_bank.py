@@ -116,7 +116,7 @@ class AdapterBank:
         return adapter
 
     def id_of(self, name: str) -> int:
-        """What stands for the adapter in a tensor of ids. Raises: ValueError for an unknown name."""
+        """The number that stands for the adapter in a tensor of ids. Raises: ValueError for an unknown name."""
         return self[name].id
 
     def parameters(self, name: str) -> list[nn.Parameter]:

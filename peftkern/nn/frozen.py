@@ -11,7 +11,7 @@ from peftkern.weights import FrozenWeight
 
 
 class Held(NamedTuple):
-    """What there is to know of a held weight beside its tensors."""
+    """The facts of a held weight beside its tensors."""
 
     format: str
     group_size: int

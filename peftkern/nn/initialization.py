@@ -1,4 +1,4 @@
-"""How an adapter starts: Kaiming and Gaussian (B is zero), PiSSA and OLoRA (taken out of the base weight)."""
+"""The starts of an adapter: Kaiming and Gaussian (B is zero), PiSSA and OLoRA (taken out of the base weight)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PISSA_NITER = re.compile(r"pissa_niter_(\d+)")
 
 
 def changes_the_base(method: bool | str) -> bool:
-    """Whether the start c B A is subtracted from the base weight."""
+    """True where the start c B A is subtracted from the base weight."""
     return method in ("pissa", "olora") or (isinstance(method, str) and _PISSA_NITER.fullmatch(method) is not None)
 
 

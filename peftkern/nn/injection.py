@@ -16,7 +16,7 @@ from peftkern.nn.targets import find_targets
 
 @dataclass(frozen=True)
 class InjectReport:
-    """What ``inject`` did: the adapted layers by name, and how many parameters are trained, of how many."""
+    """The outcome of ``inject``: the adapted layers by name, and the numbers of trained parameters and of all."""
 
     names: tuple[str, ...]
     trainable: int

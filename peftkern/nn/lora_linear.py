@@ -9,14 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftkern.functional import lora_linear
+from peftkern import dropout
+from peftkern.call import Pair
+from peftkern.functional import looked_through, lora_linear, run_pair
 from peftkern.nn import initialization
 from peftkern.nn.frozen import FrozenBuffers
-from peftkern.weights import FrozenWeight
+from peftkern.ops import check, dispatch
+from peftkern.weights import DenseWeight, FrozenWeight
+
+_PARAMETERS = ("weight", "bias", "lora_A", "lora_B", "lora_bias")
 
 
 def why_not_linear(module: nn.Module) -> str | None:
-    """Why an adapter cannot take the place of this module, or None: a plain nn.Linear or Conv1D."""
+    """The reason why an adapter cannot take the module's place, or None: for a plain nn.Linear or Conv1D."""
     kind, weight = type(module).__name__, getattr(module, "weight", None)
     conv1d = kind == "Conv1D"
     if not (isinstance(module, nn.Linear) or conv1d):
@@ -211,6 +216,9 @@ class LoRALinear(FrozenBuffers):
         """y [..., N] for x [..., K]; the merged weight alone while merged."""
         if self.merged_weight is not None:
             return nn.functional.linear(x, self.merged_weight, self.merged_bias)
+        pair = self._plain_pair(x)
+        if pair is not None:
+            return run_pair(x, pair)
         return lora_linear(
             x,
             self.frozen_weight(),
@@ -222,6 +230,31 @@ class LoRALinear(FrozenBuffers):
             dropout_p=self.lora_dropout,
             training=self.training,
         )
+
+    def _plain_pair(self, x: Tensor) -> Pair | None:
+        """The layer's own tensors as ``run_pair`` takes them, where all is plain: a dense base, x in its dtype."""
+        found = [self._parameters.get(name) for name in _PARAMETERS]
+        if (
+            torch.compiler.is_compiling()
+            or self.held is not None
+            or x.__class__ is not Tensor
+            or any(parameter is not None and type(parameter) is not nn.Parameter for parameter in found)
+            or x.is_nested
+            or dispatch.autocasting(x.device.type)
+            or looked_through()
+            or not isinstance(self.scaling, (int, float))
+        ):
+            return None
+        weight, bias, A, B, lora_bias = found
+        if weight is None or A is None or B is None or weight.requires_grad or not math.isfinite(self.scaling):
+            return None
+        pair = Pair(DenseWeight(weight), A, B, bias, lora_bias, float(self.scaling), None, 0.0, None, "base")
+        if not check.fits(pair, x):
+            return None
+        p = self.lora_dropout if self.training else 0.0
+        if dropout.threshold(p):
+            pair = pair._replace(dropout_p=p, rng_state=dropout.draw_rng_state(x.device))
+        return pair
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -18,7 +18,7 @@ from peftkern.weights import DenseWeight
 
 
 def why_not_served(module: nn.Module) -> str | None:
-    """Why a bank cannot take the place of this module, or None: a plain linear, or one that is quantised."""
+    """The reason why a bank cannot take the module's place, or None: for a linear that is plain or quantised."""
     return None if quantised.is_quantised(module) else why_not_linear(module)
 
 
@@ -84,17 +84,17 @@ class MultiLoRALinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weight lies."""
+        """The weight's device."""
         weight: Any = self.weight if self.base_layer is None else self.base_layer.weight
         return weight.device
 
     @property
     def adapter_dtype(self) -> torch.dtype:
-        """That of factors: fp32 beside anything narrower."""
+        """The factors' dtype: fp32 beside anything narrower."""
         return torch.float32 if self.weight is None else torch.promote_types(self.weight.dtype, torch.float32)
 
     def _updates(self, x: Tensor, route: Route | None) -> tuple[list[Update], Rows]:
-        """What each adapter of the batch that covers this layer has to do with it."""
+        """An update for each adapter of the batch that covers this layer, and the rows of the batch."""
         updates: list[Update] = []
         if route is None or route.bank is not self.bank:
             return updates, Rows(torch.empty(0, dtype=torch.int64, device=x.device), None)

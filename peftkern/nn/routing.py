@@ -95,7 +95,7 @@ class Route:
         )
 
     def batch_number(self, adapter: Adapter) -> int:
-        """How many routes have drawn this adapter's dropout before this one: one number for all layers, also again."""
+        """The number of earlier routes that have drawn this adapter's dropout: one for all layers, also again."""
         if adapter.id not in self._batches:
             self._batches[adapter.id] = adapter.next_batch()
         return self._batches[adapter.id]

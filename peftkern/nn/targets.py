@@ -1,4 +1,4 @@
-"""Which layers of a model an adapter goes to: PEFT's rules on names, with errors that say what was not found."""
+"""The layers of a model that an adapter goes to: PEFT's rules on names, with errors that say what was not found."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from peftkern.nn.lora_linear import LoRALinear
 
 
 class _LoRAParallel(ParallelStyle):
-    """What the two styles share: x comes in as ``input_layouts``, y leaves as ``output_layouts``."""
+    """The common part of the two styles: x comes in as ``input_layouts``, y leaves as ``output_layouts``."""
 
     shards: dict[str, Placement]  # of parameters; the others are whole on every rank
 

@@ -1,5 +1,5 @@
-"""What the operands of a call must be: ``lora_linear`` asks by the pieces, every operator, real and fake alike, for all
-of its operands, since kernels behind them take addresses and sizes on trust.
+"""The checks of a call's operands: ``lora_linear`` asks by the pieces, every operator, real and fake alike, for all of
+its operands, since kernels behind them take addresses and sizes on trust.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.call import Base, Call, Needs, Update, check_lists
+from peftkern.call import Base, Call, Needs, Pair, Update, check_lists
 from peftkern.weights import FrozenWeight
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -88,8 +88,8 @@ def forward(call: Call, x: Tensor) -> None:
 
 
 def backward(call: Call, dys: Sequence[Tensor], x: Tensor | None, thin: Sequence[Tensor | None], needs: Needs) -> None:
-    """The same for dy [M, N_b] of each base; x [M, K] is there where a lora_A's gradient is needed, each s where its
-    lora_B's is.
+    """Raise as ``forward`` does, of dy [M, N_b] of each base; x [M, K] is there where a lora_A's gradient is needed,
+    each s where its lora_B's is.
     """
     check_lists(1, bases=call.bases, dy=dys, need_bias=needs.bias)
     check_lists(0, updates=call.updates, need_A=needs.lora_A, need_B=needs.lora_B, need_lora_bias=needs.lora_bias)
@@ -140,7 +140,7 @@ def values_of_rows(call: Call, M: int) -> None:
 
 
 def numbers(found: Tensor, M: int) -> None:
-    """The same for the numbers alone."""
+    """Raise ValueError where numbers of rows leave M rows."""
     if found.device.type == "cpu" and found.numel():
         low, high = map(int, found.aminmax())
         if low < 0 or high >= M:
@@ -193,18 +193,30 @@ def _weight(weight: FrozenWeight, read: bool = True) -> None:
 def _base(base: Base, rows: Tensor, side: int, read: bool) -> None:
     weight, bias = base
     _weight(weight, read)
+    shape = weight.shape
+    if rows.ndim == 2 and _base_fits(base, rows, side):
+        return
+    nothing = Update(rows.new_empty(0, shape[1]), rows.new_empty(shape[0], 0), None, None, None, 1.0, 0.0)
+    _explain(base, nothing, rows, "x" if side else "dy", False)
+
+
+def fits(pair: Pair, x: Tensor) -> bool:
+    """True where the tensors of a pair with a dense weight fit each other and x [..., K], as in a forward call."""
+    base, update = Base(pair.weight, pair.bias), pair.update()
+    shape = pair.weight.shape
+    return x.ndim > 0 and len(shape) == 2 and _base_fits(base, x, 1) and _fits(update, shape, x, False)
+
+
+def _base_fits(base: Base, rows: Tensor, side: int) -> bool:
+    weight, bias = base
     dtype, device, shape = rows.dtype, rows.device, weight.shape
-    if (
-        rows.ndim == 2
-        and rows.shape[1] == shape[side]
+    return (
+        rows.shape[-1] == shape[side]
         and (weight.compute_dtype or dtype) == dtype
         and dtype in _FLOATING
         and weight.data.device == device
         and (bias is None or _is(bias, dtype, (shape[0],), device))
-    ):
-        return
-    nothing = Update(rows.new_empty(0, shape[1]), rows.new_empty(shape[0], 0), None, None, None, 1.0, 0.0)
-    _explain(base, nothing, rows, "x" if side else "dy", False)
+    )
 
 
 def _rows(name: str, rows: Tensor, weight: FrozenWeight, side: int) -> None:
@@ -251,7 +263,7 @@ def _described(tensor: Tensor) -> str:
 
 
 def _fits(update: Update, shape: tuple[int, int], rows: Tensor, by_rows: bool) -> bool:
-    """Whether nothing is wrong with an update of a weight [N, K], in one expression."""
+    """True where nothing is wrong with an update of a weight [N, K], in one expression."""
     A, B, lora_bias, scaling_tensor, state, _, dropout_p, _, _ = update
     dtype, device, thin, (N, K) = rows.dtype, rows.device, A.dtype, shape
     return (

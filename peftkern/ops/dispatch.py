@@ -1,4 +1,4 @@
-"""Which backend runs a problem, and why the others do not."""
+"""The choice of the backend that runs a problem, and the reasons why others do not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftkern import _env
 from peftkern.backends.base import Backend
-from peftkern.call import Call, Gradients, Needs, Problem
+from peftkern.call import Call, Gradients, Needs, Pair, PairGradients, PairNeeds, Problem
 from peftkern.weights import FrozenWeight
 
 logger = logging.getLogger("peftkern")
@@ -38,7 +38,7 @@ def backend_named(name: str) -> Backend:
 
 
 def refusal(backend: Backend, problem: Problem) -> str | None:
-    """Why ``backend`` cannot run ``problem``, or None."""
+    """The reason why ``backend`` cannot run ``problem``, or None."""
     return backend.unavailable() or backend.supports(problem)
 
 
@@ -59,6 +59,11 @@ def backend_of(call: Call, M: int, device_type: str, dtype: torch.dtype) -> Back
     """``select`` for a call of M rows: the first backend that can run all of its pairs."""
     keys, requested = call.keys(M, dtype), call.backend or _env.settings().backend
     return _select(requested, keys) if keys else _available(device_type, requested)
+
+
+def backend_of_pair(pair: Pair, M: int, dtype: torch.dtype) -> Backend:
+    """``select`` for a pair and M rows, by PEFTKERN_BACKEND."""
+    return _select(_env.settings().backend, (pair.key(M, dtype),))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -92,7 +97,7 @@ def _warn_if_better_was_expected(backend: Backend, device_type: str) -> None:
 
 
 def autocasting(device_type: str) -> bool:
-    """Whether autocast is on for a device; it is unknown to some, such as meta."""
+    """True where autocast is on for a device; it is unknown to some, such as meta."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
@@ -130,6 +135,24 @@ def backward(
         with torch.autocast(device_type, enabled=False):
             return backend.backward(call, dys, x, thin, needs)
     return backend.backward(call, dys, x, thin, needs)
+
+
+def pair(backend: Backend, pair: Pair, x: Tensor) -> tuple[Tensor, Tensor]:
+    """y and s of a pair by a backend that can run it. M >= 1."""
+    if autocasting(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return backend.pair(pair, x)
+    return backend.pair(pair, x)
+
+
+def pair_backward(
+    backend: Backend, pair: Pair, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: PairNeeds
+) -> PairGradients:
+    """The gradients of a pair that are needed, by the backend that has run its forward. M >= 1."""
+    if autocasting(dy.device.type):
+        with torch.autocast(dy.device.type, enabled=False):
+            return backend.pair_backward(pair, dy, x, s, None, needs)
+    return backend.pair_backward(pair, dy, x, s, None, needs)
 
 
 def dropped_product(

@@ -24,7 +24,7 @@ _told: set[str] = set()  # of whom ``_tell`` has told what the operators are
 
 
 def _watched(first: Tensor) -> bool:
-    """Whether a compiler, a mode (FLOP counter, selective checkpoint), the profiler or ``first`` itself, an operand
+    """True where a compiler, a mode (FLOP counter, selective checkpoint), the profiler or ``first`` itself, an operand
     without data of its own (on meta, batched by vmap or by is_grads_batched), wants the operator.
     """
     return bool(
@@ -39,7 +39,7 @@ def _watched(first: Tensor) -> bool:
 
 
 def taken(first: Tensor, tensors: Iterable[Any], call: Call | None = None) -> bool:
-    """Whether the operator is taken: somebody watches, or an operand is one that has operators of its own."""
+    """True where the operator is taken: somebody watches, or an operand is one that has operators of its own."""
     return _watched(first) or not _plain(tensors) or not (call is None or _plain_call(call))
 
 

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: named problems, the error rule, and the dropout mask."""
+"""The common ground of tests and benchmarks: named problems, the error rule, and the dropout mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call launches, reads, writes and multiplies, counted from its launch records on meta tensors: no GPU needed.
+"""A call's launches, reads, writes and products, counted from its launch records on meta tensors, without a GPU.
 
 A pass over a tensor counts its bytes once, however often tiles come back to it through the caches.
 """

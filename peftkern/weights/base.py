@@ -1,10 +1,10 @@
-"""What every frozen weight format is to the rest of the package."""
+"""The interface of every frozen weight format to the rest of the package."""
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -77,7 +77,7 @@ class FrozenWeight(ABC):
         """The weight as a dense ``[N, K]`` tensor of ``dtype``."""
 
     def factors(self, rows: Tensor, backward: bool) -> tuple[Tensor, FrozenWeight]:
-        """What is multiplied for rows W^T, or, in ``backward``, rows W: the rows as they are rounded, which may be in a
+        """The factors of rows W^T, or, in ``backward``, of rows W: the rows as they are rounded, which may be in a
         wider dtype, and the weight that they meet.
         """
         return rows, self
@@ -104,7 +104,7 @@ class FrozenWeight(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the payload lives."""
+        """The payload's device."""
         return self.data.device
 
     @property
@@ -182,6 +182,11 @@ class FrozenWeight(ABC):
         weight = self.from_operands(self.format, function(self.data), scale, self.group_size, tables, self.shape)
         weight.dtype = self.dtype
         return weight
+
+    def holding(self, tensors: Sequence[Tensor]) -> FrozenWeight:
+        """The weight with others in the place of ``tensors``."""
+        each = iter(tensors)
+        return self.mapped(lambda _: next(each))
 
     def to(self, device: torch.device | str) -> FrozenWeight:
         """A copy on another device, or self where it is there already."""

@@ -18,7 +18,7 @@ class DenseWeight(FrozenWeight):
             raise ValueError(f"{name} is 2-D [N, K], got shape {tuple(self.data.shape)}")
 
     def check_values(self, name: str) -> None:
-        """Any value is one."""
+        """Every value is valid."""
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -42,7 +42,7 @@ class FourBitWeight(FrozenWeight):
 
     @property
     def nested(self) -> bool:
-        """Whether the blocks' scales are quantised themselves."""
+        """True where the blocks' scales are quantised themselves."""
         return len(self.tables) > 1
 
     def check_layout(self, name: str) -> None:

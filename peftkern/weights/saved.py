@@ -1,4 +1,4 @@
-"""What is read from and written to a state_dict: facts as JSON in bytes, and checks that name the key.
+"""The entries of a state_dict, read and written: facts as JSON in bytes, and checks that name the key.
 
 Nothing here unpickles or looks a name up in a module: dtypes come from a list.
 """

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern import _env, dropout
+from peftkern import dropout
 from peftkern.backends.base import Backend, Plan, bias_gradients, rounding
-from peftkern.backends.cpp import call, prepack, rows
-from peftkern.backends.cpp.call import DECODE_ROWS, DTYPES, address, read_weight, unit_stride
+from peftkern.backends.cpp import call, packed, rows
+from peftkern.backends.cpp.call import DTYPES, address, read_weight, unit_stride
 from peftkern.backends.cpp.extension import extension
 from peftkern.call import Call, Gradients, Needs, Pair, PairGradients, PairNeeds, Problem
-from peftkern.weights import FrozenWeight
+from peftkern.weights import FrozenWeight, split_format
 
 
 class CppBackend(Backend):
@@ -38,6 +38,8 @@ class CppBackend(Backend):
             return "r = 0 has no low-rank pair"
         if problem.dtype not in DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {problem.dtype}"
+        if problem.weight_format != "dense" and split_format(problem.weight_format)[0] not in packed.FORMATS:
+            return f"there is no C++ decoder for weight format {problem.weight_format!r}"
         return None
 
     def plan(self, problem: Problem) -> Plan:
@@ -52,14 +54,9 @@ class CppBackend(Backend):
                 return Plan(
                     "one_pass", f"{kernels} kernels that decode the frozen {problem.weight_format} weight in place"
                 )
-            policy = _env.settings().prepack if problem.M > DECODE_ROWS else "off"
-            packed = "" if policy == "off" else f", packed copies: {policy}, {prepack.held_bytes():,} bytes held now"
             torchs = "" if call.one_pass(problem.dtype, problem.M, "dense", False) else ", dx on top of torch's product"
-            return Plan("one_pass", f"{kernels} kernels that read the frozen weight in place{packed}{torchs}")
+            return Plan("one_pass", f"{kernels} kernels that read the frozen weight in place{torchs}")
         return Plan("split", f"vendor GEMM + {kernels} thin products in blocks of rows")
-
-    def held_bytes(self) -> int:
-        return prepack.held_bytes()
 
     def forward(self, call: Call, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         if call.rows is not None:
@@ -68,7 +65,7 @@ class CppBackend(Backend):
             return super().forward(call, x)
         x = unit_stride(x)
         ys = [torch.nn.functional.linear(x, weight.materialize(x.dtype), bias) for weight, bias in call.bases]
-        made = [_forward_call(call.pair(i), x, y, False) for i, y in enumerate(ys)]
+        made = [_forward_call(call.pair(i), x, y) for i, y in enumerate(ys)]
         extension()[0].forward_shared([one for one, _, _ in made])
         return ys, [s for _, s, _ in made]
 
@@ -80,46 +77,51 @@ class CppBackend(Backend):
         return super().backward(call, dys, x, thin, needs)
 
     def pair(self, pair: Pair, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, bias, whole = unit_stride(x), None, False
+        weight, A, B, bias, lora_bias = pair[:5]
+        x, M, dtype, whole = unit_stride(x), x.shape[0], x.dtype, False
         if y is None:
-            whole, bias = call.one_pass(x.dtype, x.shape[0], pair.weight.format), pair.bias
+            whole = call.one_pass(dtype, M, weight.format)
             if whole:
-                y, bias = x.new_empty(x.shape[0], pair.weight.shape[0]), None if bias is None else bias.contiguous()
-            elif pair.weight.base_compute is not None:
-                y = self.product(pair.weight, x, False)
+                y, bias = x.new_empty(M, weight.shape[0]), None if bias is None else bias.contiguous()
+            elif weight.base_compute is not None:
+                y = self.product(weight, x, False)
                 y = y if bias is None else y.add_(bias)
             else:
-                y = torch.nn.functional.linear(x, pair.weight.materialize(x.dtype), bias)
-        forward, s, _held = _forward_call(pair, x, y, whole, bias)
-        extension()[0].forward(forward)
+                y = torch.nn.functional.linear(x, weight.materialize(dtype), bias)
+        s, A, B = x.new_empty(M, A.shape[0], dtype=torch.float32), A.contiguous(), B.contiguous()
+        lora_bias = None if lora_bias is None else lora_bias.contiguous()
+        problem, *settings = call.of_pair(pair, x, whole)
+        problem, _held = read_weight(problem, weight, x) if whole else (problem, None)
+        extension()[0].forward(
+            problem, *settings, x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(),
+            0 if lora_bias is None else lora_bias.data_ptr(), address(bias) if whole else 0, s.data_ptr(), y.data_ptr(),
+        )  # fmt: skip
         return y, s
 
     def pair_backward(
         self, pair: Pair, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: PairNeeds,
         whole: bool = True,
     ) -> PairGradients:  # fmt: skip
-        onto = dx is not None
-        one_pass = whole and call.one_pass(dy.dtype, dy.shape[0], pair.weight.format, False)
-        if needs.x and whole:
-            dy = unit_stride(dy)
+        need_x, need_A, need_B, _, _ = needs
+        weight, A, B = pair[:3]
+        dy, onto = unit_stride(dy), dx is not None
+        one_pass = whole and call.one_pass(dy.dtype, dy.shape[0], weight.format, False)
+        if need_x and whole:
             if dx is None:
-                made = dy.new_empty(dy.shape[0], pair.weight.shape[1]) if one_pass else None
-                dx = self.product(pair.weight, dy, True) if made is None else made
+                dx = dy.new_empty(dy.shape[0], weight.shape[1]) if one_pass else self.product(weight, dy, True)
             elif not one_pass:
-                dx = self._product_onto(dx, pair.weight, dy)
+                dx = self._product_onto(dx, weight, dy)
         dA = dB = None
-        if needs.x or needs.lora_A or needs.lora_B:
-            dy = unit_stride(dy)
-            A, B = pair.lora_A.contiguous(), pair.lora_B.contiguous()
-            dA = torch.empty_like(A) if needs.lora_A else None
-            dB = torch.empty_like(B) if needs.lora_B else None
-            x = unit_stride(x) if x is not None else None
-            s = s.contiguous() if s is not None else None
-            problem = call.problem(pair, dy, one_pass)
-            _held = read_weight(problem, pair.weight, dy, False) if one_pass and needs.x else None
+        if need_x or need_A or need_B:
+            A, B = A.contiguous(), B.contiguous()
+            dA, dB = torch.empty_like(A) if need_A else None, torch.empty_like(B) if need_B else None
+            x = None if x is None else unit_stride(x)
+            s = None if s is None else s.contiguous()
+            problem, *settings = call.of_pair(pair, dy, one_pass)
+            problem, _held = read_weight(problem, weight, dy) if one_pass and need_x else (problem, None)
             extension()[0].backward(
-                problem, dy.data_ptr(), dy.stride(0), address(x), 0 if x is None else x.stride(0), address(s),
-                A.data_ptr(), B.data_ptr(), address(dx), onto and one_pass, address(dA), address(dB),
+                problem, *settings, dy.data_ptr(), dy.stride(0), address(x), 0 if x is None else x.stride(0),
+                address(s), A.data_ptr(), B.data_ptr(), address(dx), onto and one_pass, address(dA), address(dB),
             )  # fmt: skip
         return PairGradients(dx, dA, dB, *bias_gradients(pair, dy, needs))
 
@@ -127,17 +129,19 @@ class CppBackend(Backend):
         if weight.base_compute is not None:
             rounded, met = weight.factors(rows, backward)
             return self.product(met, rounded, backward).to(rows.dtype)
+        dense = weight.format == "dense" and weight.data.dtype == rows.dtype
+        if dense and backward and not call.one_pass(rows.dtype, rows.shape[0], "dense", False):
+            return rows @ weight.data
         if rows.dtype not in DTYPES or not call.one_pass(rows.dtype, rows.shape[0], weight.format, not backward):
             return super().product(weight, rows, backward)
         rows = unit_stride(rows)
         made = rows.new_empty(rows.shape[0], weight.shape[1 if backward else 0])
-        problem = call.base_problem(weight.shape, rows, True)
-        _held = read_weight(problem, weight, rows, not backward)
-        module = extension()[0]
+        problem, _held = read_weight(call.of_base(weight.shape, rows, True), weight, rows)
+        given, out = (problem, 0.0, 0, 0, rows.data_ptr(), rows.stride(0)), made.data_ptr()
         if backward:
-            module.backward(problem, rows.data_ptr(), rows.stride(0), 0, 0, 0, 0, 0, made.data_ptr(), False, 0, 0)
+            extension()[0].backward(*given, 0, 0, 0, 0, 0, out, False, 0, 0)
         else:
-            module.forward(module.Forward(problem, rows.data_ptr(), rows.stride(0), 0, 0, 0, 0, 0, made.data_ptr()))
+            extension()[0].forward(*given, 0, 0, 0, 0, 0, out)
         return made
 
     def kept(self, x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:
@@ -160,17 +164,16 @@ def _thin_products_together(members: Call, x: Tensor) -> bool:
     return each and not fused and not rounded and len({update.lora_A.dtype for update in members.updates}) == 1
 
 
-def _forward_call(
-    pair: Pair, x: Tensor, y: Tensor, whole: bool, bias: Tensor | None = None
-) -> tuple[Any, Tensor, tuple[Any, ...]]:
-    """The extension's view of one forward, its s, and what has to live until it has run."""
-    s = x.new_empty(x.shape[0], pair.lora_A.shape[0], dtype=torch.float32)
-    A, B = pair.lora_A.contiguous(), pair.lora_B.contiguous()
+def _forward_call(pair: Pair, x: Tensor, y: Tensor) -> tuple[Any, Tensor, tuple[Any, ...]]:
+    """The extension's view of one forward on top of y, its s, and what has to live until it has run."""
+    s, A, B = (
+        x.new_empty(x.shape[0], pair.lora_A.shape[0], dtype=torch.float32),
+        pair.lora_A.contiguous(),
+        pair.lora_B.contiguous(),
+    )
     lora_bias = None if pair.lora_bias is None else pair.lora_bias.contiguous()
-    problem = call.problem(pair, x, whole)
-    held = read_weight(problem, pair.weight, x, True) if whole else None
     made = extension()[0].Forward(
-        problem, x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(), address(lora_bias), address(bias),
+        *call.of_pair(pair, x, False), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(), address(lora_bias), 0,
         s.data_ptr(), y.data_ptr(),
     )  # fmt: skip
-    return made, s, (A, B, lora_bias, held)
+    return made, s, (A, B, lora_bias)

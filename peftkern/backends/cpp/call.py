@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftkern import dropout
-from peftkern.backends.cpp import packed, prepack
+from peftkern.backends.cpp import packed
 from peftkern.backends.cpp.extension import extension
 from peftkern.call import Pair
 from peftkern.weights import FrozenWeight, split_format
@@ -26,50 +27,55 @@ def one_pass(dtype: torch.dtype, M: int, weight_format: str = "dense", forward: 
     of it: for a handful of rows the copy costs many times the product, whatever the processor. dx of few rows in fp32
     stays torch's: the kernels share dx by its rows, and there each thread would read the whole weight, across its rows.
     """
-    if split_format(weight_format)[1] is not None:  # the thin products read other rows than the frozen one
+    dense = weight_format == "dense"
+    if (
+        not dense and split_format(weight_format)[1] is not None
+    ):  # the thin products read other rows than the frozen one
         return False
-    if not forward and weight_format == "dense" and dtype == torch.float32 and M < FEW_ROWS_OF_DX:
+    if not forward and dense and dtype == torch.float32 and M < FEW_ROWS_OF_DX:
         return False
-    return extension()[0].instruction_set() == "avx2" or (weight_format != "dense" and M <= DECODE_ROWS)
+    return (not dense and M <= DECODE_ROWS) or extension()[0].instruction_set() == "avx2"
 
 
-def problem(pair: Pair, rows: Tensor, whole: bool) -> Any:
-    """A Problem of problem.h for one adapter and the rows of x or dy; ``whole``: in one pass."""
-    scaling = pair.scaling
+@functools.lru_cache(maxsize=1024)
+def shape(
+    M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype, precision: str, whole: bool,
+    threads: int,
+) -> Any:  # fmt: skip
+    """A Problem of problem.h, whose scaling and dropout a call fills in; ``whole``: in one pass.
+
+    The factors are rounded to the rows' dtype in precision "base". Those of fp16 are multiplied in fp32, so there it
+    would save nothing, and lose what fp16's range does not hold.
+    """
+    rounds = precision == "base" and dtype != torch.float16
+    return extension()[0].Problem(M, K, N, R, DTYPES[dtype], DTYPES[adapter_dtype], rounds, threads, whole)
+
+
+def of_pair(pair: Pair, rows: Tensor, whole: bool) -> tuple[Any, float, int, int]:
+    """The Problem of a pair and the rows of x or dy, its scaling, and its dropout's threshold and state."""
+    A, scaling, state = pair.lora_A, pair.scaling, pair.rng_state
     if pair.scaling_tensor is not None:
         scaling *= float(pair.scaling_tensor)
-    (N, K), R = pair.weight.shape, pair.lora_A.shape[0]
-    return extension()[0].Problem(
-        rows.shape[0], K, N, R, DTYPES[rows.dtype], DTYPES[pair.lora_A.dtype], _rounds(pair.precision, rows),
-        scaling, dropout.threshold(pair.dropout_p), address(pair.rng_state), torch.get_num_threads(), whole,
-    )  # fmt: skip
+    (N, K), R = pair.weight.shape, A.shape[0]
+    made = shape(rows.shape[0], K, N, R, rows.dtype, A.dtype, pair.precision, whole, torch.get_num_threads())
+    if state is None:
+        return made, scaling, 0, 0
+    return made, scaling, dropout.threshold(pair.dropout_p), state.data_ptr()
 
 
-def base_problem(shape: tuple[int, ...], rows: Tensor, whole: bool, precision: str = "base") -> Any:
-    """``problem`` of a weight [N, K] without a low-rank pair."""
-    (N, K), dtype = shape, DTYPES[rows.dtype]
-    return extension()[0].Problem(
-        rows.shape[0], K, N, 0, dtype, dtype, _rounds(precision, rows), 0.0, 0, 0, torch.get_num_threads(), whole
-    )
+def of_base(weight_shape: tuple[int, ...], rows: Tensor, whole: bool, precision: str = "base") -> Any:
+    """The Problem of a weight [N, K] without a low-rank pair."""
+    (N, K), dtype = weight_shape, rows.dtype
+    return shape(rows.shape[0], K, N, 0, dtype, dtype, precision, whole, torch.get_num_threads())
 
 
-def _rounds(precision: str, rows: Tensor) -> bool:
-    """Whether the factors are rounded to the rows' dtype. Those of fp16 are multiplied in fp32, so there it would save
-    nothing, and lose what fp16's range does not hold.
-    """
-    return precision == "base" and rows.dtype != torch.float16
-
-
-def read_weight(problem: Any, frozen: FrozenWeight, rows: Tensor, forward: bool) -> Any:
-    """Make a problem in one pass read the frozen weight, for y or for dx; what it returns must outlive the call."""
+def read_weight(problem: Any, frozen: FrozenWeight, rows: Tensor) -> tuple[Any, Any]:
+    """A problem in one pass that reads the frozen weight, and what must outlive the call."""
     if frozen.format != "dense":
-        return packed.attach(problem, frozen)
-    weight, panels = _unit_stride_somewhere(frozen.materialize(rows.dtype)), None
-    strides = _strides(weight)
-    if weight is frozen.data and rows.shape[0] > DECODE_ROWS:  # the caller's own tensor: its packed copy
-        panels = prepack.panels(extension()[0], weight, DTYPES[weight.dtype], strides, forward)
-    problem.read_dense(*strides, address(panels))
-    return weight, panels
+        return packed.read(problem, frozen)
+    weight = _unit_stride_somewhere(frozen.materialize(rows.dtype))
+    transposed = weight.stride(1) != 1 and weight.shape[1] != 1
+    return problem.read_dense(weight.data_ptr(), weight.stride(1 if transposed else 0), transposed), weight
 
 
 def unit_stride(rows: Tensor) -> Tensor:
@@ -85,9 +91,3 @@ def address(tensor: Tensor | None) -> int:
 def _unit_stride_somewhere(weight: Tensor) -> Tensor:
     """A weight whose rows or columns (Conv1D's view) are contiguous: one copy where neither are."""
     return weight if 1 in weight.stride() or 1 in weight.shape else weight.contiguous()
-
-
-def _strides(weight: Tensor) -> tuple[int, int, bool]:
-    """Address, distance of its rows, and whether it is its columns that are contiguous."""
-    transposed = weight.stride(1) != 1 and weight.shape[1] != 1
-    return weight.data_ptr(), weight.stride(1 if transposed else 0), transposed

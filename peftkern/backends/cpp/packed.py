@@ -13,8 +13,8 @@ FORMATS = {"nf4": 1, "fp4": 1, "int4": 2, "int8": 3, "fp8": 4}  # problem.h, Wei
 _ALL = 62  # log2 of more elements than there are
 
 
-def attach(problem: Any, weight: FrozenWeight) -> list[Tensor]:
-    """Make a problem of the kernels read ``weight``; what is returned must live until its call is over."""
+def read(problem: Any, weight: FrozenWeight) -> tuple[Any, list[Tensor]]:
+    """A problem of the kernels that reads ``weight``, and what must live until its call is over."""
     shift = weight.group_size.bit_length() - 1 if weight.group_size else _ALL
     row_shift = stride = 0
     match weight:
@@ -28,5 +28,4 @@ def attach(problem: Any, weight: FrozenWeight) -> list[Tensor]:
             stride = weight.scale.shape[-1] if weight.group_size else int(len(weight.scale) == weight.shape[0])
     held = [tensor.contiguous() for tensor in weight.tensors]
     data, scale, *tables = (tensor.data_ptr() for tensor in held)
-    problem.read_packed(FORMATS[weight.format], data, scale, stride, shift, row_shift, tables)
-    return held
+    return problem.read_packed(FORMATS[weight.format], data, scale, stride, shift, row_shift, tables), held

@@ -25,9 +25,9 @@ def forward(backend: CppBackend, call: Call, x: Tensor) -> tuple[list[Tensor], l
     ((weight, bias),), rows = call.bases, call.rows
     assert rows is not None
     x, whole = unit_stride(x), operands.one_pass(x.dtype, x.shape[0], weight.format)
-    problem, _held = operands.base_problem(weight.shape, x, whole, call.precision), None
+    problem, _held = operands.of_base(weight.shape, x, whole, call.precision), None
     if whole:
-        _held = read_weight(problem, weight, x, True)
+        problem, _held = read_weight(problem, weight, x)
         y = x.new_empty(x.shape[0], weight.shape[0])
         bias = None if bias is None else bias.contiguous()
     elif weight.base_compute is not None:
@@ -54,9 +54,9 @@ def backward(
     dx, dy = None, unit_stride(dy)
     x = None if x is None else unit_stride(x)
     whole = operands.one_pass(dy.dtype, dy.shape[0], weight.format, False)
-    problem, _held = operands.base_problem(weight.shape, dy, whole, call.precision), None
+    problem, _held = operands.of_base(weight.shape, dy, whole, call.precision), None
     if needs.x and whole:
-        _held = read_weight(problem, weight, dy, False)
+        problem, _held = read_weight(problem, weight, dy)
         dx = dy.new_empty(dy.shape[0], weight.shape[1])
     elif needs.x:
         dx = backend.product(weight, dy, True)

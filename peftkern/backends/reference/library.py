@@ -92,7 +92,7 @@ def add_update_backward(
 
 
 class ReferenceBackend(Backend):
-    """Never refuses; the floor that the kernels have to beat."""
+    """The backend that refuses nothing: the floor that the kernels have to beat."""
 
     name = "reference"
 

@@ -1,4 +1,4 @@
-"""What is known of a chip: the figures of the cost model, and what its binaries can and cannot do. No Triton here."""
+"""The facts of a chip: the figures of the cost model, and what its binaries can and cannot do, without Triton."""
 
 from __future__ import annotations
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from peftkern import _env
 from peftkern.backends.base import Backend, Plan, add_lora_bias, fill_rows
 from peftkern.backends.triton import codes, select, tiles
 from peftkern.backends.triton.arch import Arch, arch_of
@@ -41,6 +42,14 @@ def _interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _launching() -> tuple[Any, Any]:
+    """The modules that import Triton: ``launch`` and ``schedule``."""
+    from peftkern.backends.triton import launch, schedule
+
+    return launch, schedule
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -108,29 +117,40 @@ class TritonBackend(Backend):
         return Plan(choice.schedule, f"{choice.tile}{decoded}{coded}", tiles.refusals(launch, arch))
 
     def pair(self, pair: Pair, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        from peftkern.backends.triton import schedule
-
+        launch, schedule = _launching()
+        given = (x, *pair[1:5], pair.scaling_tensor, pair.rng_state, y, *pair.weight.tensors)
+        key = _key(pair, given, "forward")
         with _on(x.device):
+            prepared = launch.known(key)
+            if prepared is not None and not _capturing(x):
+                Z, T = prepared.run(given, x.device)
+                return Z, T
             produced = schedule.produce(pair, x, backward=False, arch=arch_of(x.device), onto=y)
-            _run(produced.steps)
+            kernels = _run(produced.steps)
+        _keep(key, given, (pair.rng_state,), produced.steps, kernels, (produced.Z, produced.T))
         return produced.Z, produced.T
 
     def pair_backward(
         self, pair: Pair, dy: Tensor, x: Tensor | None, s: Tensor | None, dx: Tensor | None, needs: PairNeeds,
         whole: bool = True,
     ) -> PairGradients:  # fmt: skip
-        from peftkern.backends.triton import schedule
-
+        launch, schedule = _launching()
         if whole and dx is not None:
             dx = self._product_onto(dx, pair.weight, dy)
+        given = (dy, x, s, dx, *pair[1:5], pair.scaling_tensor, pair.rng_state, *pair.weight.tensors)
+        key = _key(pair, given, needs)
         with _on(dy.device):
+            prepared = launch.known(key)
+            if prepared is not None and not _capturing(dy):
+                return PairGradients(*prepared.run(given, dy.device))
             plan = schedule.backward(pair, dy, x, s, needs, arch_of(dy.device), onto=dx)
-            _run(plan.before)
             if plan.beside and dy.is_cuda:
+                _run(plan.before)
                 _run_beside(plan, dy.device)
-            else:
-                _run([*plan.steps, *plan.beside])
-            _run(plan.after)
+                _run(plan.after)
+                return plan.gradients
+            kernels = _run(plan.all)
+        _keep(key, given, (pair.rng_state, s), plan.all, kernels, plan.gradients)
         return plan.gradients
 
     def _forward_rows(self, call: Call, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -182,9 +202,35 @@ def _run_beside(plan: Any, device: torch.device) -> None:
         here.wait_stream(side)
 
 
-def _run(steps: Iterable[Any]) -> None:
-    for step in steps:
-        step.run()
+def _run(steps: Iterable[Any]) -> list[Any]:
+    """Start them. Returns: what Triton has compiled for each, None for a product of the vendor's."""
+    return [step.run() for step in steps]
+
+
+def _key(pair: Pair, given: Sequence[Tensor | None], direction: Any) -> Any:
+    """What the launches of a pair depend on, or None for a weight that is not only decoded, and is not prepared."""
+    launch, weight = _launching()[0], pair.weight
+    if weight.base_compute is not None:
+        return None
+    numbers = (pair.scaling, pair.dropout_p, pair.precision, weight.format, weight.group_size, weight.shape, direction)
+    tf32 = given[0].dtype == torch.float32 and launch.tf32()  # type: ignore[union-attr]
+    return launch.key(given, weight.data.device, numbers, _env.settings(), select.state(), tf32)
+
+
+def _keep(
+    key: Any, given: Sequence[Any], adjacent: Sequence[Tensor | None], steps: Sequence[Any], kernels: Sequence[Any],
+    results: Any,
+) -> None:  # fmt: skip
+    """Remember the launches, where nothing that they read is a copy of what was given, as of ``adjacent`` it may be."""
+    launch = _launching()[0]
+    copied = any(t is not None and not t.is_contiguous() for t in adjacent)
+    if key is not None and not copied and all(t is None or launch.near(t) is t for t in given):
+        launch.keep(key, launch.prepare(given, steps, kernels, results))
+
+
+def _capturing(like: Tensor) -> bool:
+    """Whether a graph is captured: it gets counters of its own."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _arch_here(device_type: str) -> Arch:

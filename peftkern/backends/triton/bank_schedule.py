@@ -1,4 +1,4 @@
-"""Which launches make a call with rows: what the backend runs and the traffic model counts.
+"""The launches of a call with rows: the backend runs them, and the traffic model counts them.
 
 y and s, or dx and t, or t alone      bank, after decode where the weight is quantised
 dA and dB of all updates              bank_grad, and a copy of each into a tensor of its own
@@ -55,7 +55,7 @@ def produce(call: Call, X: Tensor, backward: bool, arch: Arch, product: bool = T
 
 
 def backward(call: Call, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs, arch: Arch) -> Backward:
-    """What is needed of dx and the factors; those of rank 0 are empty, and there is nothing to launch for them."""
+    """The needed gradients of x and the factors; those of rank 0 are empty, and nothing is launched for them."""
     dy = launch.gathered(dy)
     asked = [i for i, (update, need) in enumerate(zip(call.updates, needs.lora_A, strict=True)) if need and update.R]
     some = any(span is not None and span.length for i in asked for span in (call.updates[i].span,))

@@ -1,6 +1,6 @@
-"""Which tile a batch of several adapters gets. No Triton here.
+"""The tiles of a batch of several adapters, without Triton.
 
-It does not depend on the adapters, their ranks or dtypes: a row of the base has the same bits whoever is beside it.
+They do not depend on the adapters, their ranks or dtypes: a row of the base has the same bits whoever is beside it.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def _tiles(problem: Problem, arch: Arch) -> _Three:
 
 
 def bank_rank_block(R: int, precision: str, masks_out: bool) -> int:
-    """How much of R a chunk and an update hold at once; an adapter costs its own rank, rounded up to this."""
+    """The part of R that a chunk and an update hold at once; an adapter costs its own rank, rounded up to this."""
     return min(padded(R), 16 if precision == "fp32" or masks_out else 32)
 
 
 def bank_grad_tile(dtype: torch.dtype, R: int, arch: Arch) -> ThinConfig:
-    """That of ``grad`` with fewer rows a step: rows are gathered, which takes registers."""
+    """The tile of ``grad`` with fewer rows a step: rows are gathered, which takes registers."""
     tile = grad_tile(dtype, R, False, arch)
     return replace(tile, BLOCK_M=16 if dtype == torch.float32 else 32)

@@ -1,4 +1,4 @@
-"""``base_compute="fp8"`` on FP8 tensor cores: tiles, and what is legal beside ``tiles``' own rules. No Triton here."""
+"""``base_compute="fp8"`` on FP8 tensor cores: its tiles, and what is legal beside ``tiles``' rules, without Triton."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHIPPED: dict[str, dict[tuple[int, int, int, int, int], tuple[int, int, int]]] =
 
 
 def refusal(problem: Problem, block_q: int, arch: Arch) -> str | None:
-    """Why e4m3 codes cannot be multiplied with each other in steps of ``block_q``, or None."""
+    """The reason why e4m3 codes cannot be multiplied with each other in steps of ``block_q``, or None."""
     if problem.dtype == torch.float32:
         return "FP8 tensor cores add in too few bits for float32 rows"
     if not arch.fp8:

@@ -1,4 +1,4 @@
-"""Weights whose loader holds more than int8's: the tiles that decode them, and what is legal. No Triton here."""
+"""Weights whose loader holds more than int8's: the tiles that decode them, and what is legal, without Triton."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tiles_on(arch: Arch, problem: Problem) -> dict[tuple[int, int, int, int, int
 
 
 def refusal(problem: Problem, arch: Arch) -> str | None:
-    """Why no tile decodes this weight, or None."""
+    """The reason why no tile decodes this weight, or None."""
     if arch.name == "interpreter" or problem.weight_format not in FORMATS:
         return None
     if arch.name not in SHIPPED:

@@ -1,4 +1,4 @@
-"""Which launches make a call, in which order: what the backend runs and the traffic model counts.
+"""The launches of a call, in their order: the backend runs them, and the traffic model counts them.
 
     forward, dx        one_pass: fused          split: shrink, fused         library: shrink, vendor GEMM, fused
                        each after decode, where a packed weight is decoded once; library always does
@@ -39,7 +39,7 @@ class Produced:
 
     @property
     def steps(self) -> list[Step]:
-        """All of them."""
+        """All steps of the direction."""
         return [*self.first, *self.rest]
 
 
@@ -55,7 +55,7 @@ class Backward:
 
     @property
     def all(self) -> list[Step]:
-        """In an order that is right on one stream."""
+        """All steps, in an order that is right on one stream."""
         return [*self.before, *self.steps, *self.beside, *self.after]
 
 

@@ -20,6 +20,7 @@ from peftkern.call import Problem
 # Under the batch-invariant mode every M is run as this one would be, so that a row's result has no neighbours.
 _INVARIANT_M = 256
 
+_forgotten = 0  # how often ``forget`` was called
 _override: Choice | None = None  # the whole process's: autograd runs backward in threads of its own
 
 
@@ -81,7 +82,14 @@ def estimated(launch: Pass, arch: Arch, schedule: str = "auto") -> Choice:
     return min(legal, key=lambda choice: estimate(launch, choice, arch))
 
 
+def state() -> tuple[Choice | None, int]:
+    """What choices depend on beside the call and the environment: equal while a call would be given the same."""
+    return _override, _forgotten
+
+
 def forget() -> None:
     """Make the next call look at the environment and the tables again."""
+    global _forgotten
+    _forgotten += 1
     _choose.cache_clear()
     tables.forget()

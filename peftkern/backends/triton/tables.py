@@ -51,7 +51,7 @@ class Table:
     origin: str = ""
 
     def lookup(self, launch: Pass) -> Choice | None:
-        """What the table says for a direction."""
+        """The table's choice for a direction, or None."""
         return self.entries.get(key_of(launch), {}).get(bucket_of(launch.problem.M))
 
     def updated(self, other: Table) -> Table:
@@ -180,7 +180,7 @@ def _from_runs(key: str, value: Any, named: dict[str, Choice]) -> Iterator[tuple
 
 
 def cache_path(arch: Arch) -> Path:
-    """Where the user's own measurements for a product are."""
+    """The file of the user's own measurements for a product."""
     product = re.sub(r"[^a-z0-9]+", "-", arch.product.lower()).strip("-")
     return _env.cache_folder() / f"{arch.name}{'-' if product else ''}{product}.json"
 

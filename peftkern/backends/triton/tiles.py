@@ -1,4 +1,4 @@
-"""Schedules and tiles as data: what one is, which are legal, which are shipped. No Triton here."""
+"""Schedules and tiles as data, without Triton: the types, the legality predicate, the shipped tiles."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ class Pass:
 
     @property
     def masks_out(self) -> bool:
-        """Whether the dropout mask falls on the low-rank product, not on X."""
+        """True where the dropout mask falls on the low-rank product, not on X."""
         return self.backward and self.problem.dropout
 
     @property
     def masks_in(self) -> bool:
-        """Whether the dropout mask falls on X."""
+        """True where the dropout mask falls on X."""
         return self.problem.dropout and not self.backward
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How one direction of a problem is run."""
+    """A way to run one direction of a problem."""
 
     schedule: str
     tile: TileConfig
@@ -86,7 +86,7 @@ class Choice:
 
     @property
     def one_pass(self) -> bool:
-        """Whether T is accumulated beside Z."""
+        """True where T is accumulated beside Z."""
         return self.schedule in (RECOMPUTE, SHARED)
 
 
@@ -202,7 +202,7 @@ def dense(launch: Pass) -> Pass:
 
 
 def decodes(weight_format: str, choice: Choice) -> bool:
-    """Whether a choice decodes the weight before it multiplies."""
+    """True where a choice decodes the weight before it multiplies."""
     return weight_format != "dense" and (choice.decoded or choice.schedule == LIBRARY)
 
 
@@ -212,19 +212,19 @@ def padded(R: int) -> int:
 
 
 def rank_block(R: int) -> int:
-    """How much of R one step of a body holds; larger ranks are walked in chunks."""
+    """The part of R that one step of a body holds; larger ranks are walked in chunks."""
     return min(padded(R), 64)
 
 
 def fused_rank_block(problem: Problem, choice: Choice) -> int:
-    """How much of R one step of ``fused`` holds: all of it where T is accumulated, little where T is read."""
+    """The part of R that one step of ``fused`` holds: all of it where T is accumulated, little where T is read."""
     if choice.one_pass:
         return padded(problem.R)
     return min(padded(problem.R), 16 if problem.precision == "fp32" else 32)
 
 
 def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
-    """Why ``choice`` cannot run this direction on ``arch``, or None: the one legality predicate."""
+    """The reason why ``choice`` cannot run this direction on ``arch``, or None: the one legality predicate."""
     tile = choice.tile
     if launch.problem.base_compute is not None:
         plain = choice.schedule == SPLIT and not choice.decoded
@@ -261,7 +261,7 @@ def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
 
 
 def _protocol_refusal(launch: Pass, choice: Choice, arch: Arch) -> str | None:
-    """What the programs of one launch would have to do together, and cannot."""
+    """The reason why the programs of one launch cannot do together what ``choice`` asks of them, or None."""
     tile, problem = choice.tile, launch.problem
     tiles_m, tiles_p = -(-problem.M // tile.BLOCK_M), -(-launch.P // tile.BLOCK_P)
     if tile.SLICES > 1 and choice.schedule != RECOMPUTE:
@@ -299,7 +299,7 @@ def _pressure_limit(launch: Pass, choice: Choice, arch: Arch) -> int:
 
 
 def pressure(launch: Pass, choice: Choice) -> int:
-    """What the slots keep alive beside the tile, in units that tell compiled kernels that spill from the others."""
+    """The registers that slots keep beside the tile, in units that tell compiled kernels that spill from the others."""
     problem, narrow = launch.problem, launch.problem.dtype != torch.float32
     total = int(launch.backward) + 2 * problem.dropout
     if choice.one_pass:
@@ -365,7 +365,7 @@ def shrink_tile(launch: Pass, arch: Arch) -> ThinConfig:
 
 
 def grad_gives_t(dtype: torch.dtype, R: int, precision: str, arch: Arch) -> bool:
-    """Whether the side of dy computes t beside dB: from R=32 on, t's parts weigh as much as a second read of dy."""
+    """True where the side of dy computes t beside dB: from R=32 on, t's parts weigh as much as a second read of dy."""
     return arch.protocols and R < 32 and dtype != torch.float32 and precision == "base"
 
 

@@ -33,7 +33,7 @@ try:
 except ImportError:  # PEFT before 0.17
 
     class PeftParamWrapper(nn.Module):  # type: ignore[no-redef]
-        """No layer is one."""
+        """A class that no layer has."""
 
 
 _BY_EXPERT = ("eager", "grouped_mm")  # transformers' implementations of experts whose products LowRankStack knows
@@ -95,14 +95,14 @@ def _parts_of_all(layer: Any) -> list[tuple[Any, ParameterParts]] | str:
 
 
 def _passes_through(layer: Any) -> bool:
-    """Whether PEFT's wrapper calls what it wraps and does nothing else."""
+    """True where PEFT's wrapper calls what it wraps and does nothing else."""
     if layer.disable_adapters or layer.merged_adapters:
         return not (layer.disable_adapters and layer.merged_adapters)
     return not any(adapter in layer.lora_A for adapter in layer.active_adapters)
 
 
 class ParameterParts(NamedTuple):
-    """What the fast path reads of a wrapper: the frozen parameter and the one adapter active on it.
+    """The parts of a wrapper that the fast path reads: the frozen parameter and the one adapter active on it.
 
     parameter: [E, out, in], [E, in, out] or [out, in]; lora_A: [R E, in]; lora_B: [out, R E].
     """
@@ -178,7 +178,7 @@ def _why_not_factors(parts: ParameterParts) -> str | None:
 
 
 def _low_rank_stack(layer: Any, parts: ParameterParts) -> LowRankStack:
-    """What the wrapped module finds in its parameter's place."""
+    """The stack that the wrapped module finds in its parameter's place."""
     parameter, right, left, scaling, adapter = parts
     if parameter.ndim == 3:  # lora_A has expert after expert; in lora_B's columns the expert is the inner index
         E = parameter.shape[0]

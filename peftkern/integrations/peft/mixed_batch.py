@@ -76,5 +76,5 @@ def _stream(x: Tensor) -> int:
 
 
 def _is_plain(adapter: Adapter) -> bool:
-    """Whether an adapter can have rows of its own: its scaling is a number, and it has no magnitude."""
+    """True where an adapter can have rows of its own: its scaling is a number, and it has no magnitude."""
     return adapter.magnitude is None and not isinstance(adapter.scaling, Tensor)

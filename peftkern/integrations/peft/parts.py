@@ -210,6 +210,8 @@ def why_not_scaling(scaling: float | Tensor) -> str | None:
     if isinstance(scaling, Tensor):
         if scaling.ndim != 0 or not scaling.is_floating_point() or scaling.requires_grad:
             return "its scaling is a tensor that is trained, not floating or not 0-d"
+    elif not isinstance(scaling, int | float):
+        return f"its scaling is a {type(scaling).__name__}"
     elif not -math.inf < scaling < math.inf:
         return f"its scaling is {scaling}"
     return None

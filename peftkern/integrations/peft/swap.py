@@ -31,7 +31,7 @@ logger = logging.getLogger("peftkern")
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What ``patch`` did. Prints as a table.
+    """The outcome of ``patch``; it prints as a table.
 
     ``fast``: names of the layers on the fast path; ``backends``: the backend of each of them;
     ``skipped``: name -> reason, for every other LoRA layer of the model (it runs PEFT's own forward).
@@ -135,7 +135,7 @@ def _checked(share: bool | Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
 
 
 def report(model: nn.Module) -> PatchReport:
-    """What runs of a model as it is now, and what its calls did: the report of ``patch``, with nothing changed.
+    """The report of ``patch`` on a model as it is now, and on its calls so far, with nothing changed.
 
     Args: model: patched or not. A layer whose last call was refused for its x is among the skipped, with that reason.
     Returns: a PatchReport; ``calls`` has the calls by layer and reason, and printing it shows their sums.
@@ -176,7 +176,7 @@ def _swap(layer: Any, share: bool) -> str | None:
 
 
 def _why_not(layer: Any) -> str | None:
-    """Why a patched layer is not fast in its present state, as far as it is known without x."""
+    """The reason why a patched layer is not fast in its present state, as far as it is known without x."""
     if is_replaced(layer):
         return _REPLACED
     if isinstance(layer, ParamWrapper):

@@ -22,18 +22,20 @@ DISABLED, MERGED = "its adapters are disabled", "its adapter is merged"
 OFF = "peftkern.disabled() is in force"
 _ASKED_FOR = frozenset((DISABLED, MERGED, OFF))  # states that somebody has called for: counted, and not worth a line
 _compiling = torch.compiler.is_compiling  # asked at every call
-_KEY = "_peftkern_tally"
+KEY = "_peftkern_tally"
 
 
 class Tally:
     """The calls of one layer. A copy, and what is unpickled, begins anew.
 
-    Attributes: fused: calls; fallbacks: calls by reason; traced: the same two of a compiler's, by reason, "" for fused.
+    Attributes: fused: calls; fallbacks: calls by reason; traced: the same two of a compiler's, by reason, "" for fused;
+    memo: what the predicate has found at the last of them, see ``memo``.
     """
 
     def __init__(self, name: str, reported: str | None) -> None:
         self.name, self.reported = name, reported  # the reason that ``patch`` gave, None for a layer that is fused
         self.fused = 0
+        self.memo: Any = None
         self.fallbacks: dict[str, int] = {}
         self.traced: dict[str, int] = {}
         self._input: tuple[int, str] | None = None  # of the last call refused for its x: ``fused`` then, and why
@@ -70,7 +72,7 @@ def attach(layer: Any, name: str, reason: str | None) -> None:
     """Give a layer its tally, or tell the one that it has what is now reported."""
     tally = of(layer)
     if tally is None:
-        layer.__dict__[_KEY] = Tally(name, reason)
+        layer.__dict__[KEY] = Tally(name, reason)
     else:
         tally.name, tally.reported = name, reason
 
@@ -78,9 +80,9 @@ def attach(layer: Any, name: str, reason: str | None) -> None:
 def _name_of(parameters: Collection[int]) -> str | None:
     """The name of the layer that has one of these parameters, by id. Looks everywhere: for the text of an error."""
     for layer in gc.get_objects():
-        if issubclass(type(layer), nn.Module) and _KEY in layer.__dict__:
+        if issubclass(type(layer), nn.Module) and KEY in layer.__dict__:
             if any(id(parameter) in parameters for parameter in layer.parameters()):
-                return layer.__dict__[_KEY].name
+                return layer.__dict__[KEY].name
     return None
 
 
@@ -89,12 +91,12 @@ name_finders.append(_name_of)
 
 def detach(layer: Any) -> None:
     """Take it away."""
-    layer.__dict__.pop(_KEY, None)
+    layer.__dict__.pop(KEY, None)
 
 
 def of(layer: Any) -> Tally | None:
     """The tally of a layer; None where it was not patched."""
-    return layer.__dict__.get(_KEY)
+    return layer.__dict__.get(KEY)
 
 
 def fused(layer: Any) -> None:
@@ -102,7 +104,7 @@ def fused(layer: Any) -> None:
     if _compiling():
         _traced(layer, "")
         return
-    tally = layer.__dict__.get(_KEY)
+    tally = layer.__dict__.get(KEY)
     if tally is not None:
         tally.fused += 1
 
@@ -112,7 +114,7 @@ def fell_back(layer: Any, reason: str, of_input: bool = False) -> None:
     if _compiling():
         _traced(layer, reason)
         return
-    tally = layer.__dict__.get(_KEY)
+    tally = layer.__dict__.get(KEY)
     if tally is not None:
         tally.fell_back(reason, of_input)
 
@@ -120,6 +122,6 @@ def fell_back(layer: Any, reason: str, of_input: bool = False) -> None:
 @torch.compiler.assume_constant_result
 def _traced(layer: Any, reason: str) -> None:
     """Runs while the compiler traces, and is nothing in its graph."""
-    tally = layer.__dict__.get(_KEY)
+    tally = layer.__dict__.get(KEY)
     if tally is not None:
         tally.was_traced(reason)

@@ -17,7 +17,7 @@ class PeftkernTorchaoLinear(TorchaoLoraLinear):
     forward = PeftkernLoraLinear.forward
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """PEFT's, which quantises the sum again and does not say so."""
+        """PEFT's ``merge``, which quantises the sum again and does not say so."""
         warnings.warn("merging into an int8 base quantises the sum again: the outputs change", stacklevel=2)
         super().merge(*args, **kwargs)
 

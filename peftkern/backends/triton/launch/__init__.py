@@ -9,7 +9,8 @@ from peftkern.backends.triton.launch.bank_gradients import Parted, bank_grad
 from peftkern.backends.triton.launch.decode import decode
 from peftkern.backends.triton.launch.gradients import Gradient, grad, reduce
 from peftkern.backends.triton.launch.kept import kept
-from peftkern.backends.triton.launch.operands import Direction, Launch, VendorProduct, gathered, loads, near
+from peftkern.backends.triton.launch.operands import Direction, Launch, VendorProduct, gathered, loads, near, tf32
+from peftkern.backends.triton.launch.prepared import forget, keep, key, known, prepare
 from peftkern.backends.triton.launch.produce import fused, shrink
 from peftkern.backends.triton.launch.quantise import Codes, quantise
 
@@ -23,13 +24,19 @@ __all__ = [
     "bank",
     "bank_grad",
     "decode",
+    "forget",
     "fused",
     "gathered",
     "grad",
+    "keep",
     "kept",
+    "key",
+    "known",
     "loads",
     "near",
+    "prepare",
     "quantise",
     "reduce",
     "shrink",
+    "tf32",
 ]

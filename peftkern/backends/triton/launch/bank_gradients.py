@@ -35,7 +35,7 @@ class Parted:
 
     @property
     def reads(self) -> tuple[Tensor, ...]:
-        """What ``bank_grad`` has written."""
+        """The tensors that ``bank_grad`` has written."""
         return tuple(self.together)
 
     @property
@@ -104,7 +104,7 @@ def _fresh(factors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
 
 
 def _fields(call: Call, asked: Sequence[int], places: Sequence[int]) -> list[int]:
-    """What PIECES says of each update."""
+    """The FIELDS that PIECES has of each update."""
     origins = [0, *itertools.accumulate(_span(update).length * update.R for update in call.updates)]
     fields: list[int] = []
     for i, number in enumerate(asked):

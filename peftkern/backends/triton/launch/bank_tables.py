@@ -39,7 +39,7 @@ def lookups(updates: Sequence[Update]) -> _Numbers:
 
 
 def bits(value: float) -> int:
-    """Those of a number in fp32."""
+    """The bits of a number in fp32."""
     return int(struct.unpack("i", bytes(ctypes.c_float(value)))[0])
 
 
@@ -63,7 +63,7 @@ def _sent(device: torch.device, numbers: list[int]) -> Tensor:
 
 
 def _filled(device: torch.device, numbers: Sequence[int]) -> Tensor:
-    """The same while a graph is captured, when nothing can be copied from the host."""
+    """``numbers`` on a device while a graph is captured, when nothing can be copied from the host."""
     return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in numbers])
 
 

@@ -31,7 +31,7 @@ class Side:
 
     @property
     def runs(self) -> int:
-        """How many partials there are."""
+        """The number of partials."""
         return triton.cdiv(self.wide.shape[0], self.rows)
 
 
@@ -52,7 +52,7 @@ def side(wide: Tensor, thin: Tensor | None, R: int, sums: bool, programs: int, t
 
 @dataclass(frozen=True)
 class Gradient:
-    """What stage one leaves for stage two."""
+    """The sides that stage one leaves for stage two."""
 
     x: Side | None
     dy: Side | None

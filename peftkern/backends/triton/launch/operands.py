@@ -54,9 +54,9 @@ class Launch:
         found |= {"launch_pdl": True} if self.dependent else {}
         return found | ({} if self.maxnreg is None else {"maxnreg": self.maxnreg})
 
-    def run(self) -> None:
-        """Start it on the current device and stream."""
-        self.kernel[self.grid](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """Start it on the current device and stream. Returns: Triton's compiled kernel; None by the interpreter."""
+        return self.kernel[self.grid](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)
@@ -214,13 +214,17 @@ def packed(weight: FrozenWeight, backward: bool) -> dict[str, Any]:
 
 def numerics(precision: str, dtype: torch.dtype) -> dict[str, Any]:
     """The ADAPTER plug and the dtypes of the products."""
-    backends = torch.backends.cuda.matmul
-    allowed = backends.fp32_precision == "tf32" if hasattr(backends, "fp32_precision") else backends.allow_tf32
     return {
         "ADAPTER": adapter.split if precision == "fp32" and dtype != torch.float32 else adapter.rounded,
         "DTYPE": _DTYPES[dtype],
-        "PRECISION": "tf32" if allowed and dtype == torch.float32 else "ieee",
+        "PRECISION": "tf32" if dtype == torch.float32 and tf32() else "ieee",
     }
+
+
+def tf32() -> bool:
+    """Whether torch's own switch allows TF32 in products of fp32."""
+    backends = torch.backends.cuda.matmul
+    return backends.fp32_precision == "tf32" if hasattr(backends, "fp32_precision") else backends.allow_tf32
 
 
 def masking(operands: Pair, active: bool) -> dict[str, Any]:

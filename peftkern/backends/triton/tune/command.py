@@ -37,7 +37,7 @@ Item = TypeVar("Item")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What ``tune`` understands."""
+    """Give the parser the options of ``tune``."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
@@ -126,13 +126,13 @@ def measure(
 
 
 def layers() -> list[Layer]:
-    """Those of the large models, each shape once."""
+    """The layers of the large models, each shape once."""
     large = [layer for layer in LAYERS if layer.name.startswith(("llama3", "qwen2.5"))]
     return list({(layer.K, layer.N): layer for layer in large}.values())
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """What is tuned, the most valuable first; what has the same entry in a table is tuned once."""
+    """The cells to tune, the most valuable first; those with the same entry in a table are tuned once."""
     shapes = options.shape or [(layer.K, layer.N) for layer in layers()]
     found: dict[tuple[str, int], Cell] = {}
     features = itertools.product(
@@ -155,7 +155,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def table_of(outcomes: list[Outcome], arch: Arch) -> Table:
-    """What was measured, as a table."""
+    """The winners, as a table."""
     entries: dict[str, dict[int, Choice]] = {}
     for outcome in outcomes:
         if outcome.winner is not None:
@@ -198,7 +198,7 @@ def result(outcome: Outcome) -> str:
 
 
 def record(outcome: Outcome) -> dict[str, Any]:
-    """The same for programs."""
+    """One cell and what was found, for programs."""
 
     def name(choice: Choice) -> str:
         return f"{choice.schedule} {choice.tile}"

@@ -40,7 +40,7 @@ class Cell:
 
 @dataclass
 class Outcome:
-    """What a cell's search found.
+    """The result of a cell's search.
 
     ``estimated`` is the best estimate of the ``legal`` ones; ``winner`` is None where nothing may be written, and
     ``note`` says why; ``seconds`` are medians of what was timed, ``rejected`` what failed or was wrong.
@@ -60,14 +60,14 @@ class DeviceLost(RuntimeError):
 
 
 class Bench(Protocol):
-    """How the candidates of one cell are run."""
+    """A way to run the candidates of one cell."""
 
     def sample(self, choice: Choice) -> float:
         """Seconds of one run; the first one compiles. Raises whatever a candidate that cannot run raises."""
         ...
 
     def check(self, choice: Choice) -> str | None:
-        """What is wrong with its result, or None."""
+        """The fault of its result, or None."""
         ...
 
 
@@ -102,11 +102,11 @@ class _Timed:
         return self.ranked(alive)
 
     def ranked(self, alive: Iterable[Choice]) -> list[Choice]:
-        """By their medians."""
+        """The candidates by their medians."""
         return sorted(alive, key=self.median)
 
     def median(self, choice: Choice) -> float:
-        """Of all its samples."""
+        """The median of all its samples."""
         return statistics.median(self.samples[choice])
 
 
@@ -176,16 +176,16 @@ class Budget:
 
     @classmethod
     def of(cls, clock: Callable[[], float], seconds: float) -> Budget:
-        """From now on."""
+        """The budget that begins now."""
         return cls(clock, clock() + seconds)
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """The seconds that are left."""
         return self.end - self.clock()
 
     def share(self, cells: int) -> Callable[[], bool]:
-        """Whether the next of so many cells has used its share."""
+        """A function that says whether the next of so many cells has used its share."""
         end = min(self.end, self.clock() + max(_LEAST_SECONDS, self.left / cells))
         return lambda: self.clock() >= end
 
