@@ -25,7 +25,7 @@ import peftkern
 from benchmarks import harness, record
 from peftkern.call import Rows, Span, Update
 from peftkern.multi_lora import run_rows
-from peftkern.segments import Plan, plan_rows
+from peftkern.segments import Routing, plan_rows
 from peftkern.testing.numerics import relative_error
 from peftkern.weights import DenseWeight
 
@@ -73,7 +73,7 @@ class Operands:
     W: Tensor
     A: list[Tensor]
     B: list[Tensor]
-    plan: Plan
+    plan: Routing
 
     @classmethod
     def make(cls, cell: Cell, K: int, N: int, dtype: torch.dtype) -> Operands:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import peftkern
 from benchmarks import harness
-from peftkern.nn import AdapterBank, LoRAConfig, join_batches, losses_by_job, pack_jobs
+from peftkern.adapters import LoRAConfig
+from peftkern.bank import AdapterBank, join_batches, losses_by_job, pack_jobs
 
 
 @dataclass(frozen=True)

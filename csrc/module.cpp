@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "include/problem.h"
+#include "include/call.h"
 
 namespace py = pybind11;
 
@@ -114,7 +114,7 @@ static Problem read_dense(Problem problem, uintptr_t weight, int64_t stride, boo
   return problem;
 }
 
-static Problem read_packed(Problem problem, int format, uintptr_t data, uintptr_t scale, int64_t scale_stride, int group_shift,
+static Problem read_quantised(Problem problem, int format, uintptr_t data, uintptr_t scale, int64_t scale_stride, int group_shift,
                    int row_shift, const std::vector<uintptr_t> &tables) {
   const auto table = [&](size_t i) { return i < tables.size() ? tables[i] : 0; };
   problem.weight = {pointer<const void>(data), 0, false, nullptr, WeightFormat(format), problem.K, group_shift, row_shift,
@@ -146,8 +146,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
            py::arg("adapter_dtype"), py::arg("round_factors"), py::arg("threads"), py::arg("one_pass"))
       .def("read_dense", &read_dense, py::arg("weight"), py::arg("stride"), py::arg("transposed"),
            "This problem with the weight of one pass: its address, the distance of its rows (of its columns where transposed).")
-      .def("read_packed", &read_packed, py::arg("format"), py::arg("data"), py::arg("scale"), py::arg("scale_stride"), py::arg("group_shift"),
-           py::arg("row_shift"), py::arg("tables"), "The same with a weight in a packed format; addresses of its tables in their order.");
+      .def("read_quantised", &read_quantised, py::arg("format"), py::arg("data"), py::arg("scale"), py::arg("scale_stride"), py::arg("group_shift"),
+           py::arg("row_shift"), py::arg("tables"), "The same with a weight in a quantised format; addresses of its tables in their order.");
 
   py::class_<Forward>(m, "Forward").def(py::init(&forward_of));
 

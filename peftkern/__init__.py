@@ -14,6 +14,14 @@ from peftkern.functional import Explanation, explain, lora_linear
 from peftkern.multi_lora import multi_lora_linear
 
 if TYPE_CHECKING:
+    from peftkern.adapters import InjectReport as InjectReport
+    from peftkern.adapters import eject as eject
+    from peftkern.adapters import inject as inject
+    from peftkern.adapters import load_adapter as load_adapter
+    from peftkern.adapters import save_adapter as save_adapter
+    from peftkern.bank import route as route
+    from peftkern.bank import serve as serve
+    from peftkern.bank import unserve as unserve
     from peftkern.environment import env_report as env_report
     from peftkern.integrations.peft import PatchReport as PatchReport
     from peftkern.integrations.peft import disabled as disabled
@@ -21,14 +29,6 @@ if TYPE_CHECKING:
     from peftkern.integrations.peft import report as report
     from peftkern.integrations.peft import shared_inputs as shared_inputs
     from peftkern.integrations.peft import unpatch as unpatch
-    from peftkern.nn import InjectReport as InjectReport
-    from peftkern.nn import eject as eject
-    from peftkern.nn import inject as inject
-    from peftkern.nn import load_adapter as load_adapter
-    from peftkern.nn import route as route
-    from peftkern.nn import save_adapter as save_adapter
-    from peftkern.nn import serve as serve
-    from peftkern.nn import unserve as unserve
 
 __all__ = [
     "Explanation",
@@ -62,14 +62,16 @@ _LAZY = {
     "shared_inputs": "peftkern.integrations.peft",
     "unpatch": "peftkern.integrations.peft",
     "env_report": "peftkern.environment",
-    "InjectReport": "peftkern.nn",
-    "eject": "peftkern.nn",
-    "inject": "peftkern.nn",
-    "load_adapter": "peftkern.nn",
-    "route": "peftkern.nn",
-    "save_adapter": "peftkern.nn",
-    "serve": "peftkern.nn",
-    "unserve": "peftkern.nn",
+    "InjectReport": "peftkern.adapters",
+    "eject": "peftkern.adapters",
+    "inject": "peftkern.adapters",
+    "load_adapter": "peftkern.adapters",
+    "route": "peftkern.bank",
+    "save_adapter": "peftkern.adapters",
+    "serve": "peftkern.bank",
+    "unserve": "peftkern.bank",
+    "adapters": "peftkern.adapters",
+    "bank": "peftkern.bank",
     "nn": "peftkern.nn",
     "testing": "peftkern.testing",
     "weights": "peftkern.weights",

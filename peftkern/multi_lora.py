@@ -11,7 +11,7 @@ from torch import Tensor
 from peftkern import dropout, functional
 from peftkern.call import Base, Call, Rows, Span, Update
 from peftkern.ops import check
-from peftkern.segments import Plan, on_device, plan_on_device, plan_rows
+from peftkern.segments import Routing, on_device, plan_on_device, plan_rows
 from peftkern.weights import FrozenWeight
 
 _Factors = Tensor | Sequence[Tensor]
@@ -23,7 +23,7 @@ def multi_lora_linear(
     lora_A: _Factors,
     lora_B: _Factors,
     scaling: Tensor | Sequence[float],
-    ids: Tensor | Plan,
+    ids: Tensor | Routing,
     *,
     ranks: Sequence[int] | None = None,
     bias: Tensor | None = None,
@@ -81,11 +81,11 @@ def multi_lora_linear(
             raise ValueError(f"adapter {e}: dropout_p={value} is not a probability")
     if precision not in (None, "base", "fp32"):
         raise ValueError(f"precision={precision!r} is not one of None, 'base', 'fp32'")
-    plan = ids if isinstance(ids, Plan) else _plan(ids.reshape(-1), x, E)
+    plan = ids if isinstance(ids, Routing) else _plan(ids.reshape(-1), x, E)
     M = x.shape[:-1].numel()
-    if not isinstance(ids, Plan) and ids.numel() != M:
+    if not isinstance(ids, Routing) and ids.numel() != M:
         raise ValueError(f"there are {ids.numel()} adapter ids for the {M} rows of x {tuple(x.shape)}")
-    if isinstance(ids, Plan) and not torch.compiler.is_compiling():  # then the operator looks
+    if isinstance(ids, Routing) and not torch.compiler.is_compiling():  # then the operator looks
         check.numbers(plan.rows, M)  # of a batch of another size, or made by hand
     spans = {span.id: span for span in plan.spans}
     if spans and max(spans) >= E:
@@ -117,7 +117,7 @@ def run_rows(
     return y if x.ndim == 2 else functional.unflattened(y, x.shape[:-1])
 
 
-def _plan(ids: Tensor, x: Tensor, E: int) -> Plan:
+def _plan(ids: Tensor, x: Tensor, E: int) -> Routing:
     if not on_device(ids):
         return plan_rows(ids, x.device)
     if ids.device != x.device:

@@ -15,7 +15,7 @@ from torch import Tensor
 from peftkern import _env
 
 
-class Span(NamedTuple):
+class Segment(NamedTuple):
     """The rows ``rows[start : start + length]`` belong to adapter ``id``."""
 
     id: int
@@ -23,7 +23,7 @@ class Span(NamedTuple):
     length: int
 
 
-class Plan(NamedTuple):
+class Routing(NamedTuple):
     """Rows of x by adapter: ``rows`` int64 [m] on x's device, ``spans`` by ascending id; rows of the base are in none.
 
     Within a span the rows keep their order, so an adapter sees its own rows as if it were alone. ``inside`` bool [m]
@@ -31,11 +31,11 @@ class Plan(NamedTuple):
     """
 
     rows: Tensor
-    spans: tuple[Span, ...]
+    spans: tuple[Segment, ...]
     inside: Tensor | None = None
 
 
-def plan_rows(ids: Tensor, device: torch.device | str = "cpu") -> Plan:
+def plan_rows(ids: Tensor, device: torch.device | str = "cpu") -> Routing:
     """Sort the rows of a batch by adapter.
 
     Args:
@@ -55,9 +55,9 @@ def plan_rows(ids: Tensor, device: torch.device | str = "cpu") -> Plan:
         if id < -1:
             raise ValueError(f"adapter id {id} is below -1, which is the base")
         if id >= 0:
-            spans.append(Span(id, start, count))
+            spans.append(Segment(id, start, count))
         start += count
-    return Plan(order.to(device, non_blocking=True), tuple(spans))
+    return Routing(order.to(device, non_blocking=True), tuple(spans))
 
 
 def on_device(ids: Tensor) -> bool:
@@ -65,7 +65,7 @@ def on_device(ids: Tensor) -> bool:
     return ids.device.type != "cpu"
 
 
-def plan_on_device(ids: Tensor, adapters: Sequence[int]) -> Plan:
+def plan_on_device(ids: Tensor, adapters: Sequence[int]) -> Routing:
     """The rows of each of ``adapters``, worked out where the ids are, in launches whose number does not depend on them.
 
     An id that is none of them is bounded: its row is the base's. With PEFTKERN_CHECK_IDS=1 it is an error, for which
@@ -85,8 +85,8 @@ def plan_on_device(ids: Tensor, adapters: Sequence[int]) -> Plan:
                 raise ValueError(f"adapter id {id} is none of {list(adapters)}, and not -1, the base")
     M = len(ids)
     if not adapters:
-        return Plan(ids.new_empty(0, dtype=torch.int64), ())
+        return Routing(ids.new_empty(0, dtype=torch.int64), ())
     mine = torch.stack([ids == id for id in adapters])
     rows = torch.argsort(~mine, dim=1, stable=True)
     inside = torch.arange(M, device=ids.device) < mine.sum(1, keepdim=True)
-    return Plan(rows.flatten(), tuple(Span(id, e * M, M) for e, id in enumerate(adapters)), inside.flatten())
+    return Routing(rows.flatten(), tuple(Segment(id, e * M, M) for e, id in enumerate(adapters)), inside.flatten())

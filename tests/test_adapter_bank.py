@@ -11,7 +11,9 @@ import torch
 from conftest import llama
 from torch import nn
 
-from peftkern.nn import AdapterBank, LoRAConfig, LoRATensors, MultiLoRALinear, read_adapter, routing, write_adapter
+from peftkern.adapters import LoRAConfig, LoRATensors, read_adapter, write_adapter
+from peftkern.bank import AdapterBank, MultiLoRALinear
+from peftkern.bank import bank as banks
 
 K, N = 24, 16
 
@@ -289,7 +291,7 @@ def test_a_copy_has_a_bank_of_its_own_and_a_cast_leaves_the_adapters() -> None:
     assert layer.bank is not bank and layer.bank.names == ("a",)
     with layer.bank.route(["a"] * 3):
         torch.testing.assert_close(layer(X), expected(bank, "a"))
-    assert layer.bank in routing.live_banks
+    assert layer.bank in banks.live_banks
     bank.layer.to(torch.float64)
     assert bank.parameters("a")[0].dtype == torch.float32
 

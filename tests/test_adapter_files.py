@@ -16,7 +16,9 @@ from model_state import assert_same_bits, bits
 from torch import nn
 
 import peftkern
-from peftkern.nn import AdapterFile, LoRAConfig, LoRALinear, LoRATensors, adapter_files, read_adapter, write_adapter
+from peftkern.adapters import AdapterFile, LoRAConfig, LoRATensors, read_adapter, write_adapter
+from peftkern.adapters import files as adapter_files
+from peftkern.nn import LoRALinear
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 BF16 = torch.bfloat16
@@ -276,7 +278,7 @@ def test_a_refused_value_is_not_written(tmp_path):
 def test_a_killed_save_leaves_a_whole_file(tmp_path):
     code = f"""
 import sys, torch
-from peftkern.nn import LoRAConfig, LoRATensors, write_adapter
+from peftkern.adapters import LoRAConfig, LoRATensors, write_adapter
 print("ready", flush=True)
 for i in range(10**6):
     A, B = torch.full((4, 99_999), float(i)), torch.full((7, 4), float(i))

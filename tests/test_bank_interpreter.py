@@ -148,7 +148,8 @@ def test_no_rows_and_no_adapters_of_rank_one_and_more() -> None:
 def test_layers_of_a_bank_with_and_without_a_route(on_device: bool, monkeypatch, dispatch_env) -> None:
     from test_adapter_bank import K, bank_of, expected
 
-    from peftkern.nn import adapter_bank, routing
+    from peftkern.bank import bank as adapter_bank
+    from peftkern.bank import routes as routing
 
     dispatch_env(PEFTKERN_BACKEND="triton")
     for module in (adapter_bank, routing):

@@ -346,9 +346,9 @@ def test_a_block_of_wide_rows_takes_no_more_than_16_mib():
 
 
 def test_a_format_without_a_decoder_is_refused_by_name(monkeypatch):
-    from peftkern.backends.cpp import packed
+    from peftkern.backends.cpp import quantised
 
     backend, problem = dispatch.backend_named("cpp"), Problem("cpu", 4, 64, 64, 2, torch.float32, torch.float32, "nf4")
     assert backend.supports(problem) is None
-    monkeypatch.delitem(packed.FORMATS, "nf4")
+    monkeypatch.delitem(quantised.FORMATS, "nf4")
     assert backend.supports(problem) == "there is no C++ decoder for weight format 'nf4'"

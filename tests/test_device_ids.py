@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftkern import multi_lora
 from peftkern.backends.reference.library import ReferenceBackend
+from peftkern.bank import bank as adapter_bank
+from peftkern.bank import routes as routing
 from peftkern.call import Span
-from peftkern.nn import adapter_bank, routing
 from peftkern.segments import plan_on_device
 from peftkern.testing.numerics import assert_as_good_as
 

@@ -10,7 +10,8 @@ from conftest import adapted, linears, llama, logits
 from torch import nn
 
 import peftkern
-from peftkern.nn import LoRALinear, lora_plus_groups
+from peftkern.adapters import lora_plus_groups
+from peftkern.nn import LoRALinear
 from peftkern.nn.initialization import split_weight
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

@@ -7,7 +7,8 @@ import torch
 from conftest import ALL_LINEAR, llama
 
 import peftkern
-from peftkern.nn import LoRAConfig, join_batches, losses_by_job, pack_jobs
+from peftkern.adapters import LoRAConfig
+from peftkern.bank import join_batches, losses_by_job, pack_jobs
 
 # rank, alpha, dropout, learning rate, rows, tokens, optimiser
 JOBS = {

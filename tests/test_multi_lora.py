@@ -14,7 +14,7 @@ from peftkern.backends.reference import formula
 from peftkern.call import Call, Pair, Span
 from peftkern.multi_lora import multi_lora_linear, run_rows
 from peftkern.ops import dispatch
-from peftkern.segments import Plan, plan_rows
+from peftkern.segments import Routing, plan_rows
 from peftkern.testing import dropout_mask
 from peftkern.testing.numerics import assert_as_good_as
 from peftkern.weights import DenseWeight
@@ -71,7 +71,7 @@ def make(
     )  # fmt: skip
 
 
-def call_of_batch(batch: Batch, backend: str, plan: Plan | None = None, bias: bool = True) -> Call:
+def call_of_batch(batch: Batch, backend: str, plan: Routing | None = None, bias: bool = True) -> Call:
     """The call that ``multi_lora_linear`` makes of a batch."""
     plan = plan_rows(batch.ids) if plan is None else plan
     found = {id: (start, length) for id, start, length in plan.spans}

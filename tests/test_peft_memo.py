@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import peftkern
 from peftkern.integrations.peft import memo as memos
 from peftkern.integrations.peft import tally
-from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_input
+from peftkern.integrations.peft.read import Parts, plain_parts, why_not_input
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

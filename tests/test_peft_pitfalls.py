@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peftkern
-from peftkern.integrations.peft import PeftkernLoraLinear, layer, parts, swap
+from peftkern.integrations.peft import PeftkernLoraLinear, layer, read, swap
 from peftkern.testing.numerics import assert_as_good_as
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -186,7 +186,7 @@ def test_patching_a_7b_tree_asks_each_layer_twice(monkeypatch, capsys):
     )
     model = get_peft_model(transformers.LlamaForCausalLM(config), LoraConfig(r=2, target_modules=ALL_LINEAR))
     seen: Counter[int] = Counter()
-    genuine = parts.plain_parts
+    genuine = read.plain_parts
 
     def counted(module):
         seen[id(module)] += 1

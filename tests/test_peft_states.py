@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import peftkern
-from peftkern.integrations.peft import parts
+from peftkern.integrations.peft import read
 
 
 def model_of(base: nn.Module | None = None, **options) -> nn.Module:
@@ -167,7 +167,7 @@ def test_a_dtype_that_the_kernels_have_not_is_pefts(dtype, calls):
 
 def test_the_predicate_takes_the_dtypes_that_the_kernels_take_and_no_other():
     every = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-    taken = {dtype for dtype in every if parts.why_not_dtypes(dtype, dtype, []) is None}
+    taken = {dtype for dtype in every if read.why_not_dtypes(dtype, dtype, []) is None}
     assert taken == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 

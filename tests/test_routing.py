@@ -9,12 +9,12 @@ import torch
 from test_adapter_bank import K, bank_of, expected
 
 import peftkern
-from peftkern.segments import Span, plan_rows
+from peftkern.segments import Segment, plan_rows
 
 
 def test_rows_are_sorted_by_adapter_in_their_order() -> None:
     plan = plan_rows(torch.tensor([2, -1, 0, 2, 0, -1], dtype=torch.int32))
-    assert plan.spans == (Span(0, 2, 2), Span(2, 4, 2)) and plan.rows.tolist() == [1, 5, 2, 4, 0, 3]
+    assert plan.spans == (Segment(0, 2, 2), Segment(2, 4, 2)) and plan.rows.tolist() == [1, 5, 2, 4, 0, 3]
     assert plan_rows(torch.tensor([-1, -1])).spans == () and plan_rows(torch.zeros(0, dtype=torch.int64)).spans == ()
 
 

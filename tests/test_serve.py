@@ -10,7 +10,8 @@ from conftest import ALL_LINEAR, TOKENS, llama, randomise
 from torch import nn
 
 import peftkern
-from peftkern.nn import LoRAConfig, LoRATensors, MultiLoRALinear, read_adapter, write_adapter
+from peftkern.adapters import LoRAConfig, LoRATensors, read_adapter, write_adapter
+from peftkern.bank import MultiLoRALinear
 
 SETTINGS = {"legal": (4, ALL_LINEAR), "medical": (7, ["q_proj", "v_proj"]), "support": (1, ["down_proj"])}
 

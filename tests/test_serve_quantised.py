@@ -11,8 +11,9 @@ from quantised_models import quantised_linear
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.adapters import LoRAConfig
+from peftkern.bank import AdapterBank, MultiLoRALinear
 from peftkern.integrations.bitsandbytes import from_bitsandbytes
-from peftkern.nn import AdapterBank, LoRAConfig, MultiLoRALinear
 from peftkern.testing.numerics import assert_as_good_as
 
 pytest.importorskip("bitsandbytes")

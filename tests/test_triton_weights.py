@@ -13,7 +13,7 @@ import triton.language as tl
 
 from peftkern.backends.triton import launch, select
 from peftkern.backends.triton.kernels.matrix import store_block
-from peftkern.backends.triton.launch.operands import packed
+from peftkern.backends.triton.launch.operands import quantised
 from peftkern.backends.triton.tiles import FAR, LIBRARY, RECOMPUTE, SHARED, SPLIT, Choice, TileConfig
 from peftkern.weights import FrozenWeight
 
@@ -106,7 +106,7 @@ def test_offsets_beyond_2_31(name, K):
         values = small.materialize(F32)
     for backward in (False, True):
         out = torch.full((BLOCK_N, BLOCK_K), float("nan"))
-        loaded = packed(weight, backward)
+        loaded = quantised(weight, backward)
         one_tile[(1,)](
             **loaded, OUT=out, n0=n0, k0=k0, N=N, K=K, BACKWARD=backward, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K
         )  # fmt: skip

@@ -10,7 +10,7 @@ from pairwise import covering
 
 pytest.importorskip("triton")
 
-from peftkern.backends.triton import codes, packed, select, tiles
+from peftkern.backends.triton import codes, quantised, select, tiles
 from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.tiles import Choice, Pass, TileConfig
 from peftkern.call import Problem
@@ -81,8 +81,8 @@ def test_many_rows_decode_once(name, arch):
         assert decoded(8192)
         found = [decoded(M) for M in (16, 64, 256, 1024, 4096)]
         assert found == sorted(found)
-        if name in packed.FORMATS and arch not in packed.SHIPPED:
-            assert all(found) and f"on {arch}" in packed.refusal(few.problem, ARCHES[arch])
+        if name in quantised.FORMATS and arch not in quantised.SHIPPED:
+            assert all(found) and f"on {arch}" in quantised.refusal(few.problem, ARCHES[arch])
         else:
             assert not found[0]
 
@@ -101,14 +101,14 @@ def test_what_cannot_be_decoded():
         assert tiles.decodes("nf4", select.choose(ragged, ARCHES["sm_90"]))
 
 
-@pytest.mark.parametrize("name", packed.FORMATS)
+@pytest.mark.parametrize("name", quantised.FORMATS)
 def test_every_tile_of_a_packed_format_is_among_the_choices(name):
     """By one schedule at least; fp32 rows have tiles of their own."""
-    for arch, dtype, backward in itertools.product(packed.SHIPPED, (BF16, F32), (False, True)):
+    for arch, dtype, backward in itertools.product(quantised.SHIPPED, (BF16, F32), (False, True)):
         problem = Problem("cuda", 8192, 4096, 4096, 16, dtype, F32, name)
         found = [c for c in tiles.choices(Pass(problem, backward), ARCHES[arch]) if not tiles.decodes(name, c)]
         shapes = {(t.BLOCK_M, t.BLOCK_P, t.BLOCK_Q, t.num_warps, t.num_stages) for t in (c.tile for c in found)}
-        assert shapes == set(packed.tiles_on(ARCHES[arch], problem))
+        assert shapes == set(quantised.tiles_on(ARCHES[arch], problem))
 
 
 @pytest.mark.compile_lane

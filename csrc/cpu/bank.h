@@ -17,10 +17,10 @@ namespace PEFTKERN_ISA {
 static void forward(const Forwards &calls);
 static void backward(const Backward &call);
 
-// y and s of at most kFewRows rows without dropout; every factor streams through the registers once.
-constexpr int kFewRows = 4;
+// y and s of at most kStreamedRows rows without dropout; every factor streams through the registers once.
+constexpr int kStreamedRows = 4;
 constexpr int64_t kFactorAhead = 2048;  // bytes of a row of A that are fetched ahead
-template <class X, class A> struct FewRows {
+template <class X, class A> struct StreamedRows {
   // Rounded to X and widened again; for bf16 in the integers that an fp32 is made of.
   static inline vf rounded(vf value) {
     if constexpr (std::is_same<X, bf16>::value) {
@@ -99,7 +99,7 @@ template <class X, class A> struct FewRows {
     }
   }
 
-  template <int ROWS = kFewRows> static void of(const Forward &p, const int64_t *rows) {
+  template <int ROWS = kStreamedRows> static void of(const Forward &p, const int64_t *rows) {
     if constexpr (ROWS > 1) {
       if (p.M < ROWS) return of<ROWS - 1>(p, rows);
     }
@@ -109,8 +109,8 @@ template <class X, class A> struct FewRows {
 };
 
 template <class X> static void few_rows(const Forward &p, const int64_t *rows) {
-  if (p.adapter_dtype == DType::float32) FewRows<X, float>::of(p, rows);
-  else FewRows<X, X>::of(p, rows);
+  if (p.adapter_dtype == DType::float32) StreamedRows<X, float>::of(p, rows);
+  else StreamedRows<X, X>::of(p, rows);
 }
 static void few_rows(const Forward &p, const int64_t *rows) {
   if (p.dtype == DType::float32) few_rows<float>(p, rows);
@@ -164,7 +164,7 @@ class Gathered {
 };
 
 static inline int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-static inline bool is_few(const Segment &segment) { return segment.count <= kFewRows && !segment.dropout.threshold; }
+static inline bool is_few(const Segment &segment) { return segment.count <= kStreamedRows && !segment.dropout.threshold; }
 
 static void bank_forward(const Forward &base, const Bank &bank) {
   if (base.one_pass) forward({&base, 1});  // R is 0: the base alone

@@ -12,7 +12,7 @@
 // bits for any number of threads, and from packed panels the same as from the weight where it lies.
 #pragma once
 #include "../include/philox.h"
-#include "decode.h"
+#include "few_rows.h"
 #include "scratch.h"
 #include "tile.h"
 
@@ -36,7 +36,7 @@ template <class X, class A> struct Fused {
   // What a thread works with: Q contracted columns, blocks of at most `rows` rows.
   struct Memory {
     int64_t Q, R, rows, panels, words, step, depth, group;
-    bool in_steps;  // a group is made of whole steps of a packed weight
+    bool in_steps;  // a group is made of whole steps of a quantised weight
     float *x, *chunk, *f, *t, *s, *packed_t, *panel, *g, *sums;
     uint64_t *bits;
     Memory(const Problem &p, int64_t Q, int64_t share) : Q(Q), R(p.R) {
@@ -237,7 +237,7 @@ template <class X, class A> struct Fused {
   }
 
   static void forward(const Forward &problem) {
-    if (Decode<X, A>::takes(problem)) return Decode<X, A>::forward(problem);
+    if (FewRows<X, A>::takes(problem)) return FewRows<X, A>::forward(problem);
     const int64_t tiles = problem.M / kTileRows + (problem.N + kTileColumns - 1) / kTileColumns;
     parallel_run(int(smaller(problem.threads, tiles)), [](void *data, int index, int count) {
       const Forward &p = *static_cast<const Forward *>(data);

@@ -1,6 +1,6 @@
-// Rows of a packed weight that comes in steps (packed_steps.h), against a few rows of x in the steps' order.
+// Rows of a quantised weight that comes in steps (quantised_steps.h), against a few rows of x in the steps' order.
 #pragma once
-#include "../include/packed_steps.h"
+#include "../include/quantised_steps.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {

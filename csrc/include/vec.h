@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "problem.h"
+#include "call.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {

@@ -3,11 +3,11 @@
 //   panel    B[q, p] = op(W)[q, first + p], fp32 [depth, kTileColumns], zero behind `width` columns
 //
 // `by_rows` says that the produced column is a row of what is stored (W[p, q], for y): then a block is transposed in registers.
-// A dense weight is read where it lies; a packed one is decoded first (packed_weight.h), a few of its rows at a time.
+// A dense weight is read where it lies; a quantised one is decoded first (quantised.h), a few of its rows at a time.
 #pragma once
 #include <utility>
 
-#include "packed_steps.h"
+#include "quantised_steps.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
@@ -68,7 +68,7 @@ template <class T> static void block_of(const T *w, int64_t ldw, bool by_rows, i
   else block_of_columns(w + q * ldw + first, ldw, depth, width, block);
 }
 
-constexpr int64_t kDecodedDepth = 256;  // of a packed weight's rows that are transposed: 16 KB
+constexpr int64_t kDecodedDepth = 256;  // of a quantised weight's rows that are transposed: 16 KB
 
 // X is the dtype of x, and of a dense weight.
 template <class X> static void panel_of(const Weight &w, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, float *block) {

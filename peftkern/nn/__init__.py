@@ -1,39 +1,28 @@
-"""Modules that stand where an ``nn.Linear`` stands, and how they come into a model, out of it, and to files."""
+"""Modules that stand where an ``nn.Linear`` stands."""
 
-from peftkern.nn.adapter_bank import Adapter, AdapterBank
-from peftkern.nn.adapter_config import LoRAConfig
-from peftkern.nn.adapter_files import AdapterFile, LoRATensors, read_adapter, write_adapter
-from peftkern.nn.checkpoint import load_adapter, save_adapter
-from peftkern.nn.injection import InjectReport, eject, inject
-from peftkern.nn.job_packing import JobBatch, join_batches, losses_by_job, pack_jobs
+from __future__ import annotations
+
 from peftkern.nn.lora_linear import LoRALinear
-from peftkern.nn.multi_lora_linear import MultiLoRALinear
-from peftkern.nn.optimizer_groups import lora_plus_groups
-from peftkern.nn.routing import Route, route
-from peftkern.nn.serving import serve, unserve
 
-__all__ = [
-    "Adapter",
-    "AdapterBank",
-    "AdapterFile",
-    "InjectReport",
-    "JobBatch",
-    "LoRAConfig",
-    "LoRALinear",
-    "LoRATensors",
-    "MultiLoRALinear",
-    "Route",
-    "eject",
-    "inject",
-    "join_batches",
-    "load_adapter",
-    "lora_plus_groups",
-    "losses_by_job",
-    "pack_jobs",
-    "read_adapter",
-    "route",
-    "save_adapter",
-    "serve",
-    "unserve",
-    "write_adapter",
-]
+__all__ = ["LoRALinear"]
+
+# Names that were here before ``peftkern.adapters`` and ``peftkern.bank`` were, for code that imports them from here.
+_MOVED = {
+    "peftkern.adapters": {
+        "AdapterFile", "InjectReport", "LoRAConfig", "LoRATensors", "eject", "inject", "load_adapter",
+        "lora_plus_groups", "read_adapter", "save_adapter", "write_adapter",
+    },
+    "peftkern.bank": {
+        "Adapter", "AdapterBank", "JobBatch", "MultiLoRALinear", "Route", "join_batches", "losses_by_job", "pack_jobs",
+        "route", "serve", "unserve",
+    },
+}  # fmt: skip
+
+
+def __getattr__(name: str):
+    import importlib
+
+    for module, names in _MOVED.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'peftkern.nn' has no attribute {name!r}")

@@ -12,7 +12,7 @@
 #include <memory>
 #include <vector>
 
-#include "../../csrc/include/problem.h"
+#include "../../csrc/include/call.h"
 
 #ifndef SET
 #define SET baseline

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftkern import dropout
 from peftkern.backends.base import Backend, Plan, bias_gradients, rounding
-from peftkern.backends.cpp import call, packed, rows
+from peftkern.backends.cpp import call, quantised, rows
 from peftkern.backends.cpp.call import DTYPES, address, read_weight, unit_stride
 from peftkern.backends.cpp.extension import extension
 from peftkern.call import Call, Gradients, Needs, Pair, PairGradients, PairNeeds, Problem
@@ -38,7 +38,7 @@ class CppBackend(Backend):
             return "r = 0 has no low-rank pair"
         if problem.dtype not in DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {problem.dtype}"
-        if problem.weight_format != "dense" and split_format(problem.weight_format)[0] not in packed.FORMATS:
+        if problem.weight_format != "dense" and split_format(problem.weight_format)[0] not in quantised.FORMATS:
             return f"there is no C++ decoder for weight format {problem.weight_format!r}"
         return None
 

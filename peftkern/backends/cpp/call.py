@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 
 from peftkern import dropout
-from peftkern.backends.cpp import packed
+from peftkern.backends.cpp import quantised
 from peftkern.backends.cpp.extension import extension
 from peftkern.call import Pair
 from peftkern.weights import FrozenWeight, split_format
 
-DECODE_ROWS = 16  # decode.h, kDecodeRows
+FEW_ROWS = 16  # few_rows.h, kFewRows
 FEW_ROWS_OF_DX = 128  # measured: 5.8x, 1.7x and 1.3x of torch's time at 1, 16 and 64 rows of 4096x4096, as fast at 256
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # problem.h, DType
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # call.h, DType
 
 
 def one_pass(dtype: torch.dtype, M: int, weight_format: str = "dense", forward: bool = True) -> bool:
     """Whether y and dx are computed here as a whole, rather than on top of torch's product with the frozen weight.
 
     That is where it was measured ahead (benchmarks/NOTES.md): with AVX2 and without AVX-512. Elsewhere torch's product
-    is as good or better, or nobody has measured. Torch cannot multiply a packed weight, but with a decoded copy of all
-    of it: for a handful of rows the copy costs many times the product, whatever the processor. dx of few rows in fp32
-    stays torch's: the kernels share dx by its rows, and there each thread would read the whole weight, across its rows.
+    is as good or better, or nobody has measured. Torch cannot multiply a quantised weight, but with a decoded copy of
+    all of it: for a handful of rows the copy costs many times the product, whatever the processor. dx of few rows in
+    fp32 stays torch's: the kernels share dx by its rows, and there each thread would read the whole weight, across its
+    rows.
     """
     dense = weight_format == "dense"
     if (
@@ -34,7 +35,7 @@ def one_pass(dtype: torch.dtype, M: int, weight_format: str = "dense", forward: 
         return False
     if not forward and dense and dtype == torch.float32 and M < FEW_ROWS_OF_DX:
         return False
-    return (not dense and M <= DECODE_ROWS) or extension()[0].instruction_set() == "avx2"
+    return (not dense and M <= FEW_ROWS) or extension()[0].instruction_set() == "avx2"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -42,7 +43,7 @@ def shape(
     M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype, precision: str, whole: bool,
     threads: int,
 ) -> Any:  # fmt: skip
-    """A Problem of problem.h, whose scaling and dropout a call fills in; ``whole``: in one pass.
+    """A Problem of call.h, whose scaling and dropout a call fills in; ``whole``: in one pass.
 
     The factors are rounded to the rows' dtype in precision "base". Those of fp16 are multiplied in fp32, so there it
     would save nothing, and lose what fp16's range does not hold.
@@ -72,7 +73,7 @@ def of_base(weight_shape: tuple[int, ...], rows: Tensor, whole: bool, precision:
 def read_weight(problem: Any, frozen: FrozenWeight, rows: Tensor) -> tuple[Any, Any]:
     """A problem in one pass that reads the frozen weight, and what must outlive the call."""
     if frozen.format != "dense":
-        return packed.read(problem, frozen)
+        return quantised.read(problem, frozen)
     weight = _unit_stride_somewhere(frozen.materialize(rows.dtype))
     transposed = weight.stride(1) != 1 and weight.shape[1] != 1
     return problem.read_dense(weight.data_ptr(), weight.stride(1 if transposed else 0), transposed), weight

@@ -59,7 +59,7 @@ def estimate(launch: Pass, choice: Choice, arch: Arch) -> float:
 
 
 def _decode_seconds(launch: Pass, arch: Arch) -> float:
-    """The packed weight read and the dense one written, by one launch."""
+    """The quantised weight read and the dense one written, by one launch."""
     problem = launch.problem
     moved = _BITS[problem.weight_format] / 8 + problem.dtype.itemsize
     return problem.N * problem.K * moved / arch.bandwidth + _LAUNCH

@@ -1,7 +1,7 @@
 """The launches of a call, in their order: the backend runs them, and the traffic model counts them.
 
     forward, dx        one_pass: fused          split: shrink, fused         library: shrink, vendor GEMM, fused
-                       each after decode, where a packed weight is decoded once; library always does
+                       each after decode, where a quantised weight is decoded once; library always does
                        base_compute "fp8": quantise, shrink, fused; T is that of x as it is
     the parameters     grad, reduce (grad twice where x needs no gradient: t and dB come from one read of dy)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from peftkern._env import SCHEDULES
-from peftkern.backends.triton import codes, packed
+from peftkern.backends.triton import codes, quantised
 from peftkern.backends.triton.arch import Arch
 from peftkern.call import Problem
 
@@ -82,7 +82,7 @@ class Choice:
 
     schedule: str
     tile: TileConfig
-    decoded: bool = False  # a packed weight is decoded once, before, instead of in every tile
+    decoded: bool = False  # a quantised weight is decoded once, before, instead of in every tile
 
     @property
     def one_pass(self) -> bool:
@@ -157,7 +157,7 @@ def shipped(launch: Pass, arch: Arch) -> list[TileConfig]:
 
 
 def _candidates(schedule: str, launch: Pass, arch: Arch) -> list[Choice]:
-    """A schedule on its tiles: a packed weight is decoded in each, or once, or is multiplied as it is."""
+    """A schedule on its tiles: a quantised weight is decoded in each, or once, or is multiplied as it is."""
     if launch.problem.base_compute is not None:
         return [Choice(schedule, tile) for tile in _variants(schedule, launch, arch)]
     once = [Choice(schedule, tile) for tile in _variants(schedule, dense(launch), arch)]
@@ -172,8 +172,8 @@ def _shipped(launch: Pass, arch: Arch) -> dict[_Shape, tuple[int, int, int]]:
         return codes.SHIPPED.get(arch.name, {})
     if arch.name == "interpreter":
         return _SHIPPED[arch.name]
-    if launch.problem.weight_format in packed.FORMATS:
-        return packed.tiles_on(arch, launch.problem)
+    if launch.problem.weight_format in quantised.FORMATS:
+        return quantised.tiles_on(arch, launch.problem)
     return _SHIPPED_FP32 if launch.problem.dtype == torch.float32 else _SHIPPED[arch.name]
 
 
@@ -235,7 +235,7 @@ def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
         return f"{choice.schedule} of a {launch.problem.weight_format} weight has no decoding to choose"
     if decodes(launch.problem.weight_format, choice):
         return supports(dense(launch), replace(choice, decoded=False), arch)
-    reason = packed.refusal(launch.problem, arch)
+    reason = quantised.refusal(launch.problem, arch)
     if reason is not None:
         return reason
     blocks = (tile.BLOCK_M, tile.BLOCK_P // tile.SUBTILES, tile.BLOCK_Q)

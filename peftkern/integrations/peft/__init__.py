@@ -4,7 +4,7 @@ The class of each such layer is swapped for a subclass that overrides ``forward`
 not cover runs PEFT's own ``forward``, bit for bit; ``why_not`` is the single predicate that decides, at every call, and
 its text is the reason that the report shows.
 
-    parts.py   what is read of a layer, and the predicate
+    read.py    what is read of a layer, and the predicate
     layer.py   the class that a patched layer has
     experts.py, low_rank_stack.py   the same for parameters that a module reads itself: MoE experts, routers
     shared_input.py   the class of layers that look for others with the same x
@@ -13,7 +13,7 @@ its text is the reason that the report shows.
 """
 
 from peftkern.integrations.peft.layer import PeftkernLoraLinear, disabled
-from peftkern.integrations.peft.parts import why_not
+from peftkern.integrations.peft.read import why_not
 from peftkern.integrations.peft.shared_input import shared_inputs
 from peftkern.integrations.peft.swap import PatchReport, patch, report, unpatch
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftkern.integrations.peft import tally
 from peftkern.integrations.peft.layer import _disabled
 from peftkern.integrations.peft.low_rank_stack import LowRankStack
-from peftkern.integrations.peft.parts import (
+from peftkern.integrations.peft.read import (
     NO_DATA,
     Adapter,
     why_not_dtypes,

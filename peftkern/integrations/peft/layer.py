@@ -18,7 +18,7 @@ from peftkern.integrations import quantised
 from peftkern.integrations.peft import tally
 from peftkern.integrations.peft.memo import memo_of
 from peftkern.integrations.peft.mixed_batch import mixed_batch
-from peftkern.integrations.peft.parts import Adapter, Parts, plain_parts, why_not_input
+from peftkern.integrations.peft.read import Adapter, Parts, plain_parts, why_not_input
 from peftkern.weights import DenseWeight, FrozenWeight
 
 _disabled: contextvars.ContextVar[bool] = contextvars.ContextVar("peftkern_disabled", default=False)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from peftkern.call import Base, Call, Update
 from peftkern.functional import lora_linear, run
-from peftkern.integrations.peft.parts import Adapter, Parts, why_not_input
+from peftkern.integrations.peft.read import Adapter, Parts, why_not_input
 from peftkern.ops import dispatch
 from peftkern.weights import DenseWeight
 

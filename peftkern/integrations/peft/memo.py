@@ -18,7 +18,7 @@ from peftkern.backends.base import Backend
 from peftkern.call import Pair
 from peftkern.functional import looked_through, run_pair
 from peftkern.integrations import quantised
-from peftkern.integrations.peft.parts import Parts, why_not_dtypes
+from peftkern.integrations.peft.read import Parts, why_not_dtypes
 from peftkern.weights import DenseWeight, FrozenWeight
 
 _PLAIN = (nn.Parameter, Tensor, type(None))  # a tensor of any other class may have operators of its own

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from peftkern.call import Rows, Span, Update
 from peftkern.integrations import quantised
-from peftkern.integrations.peft.parts import Adapter, plain_parts, why_not_input
+from peftkern.integrations.peft.read import Adapter, plain_parts, why_not_input
 from peftkern.multi_lora import draw_states, run_rows
-from peftkern.segments import Plan, plan_rows
+from peftkern.segments import Routing, plan_rows
 from peftkern.weights import DenseWeight, FrozenWeight
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -22,7 +22,7 @@ class _Routed(NamedTuple):
     """The rows of a batch by adapter: an id in ``plan`` is a position in ``names``."""
 
     names: tuple[str, ...]
-    plan: Plan
+    plan: Routing
 
 
 @functools.lru_cache(maxsize=16)

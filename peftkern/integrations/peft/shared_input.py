@@ -26,7 +26,7 @@ from peftkern.call import Base, Call, Update
 from peftkern.functional import autocast, looked_through, run
 from peftkern.integrations.peft import tally
 from peftkern.integrations.peft.layer import PeftkernLoraLinear, patched_forward_is_off, updates_of
-from peftkern.integrations.peft.parts import Parts, plain_parts, why_not_input
+from peftkern.integrations.peft.read import Parts, plain_parts, why_not_input
 from peftkern.ops import dispatch
 from peftkern.weights import DenseWeight, FrozenWeight
 

@@ -17,7 +17,7 @@ from peftkern import _env
 from peftkern.call import Problem
 from peftkern.integrations.peft.experts import ParameterParts, ParamWrapper, PeftParamWrapper, parameter_parts
 from peftkern.integrations.peft.layer import PeftkernLoraLinear
-from peftkern.integrations.peft.parts import Parts, is_replaced, plain_parts, why_not_dtypes
+from peftkern.integrations.peft.read import Parts, is_replaced, plain_parts, why_not_dtypes
 from peftkern.integrations.peft.shared_input import USUAL, SharedInputLoraLinear, forget, group
 from peftkern.integrations.peft.tally import Tally, attach, detach
 from peftkern.integrations.peft.tally import of as tally_of

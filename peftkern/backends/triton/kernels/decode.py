@@ -1,4 +1,4 @@
-"""The ``decode`` body: a packed weight as a dense [N, K] matrix, once for all the tiles that read it."""
+"""The ``decode`` body: a quantised weight as a dense [N, K] matrix, once for all the tiles that read it."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""The launch that decodes a packed weight once, for a product with the dense one."""
+"""The launch that decodes a quantised weight once, for a product with the dense one."""
 
 from __future__ import annotations
 

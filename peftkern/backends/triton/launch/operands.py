@@ -142,7 +142,7 @@ class Direction:
 def weight_loader(weight: FrozenWeight, backward: bool, block_q: int, block_p: int, tma: bool) -> dict[str, Any]:
     """LOAD_W, W and LOAD_W's operands."""
     if weight.format != "dense":
-        return packed(weight, backward)
+        return quantised(weight, backward)
     block = (block_q, block_p) if backward else (block_p, block_q)
     W: Any = near(weight.data)
     along_n, along_k = W.stride()
@@ -184,7 +184,7 @@ def loads(weight_format: str) -> bool:
     return weight_format in _FORMATS
 
 
-def packed(weight: FrozenWeight, backward: bool) -> dict[str, Any]:
+def quantised(weight: FrozenWeight, backward: bool) -> dict[str, Any]:
     """LOAD_W, W and LOAD_W's operands for a weight that is decoded in registers."""
     W, scale = near(weight.data), weight.scale
     assert scale is not None

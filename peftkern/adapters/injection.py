@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftkern.adapters.config import LoRAConfig
+from peftkern.adapters.targets import find_targets
 from peftkern.nn import initialization
-from peftkern.nn.adapter_config import LoRAConfig
 from peftkern.nn.lora_linear import LoRALinear
-from peftkern.nn.targets import find_targets
 
 
 @dataclass(frozen=True)

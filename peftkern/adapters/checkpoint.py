@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftkern.nn import initialization
-from peftkern.nn.adapter_config import LoRAConfig
-from peftkern.nn.adapter_files import (
+from peftkern.adapters.config import LoRAConfig
+from peftkern.adapters.files import (
     AdapterFile,
     LoRATensors,
     check_base_weight,
@@ -24,9 +23,10 @@ from peftkern.nn.adapter_files import (
     read_adapter,
     write_adapter,
 )
-from peftkern.nn.injection import InjectReport, adapted_layers, put_adapters, refuse_peft, report_on
+from peftkern.adapters.injection import InjectReport, adapted_layers, put_adapters, refuse_peft, report_on
+from peftkern.adapters.targets import short_targets
+from peftkern.nn import initialization
 from peftkern.nn.lora_linear import LoRALinear, why_not_linear
-from peftkern.nn.targets import short_targets
 
 T = TypeVar("T", bound=Hashable)
 

@@ -1,4 +1,4 @@
-// Blocks of a packed weight, decoded: what FrozenWeight.materialize of peftkern/weights gives, bit for bit.
+// Blocks of a quantised weight, decoded: what FrozenWeight.materialize of peftkern/weights gives, bit for bit.
 //
 //   decode<X>    out[i, j] = W[n + i, k + j], decoded in fp32 and rounded once to X
 //

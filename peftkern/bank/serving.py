@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from peftkern.nn.adapter_bank import AdapterBank
-from peftkern.nn.adapter_config import LoRAConfig
-from peftkern.nn.adapter_files import AdapterFile, check_complete, key_of, read_adapter
-from peftkern.nn.injection import refuse_adapted, replace
-from peftkern.nn.multi_lora_linear import MultiLoRALinear, why_not_served
-from peftkern.nn.routing import Route
-from peftkern.nn.targets import find_targets
+from peftkern.adapters.config import LoRAConfig
+from peftkern.adapters.files import AdapterFile, check_complete, key_of, read_adapter
+from peftkern.adapters.injection import refuse_adapted, replace
+from peftkern.adapters.targets import find_targets
+from peftkern.bank.bank import AdapterBank
+from peftkern.bank.linear import MultiLoRALinear, why_not_served
+from peftkern.bank.routes import Route
 
 
 def serve(

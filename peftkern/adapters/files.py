@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.nn.adapter_config import LoRAConfig, matches
+from peftkern.adapters.config import LoRAConfig, matches
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftkern.nn.adapter_config import LoRAConfig, matches
+from peftkern.adapters.config import LoRAConfig, matches
 from peftkern.nn.lora_linear import LoRALinear, why_not_linear
 
 

@@ -1,4 +1,4 @@
-// A packed weight in steps: kStep neighbours of a row, decoded in registers. What AVX2 has for the formats of packed_weight.h where
+// A quantised weight in steps: kStep neighbours of a row, decoded in registers. What AVX2 has for the formats of quantised.h where
 // K is a multiple of kStep and no step has two scales (steps_take). The numbers are the same; their order is the cheapest.
 //
 //   step(n, k, f)   f(j, value) for 0 <= j < kVectors: lane t of value is W[n, k + element(j W + t)]
@@ -11,7 +11,7 @@
 #pragma once
 #include <type_traits>
 
-#include "packed_weight.h"
+#include "quantised.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {

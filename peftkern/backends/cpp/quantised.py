@@ -1,4 +1,4 @@
-"""What the kernels are told of a packed weight (csrc/include/packed_weight.h decodes it)."""
+"""What the kernels are told of a quantised weight (csrc/include/quantised.h decodes it)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from peftkern.weights import FourBitWeight, FP8Weight, FrozenWeight, Int4Weight, Int8Weight
 from peftkern.weights.fp8 import BLOCK
 
-FORMATS = {"nf4": 1, "fp4": 1, "int4": 2, "int8": 3, "fp8": 4}  # problem.h, WeightFormat
+FORMATS = {"nf4": 1, "fp4": 1, "int4": 2, "int8": 3, "fp8": 4}  # call.h, WeightFormat
 _ALL = 62  # log2 of more elements than there are
 
 
@@ -28,4 +28,4 @@ def read(problem: Any, weight: FrozenWeight) -> tuple[Any, list[Tensor]]:
             stride = weight.scale.shape[-1] if weight.group_size else int(len(weight.scale) == weight.shape[0])
     held = [tensor.contiguous() for tensor in weight.tensors]
     data, scale, *tables = (tensor.data_ptr() for tensor in held)
-    return problem.read_packed(FORMATS[weight.format], data, scale, stride, shift, row_shift, tables), held
+    return problem.read_quantised(FORMATS[weight.format], data, scale, stride, shift, row_shift, tables), held

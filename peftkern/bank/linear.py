@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import dropout
+from peftkern.bank.bank import AdapterBank
+from peftkern.bank.routes import Route, current_route
 from peftkern.call import Rows, Span, Update
 from peftkern.integrations import quantised
 from peftkern.multi_lora import run_rows
-from peftkern.nn.adapter_bank import AdapterBank
 from peftkern.nn.lora_linear import why_not_linear
-from peftkern.nn.routing import Route, current_route
 from peftkern.weights import DenseWeight
 
 
