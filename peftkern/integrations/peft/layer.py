@@ -59,7 +59,7 @@ class PeftkernLoraLinear(lora.Linear):
             return _unusual(self, x, args, kwargs)
         own = None if _compiling() else self.__dict__.get(tally.KEY)
         memo = None if own is None else own.memo  # read once: another thread may put its own there
-        if own is not None and memo is not None and memo.holds(self, x):
+        if own is not None and memo is not None and memo.holds(x):
             own.fused += 1
             return memo.run(x)
         parts = plain_parts(self)
@@ -73,7 +73,7 @@ class PeftkernLoraLinear(lora.Linear):
         tally.fused(self)
         if own is not None:
             own.memo = memo = memo_of(self, parts, x)
-            if memo is not None and memo.holds(self, x):
+            if memo is not None and memo.holds(x):
                 return memo.run(x)
         return fused(x, parts)
 
