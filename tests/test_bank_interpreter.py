@@ -203,7 +203,7 @@ def test_neither_launches_nor_their_arguments_depend_on_ids_on_a_device(monkeypa
 
 def test_the_tile_does_not_depend_on_the_adapters() -> None:
     problem = bank_of(torch.empty(24, 40, dtype=BF16), None, [], [], torch.empty(0)).problem(7, BF16)
-    from peftkern.backends.triton.bank_tiles import bank_tile
+    from peftkern.backends.triton import select
     from peftkern.backends.triton.tiles import Pass
 
     for arch in ARCHES.values():
@@ -211,7 +211,19 @@ def test_the_tile_does_not_depend_on_the_adapters() -> None:
             continue
         others = [dataclasses.replace(problem, R=R, adapter_dtype=d, ids_on_device=R > 8) for R in (0, 9, 300)
                   for d in (F32, BF16)]  # fmt: skip
-        assert len({bank_tile(Pass(one, False), arch) for one in [problem, *others]}) == 1
+        assert len({select.choose(Pass(one, False), arch) for one in [problem, *others]}) == 1
+
+
+def test_a_bank_and_a_pair_have_schedules_of_their_own() -> None:
+    from peftkern.backends.triton import select
+    from peftkern.backends.triton.tiles import BANK, SPLIT, Choice, Pass
+
+    bank = bank_of(torch.empty(24, 40, dtype=BF16), None, [], [], torch.empty(0)).problem(7, BF16)
+    pair = dataclasses.replace(bank, several_adapters=False, R=4)
+    for problem, schedule, known in ((bank, SPLIT, "among bank"), (pair, BANK, "among one_pass")):
+        choice = Choice(schedule, TILES["slices"])
+        with select.forced(choice), pytest.raises(RuntimeError, match=f"there is no schedule '{schedule}' {known}"):
+            select.choose(Pass(problem, False), ARCHES["sm_90"])
 
 
 def test_what_is_refused_and_what_the_plan_says() -> None:

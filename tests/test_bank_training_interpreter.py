@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -13,8 +14,9 @@ from test_bank_interpreter import MIXED, SMALL, TILES, Seen, as_if_on_a_device
 from test_multi_lora import RANKS, ROUTINGS, Batch, call_of_batch, check, make, run
 
 from peftkern.backends.triton import backend as triton_backend
-from peftkern.backends.triton import bank_schedule, launch
+from peftkern.backends.triton import launch, schedule, select
 from peftkern.backends.triton.arch import ARCHES
+from peftkern.backends.triton.tiles import BANK, Choice
 from peftkern.call import Span, arguments
 from peftkern.ops import schema
 from peftkern.segments import plan_on_device, plan_rows
@@ -65,20 +67,19 @@ def test_every_routing(routing: str, dtype: torch.dtype, p: float, device_ids: b
         [False, True],
     ),
 )  # fmt: skip
-def test_every_way_to_run_a_tile(tile, dtype, p, extents, precision, bias, narrow, monkeypatch) -> None:
+def test_every_way_to_run_a_tile(tile, dtype, p, extents, precision, bias, narrow) -> None:
     """``narrow``: adapters in the dtype of the base."""
-    monkeypatch.setattr(bank_schedule, "bank_tile", lambda launch, arch: TILES[tile])
     adapter_dtype = dtype if narrow else F32
     batch = make(MIXED, dtype, **extents, p=p, precision=precision, bias=bias, adapter_dtype=adapter_dtype)
-    check(batch, "triton")
+    with select.forced(Choice(BANK, TILES[tile])):
+        check(batch, "triton")
 
 
 @pytest.mark.parametrize("sliced", [False, True])
-def test_a_large_rank_beside_a_small_one(sliced: bool, monkeypatch) -> None:
+def test_a_large_rank_beside_a_small_one(sliced: bool) -> None:
     """Ranks are walked in pieces of 64; the first adapter has more than two."""
-    if sliced:
-        monkeypatch.setattr(bank_schedule, "bank_tile", lambda launch, arch: TILES["slices"])
-    check(make([0, 1, 2, 1, 1, -1, 2, 2, 1, 3], BF16, **SMALL, p=0.2, ranks=(130, 1, 64, 128)), "triton")
+    with select.forced(Choice(BANK, TILES["slices"])) if sliced else contextlib.nullcontext():
+        check(make([0, 1, 2, 1, 1, -1, 2, 2, 1, 3], BF16, **SMALL, p=0.2, ranks=(130, 1, 64, 128)), "triton")
 
 
 def test_adapters_of_several_dtypes() -> None:
@@ -169,8 +170,8 @@ def test_columns_further_apart_than_32_bits_count_are_brought_together() -> None
     W, numbers = torch.empty(K, K, dtype=BF16, device="meta"), torch.empty(M, dtype=torch.int64, device="meta")
     call = bank_of(W, None, [(A, B)], [Span(0, M, 0, 0)], numbers)
     arch = ARCHES["interpreter"]
-    forward, s = (made := bank_schedule.produce(call, far(K), False, arch)).steps[0], made.T
-    backward, grad, _ = bank_schedule.backward(call, far(K), far(K), s, all_of(call), arch).steps
+    (forward,), _, s = schedule.produce_rows(call, far(K), False, arch)
+    (backward, grad, _), _ = schedule.backward_rows(call, far(K), far(K), s, all_of(call), arch)
     strides = [one.arguments["G"][6:8] for one in (forward, backward)]
     strides += [grad.arguments[name] for name in ("x_strides", "dy_strides")]
     assert all((K - 1) * along_column < 2**31 for _, along_column in strides), strides

@@ -13,7 +13,7 @@ from pairwise import pairwise
 
 import peftkern
 from peftkern import _env
-from peftkern.backends.triton import select, tiles
+from peftkern.backends.triton import select, shipped
 from peftkern.backends.triton.arch import Arch
 from peftkern.backends.triton.backend import TritonBackend
 from peftkern.backends.triton.tiles import RECOMPUTE, SHARED, Choice, Pass, TileConfig
@@ -311,7 +311,7 @@ def test_the_plan_names_schedule_and_tile(schedule: str):
 def test_batch_invariant_rows(dispatch_env, monkeypatch):
     """A row's result does not depend on how many others there are; without the mode the choice follows M."""
     few, many = (16, 32, 32, 4, 1), (64, 64, 64, 8, 1)
-    monkeypatch.setitem(tiles._SHIPPED, "interpreter", dict.fromkeys((few, many), (99, 99, 99)))
+    monkeypatch.setitem(shipped.SHIPPED["plain"], "interpreter", dict.fromkeys((few, many), (99, 99, 99)))
 
     def estimate(launch: Pass, choice: Choice, arch: Arch) -> tuple[int, int]:
         return abs(choice.tile.BLOCK_M - launch.problem.M), -choice.tile.SLICES

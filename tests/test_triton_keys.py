@@ -19,7 +19,7 @@ EDITS = {  # file, old text, new text
     "a body": ("kernels/kept.py", "tl.program_id(1) * BLOCK_COLS", "BLOCK_COLS * tl.program_id(1)"),
     "launch code": ("launch/operands.py", 'else "ieee"', 'else "tf32"'),
     "an option": ("launch/operands.py", '"num_warps": self.num_warps', '"num_warps": 2 * self.num_warps'),
-    "a tile": ("tiles.py", "(128, 256, 64, 8, 3): (5, 5, 7)", "(128, 256, 64, 8, 2): (5, 5, 7)"),
+    "a tile": ("shipped.py", "(128, 256, 64, 8, 3): (5, 5, 7)", "(128, 256, 64, 8, 2): (5, 5, 7)"),
 }
 # Keys of sm_90's binaries by name, as the tree is and after each edit.
 SCRIPT = """

@@ -7,7 +7,6 @@ counters are zero again.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ import peftkern
 from peftkern.backends.triton import launch, select, tiles
 from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.launch import operands as launch_operands
-from peftkern.backends.triton.tiles import RECOMPUTE, SHARED, Choice, ThinConfig, TileConfig
+from peftkern.backends.triton.tiles import BANK, RECOMPUTE, SHARED, Choice, ThinConfig, TileConfig
 from peftkern.multi_lora import multi_lora_linear
 from peftkern.testing.numerics import assert_as_good_as
 
@@ -47,8 +46,7 @@ def one_set_of_counters(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.Tenso
     """The counters of all launches: zero after each call, whoever took part."""
     counters = torch.zeros(tiles.COUNTERS, dtype=torch.int32)
     monkeypatch.setattr(launch_operands, "counters", lambda like: counters)
-    banks = (importlib.import_module(f"{launch.__name__}.{name}") for name in ("bank", "bank_gradients"))
-    for module in (launch.produce, launch.gradients, *banks):
+    for module in (launch.produce, launch.gradients):
         monkeypatch.setattr(module, "counters", lambda like: counters)
     yield counters
     assert not counters.any()
@@ -133,7 +131,7 @@ def banked(monkeypatch) -> Callable[[int], Batch]:
 
     def batch_of(slices: int) -> Batch:
         tile = replace(TILE, BLOCK_Q=16, SLICES=slices, resident=1 if slices == 1 else 2)
-        monkeypatch.setattr("peftkern.backends.triton.bank_schedule.bank_tile", lambda key, arch: tile)
+        monkeypatch.setattr(select, "_override", Choice(BANK, tile))
         programs(monkeypatch, 5)
         return bank_batch([1, -1, 0] + [1] * 18, K=32, N=32, ranks=(5, 3))
 
@@ -166,11 +164,9 @@ def compare_all(found: list[Found], expected: Found) -> None:
 @pytest.fixture
 def in_runs(monkeypatch) -> Batch:
     """A batch of which one adapter's rows are cut into two runs, whose parts are added up, on five programs."""
-    monkeypatch.setattr(
-        "peftkern.backends.triton.launch.bank_gradients.bank_grad_tile", lambda dtype, R, arch: ThinConfig(16, 32, 4, 1)
-    )
+    monkeypatch.setattr(tiles, "bank_grad_tile", lambda dtype, R, arch: ThinConfig(16, 32, 4, 1))
     tile = replace(TILE, BLOCK_Q=32, resident=1)
-    monkeypatch.setattr("peftkern.backends.triton.bank_schedule.bank_tile", lambda key, arch: tile)
+    monkeypatch.setattr(select, "_override", Choice(BANK, tile))
     programs(monkeypatch, 5)
     batch = bank_batch([1, -1, 0] + [1] * 36, K=32, N=16, p=0.4, ranks=(5, 3), bias=False)
     return batch

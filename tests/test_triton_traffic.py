@@ -11,7 +11,7 @@ from calls import all_of, bank_of
 pytest.importorskip("triton")
 
 
-from peftkern.backends.triton import bank_schedule, select, tiles
+from peftkern.backends.triton import schedule, select, tiles
 from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.tiles import Choice, Pass
 from peftkern.call import Call, PairNeeds, Problem, Span
@@ -137,8 +137,8 @@ def banked(M: int, counts: list[int], R: int = 16, p: float = 0.05, on_device: b
 
 def of_bank(call: Call, M: int, need_x: bool = True) -> tuple[Traffic, Traffic]:
     arch, x = ARCHES["sm_90"], torch.empty(M, 4096, dtype=BF16, device="meta")
-    forward = bank_schedule.produce(call, x, False, arch)
-    return count(forward.steps), count(bank_schedule.backward(call, x, x, forward.T, all_of(call, need_x), arch).steps)
+    forward, _, s = schedule.produce_rows(call, x, False, arch)
+    return count(forward), count(schedule.backward_rows(call, x, x, s, all_of(call, need_x), arch)[0])
 
 
 @pytest.mark.parametrize("on_device", [False, True])

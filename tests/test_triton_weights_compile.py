@@ -10,7 +10,7 @@ from pairwise import covering
 
 pytest.importorskip("triton")
 
-from peftkern.backends.triton import codes, quantised, select, tiles
+from peftkern.backends.triton import select, shipped, tiles
 from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.tiles import Choice, Pass, TileConfig
 from peftkern.call import Problem
@@ -81,8 +81,8 @@ def test_many_rows_decode_once(name, arch):
         assert decoded(8192)
         found = [decoded(M) for M in (16, 64, 256, 1024, 4096)]
         assert found == sorted(found)
-        if name in quantised.FORMATS and arch not in quantised.SHIPPED:
-            assert all(found) and f"on {arch}" in quantised.refusal(few.problem, ARCHES[arch])
+        if name in shipped.PACKED and arch not in shipped.SHIPPED["packed"]:
+            assert all(found) and f"on {arch}" in tiles.packed_refusal(few.problem, ARCHES[arch])
         else:
             assert not found[0]
 
@@ -101,14 +101,14 @@ def test_what_cannot_be_decoded():
         assert tiles.decodes("nf4", select.choose(ragged, ARCHES["sm_90"]))
 
 
-@pytest.mark.parametrize("name", quantised.FORMATS)
+@pytest.mark.parametrize("name", shipped.PACKED)
 def test_every_tile_of_a_packed_format_is_among_the_choices(name):
     """By one schedule at least; fp32 rows have tiles of their own."""
-    for arch, dtype, backward in itertools.product(quantised.SHIPPED, (BF16, F32), (False, True)):
+    for arch, dtype, backward in itertools.product(shipped.SHIPPED["packed"], (BF16, F32), (False, True)):
         problem = Problem("cuda", 8192, 4096, 4096, 16, dtype, F32, name)
         found = [c for c in tiles.choices(Pass(problem, backward), ARCHES[arch]) if not tiles.decodes(name, c)]
         shapes = {(t.BLOCK_M, t.BLOCK_P, t.BLOCK_Q, t.num_warps, t.num_stages) for t in (c.tile for c in found)}
-        assert shapes == set(quantised.tiles_on(ARCHES[arch], problem))
+        assert shapes == set(shipped.shapes(problem, ARCHES[arch]))
 
 
 @pytest.mark.compile_lane
@@ -143,6 +143,6 @@ def test_base_compute_fp8_has_a_tile_where_there_are_fp8_tensor_cores_and_a_reas
         long_step = Choice("split", dataclasses.replace(choice.tile, BLOCK_Q=256))
         assert "a step of 256" in tiles.supports(launch, long_step, ARCHES[arch])
     for arch in ("sm_80", "gfx942"):
-        assert f"on {arch}" in codes.refusal(problem(BF16, 64), 0, ARCHES[arch])
-    assert "float32 rows" in codes.refusal(problem(F32, 64), 0, ARCHES["sm_90"])
-    assert codes.refusal(problem(BF16, 64), 0, ARCHES["sm_90"]) is None
+        assert f"on {arch}" in tiles.codes_refusal(problem(BF16, 64), 0, ARCHES[arch])
+    assert "float32 rows" in tiles.codes_refusal(problem(F32, 64), 0, ARCHES["sm_90"])
+    assert tiles.codes_refusal(problem(BF16, 64), 0, ARCHES["sm_90"]) is None

@@ -27,8 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from binaries.variants import Variant, variants
 from peftkern.backends.triton import launch, select
 from peftkern.backends.triton.arch import ARCHES, Arch
-from peftkern.backends.triton.bank_tiles import bank_grad_tile, bank_tile
-from peftkern.backends.triton.tiles import LIBRARY, SPLIT, Choice, grad_tile, shrink_tile
+from peftkern.backends.triton.tiles import LIBRARY, SPLIT, Choice, bank_grad_tile, grad_tile, shrink_tile
 from peftkern.call import Base, Call, Pair, Rows, Span, Update
 from peftkern.weights import DenseWeight, FrozenWeight, split_format
 
@@ -115,7 +114,7 @@ def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
         if v.body == "bank_grad":
             made, *_ = launch.bank_grad(bank, empty(v.M, v.K), T, empty(v.M, v.N), T, range(2), arch)
             return made, str(bank_grad_tile(v.dtype, R, arch))
-        tile = bank_tile(v.launch, arch)
+        tile = select.choose(v.launch, arch).tile
         return launch.bank(bank, X, T, empty(v.M, P), tile, arch, v.backward), str(tile)
     choice = Choice(v.body, v.tile) if v.tile else select.choose(v.launch, arch)
     dependent = choice.schedule == SPLIT and arch.dependent_launch

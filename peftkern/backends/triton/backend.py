@@ -13,9 +13,8 @@ from torch import Tensor
 
 from peftkern import _env
 from peftkern.backends.base import Backend, Plan, add_lora_bias, fill_rows
-from peftkern.backends.triton import codes, select, tiles
+from peftkern.backends.triton import select, tiles
 from peftkern.backends.triton.arch import Arch, arch_of
-from peftkern.backends.triton.bank_tiles import bank_tile
 from peftkern.call import Call, Gradients, Needs, Pair, PairGradients, PairNeeds, Problem
 
 _OLDEST = (3, 6)
@@ -96,7 +95,7 @@ class TritonBackend(Backend):
         if problem.M >= 2**31:
             return f"M = {problem.M} rows are more than 32 bits count"
         if problem.base_compute is not None:
-            reason = codes.refusal(problem, 0, _arch_here(problem.device_type))
+            reason = tiles.codes_refusal(problem, 0, _arch_here(problem.device_type))
             if reason is not None:
                 return reason
         from peftkern.backends.triton import launch
@@ -108,10 +107,10 @@ class TritonBackend(Backend):
     def plan(self, problem: Problem) -> Plan:
         arch = _arch_here(problem.device_type)
         launch = select.pass_of(problem, backward=False)
-        if problem.several_adapters:
-            tile = bank_tile(launch, arch)
-            return Plan("bank", f"{tile}, adapters looked up by row, and the gradients of all of them in one launch")
         choice = select.choose(launch, arch)
+        if problem.several_adapters:
+            looked_up = "adapters looked up by row, and the gradients of all of them in one launch"
+            return Plan(choice.schedule, f"{choice.tile}, {looked_up}")
         decoded = ", after the weight is decoded once" if tiles.decodes(problem.weight_format, choice) else ""
         coded = ", x rounded to e4m3 by a launch before, on FP8 tensor cores" if problem.base_compute else ""
         return Plan(choice.schedule, f"{choice.tile}{decoded}{coded}", tiles.refusals(launch, arch))
@@ -154,23 +153,20 @@ class TritonBackend(Backend):
         return plan.gradients
 
     def _forward_rows(self, call: Call, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        from peftkern.backends.triton import bank_schedule
-
+        _, schedule = _launching()
         with _on(x.device):
-            produced = bank_schedule.produce(call, x, backward=False, arch=arch_of(x.device))
-            _run(produced.steps)
-        assert produced.Z is not None
-        add_lora_bias(call, produced.Z)
-        return [produced.Z], [produced.T]
+            steps, y, s = schedule.produce_rows(call, x, backward=False, arch=arch_of(x.device))
+            _run(steps)
+        add_lora_bias(call, y)
+        return [y], [s]
 
     def _backward_rows(self, call: Call, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs) -> Gradients:
-        from peftkern.backends.triton import bank_schedule
-
+        _, schedule = _launching()
         with _on(dy.device):
-            plan = bank_schedule.backward(call, dy, x, s, needs, arch_of(dy.device))
-            _run(plan.steps)
-        fill_rows(call, dy, needs, plan.gradients)
-        return plan.gradients
+            steps, gradients = schedule.backward_rows(call, dy, x, s, needs, arch_of(dy.device))
+            _run(steps)
+        fill_rows(call, dy, needs, gradients)
+        return gradients
 
     def kept(self, x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:
         if x.dtype not in _DTYPES:

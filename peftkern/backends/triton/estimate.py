@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from peftkern.backends.triton import tiles
+from peftkern.backends.triton import shipped, tiles
 from peftkern.backends.triton.arch import Arch
 from peftkern.backends.triton.tiles import LIBRARY, RECOMPUTE, SHARED, Choice, Pass, TileConfig
 
@@ -81,7 +81,8 @@ def _tile_seconds(launch: Pass, tile: TileConfig, arch: Arch) -> float:
 def _vendor_seconds(launch: Pass, arch: Arch) -> float:
     """The vendor's GEMM: whole waves of the tile that suits it best, a little better than ours."""
     problem, found = launch.problem, []
-    for tile in tiles.shipped(launch, arch):
+    for shape in shipped.shapes(launch.problem, arch):
+        tile = TileConfig(*shape)
         count = -(-problem.M // tile.BLOCK_M) * -(-launch.P // tile.BLOCK_P)
         seconds = -(-count // arch.units) * _tile_seconds(launch, tile, arch)
         found.append(max(0.95 * seconds, _traffic(launch) / arch.bandwidth / _fill(launch, tile, arch)))

@@ -4,6 +4,8 @@
                        each after decode, where a quantised weight is decoded once; library always does
                        base_compute "fp8": quantise, shrink, fused; T is that of x as it is
     the parameters     grad, reduce (grad twice where x needs no gradient: t and dB come from one read of dy)
+    with rows          bank (y and s, or dx and t, or t alone), after decode where the weight is quantised;
+                       bank_grad (dA and dB of all updates), and a copy of each into a tensor of its own
 
 Where they are large, the parameters' gradients, which wait for memory, run beside dx, which waits for the tensor cores:
 all of them where ``shrink`` has made t before; dB alone, and dA afterwards, where dx's own pass makes t.
@@ -17,13 +19,14 @@ import torch
 from torch import Tensor
 
 from peftkern import _env
+from peftkern.backends.base import no_gradients
 from peftkern.backends.triton import launch, select, tiles
 from peftkern.backends.triton.arch import Arch
-from peftkern.backends.triton.launch import Direction, Gradient, Launch, VendorProduct
+from peftkern.backends.triton.launch import Direction, Gradient, Launch, Parted, VendorProduct
 from peftkern.backends.triton.tiles import LIBRARY, SPLIT
-from peftkern.call import Pair, PairGradients, PairNeeds
+from peftkern.call import Call, Gradients, Needs, Pair, PairGradients, PairNeeds
 
-Step = Launch | VendorProduct
+Step = Launch | VendorProduct | Parted
 
 OVERLAP_BYTES = 64 * 2**20  # of x and dy: below, a fork and a join of streams cost what they save
 
@@ -171,3 +174,42 @@ def _reduced(direction: Direction, found: Gradient, needs: PairNeeds) -> tuple[L
         fresh(needs.bias, operands.bias), fresh(needs.lora_bias, operands.lora_bias),
     )  # fmt: skip
     return launch.reduce(direction, found, made.lora_A, made.lora_B, made.bias, made.lora_bias), made
+
+
+def produce_rows(
+    call: Call, X: Tensor, backward: bool, arch: Arch, product: bool = True
+) -> tuple[list[Step], Tensor | None, Tensor]:
+    """One direction of a call with rows: the steps, Z, and T of all spans; without ``product`` T alone."""
+    key = select.pass_of(call.problem(X.shape[0], X.dtype), backward)
+    choice = select.choose(key, arch)
+    X = launch.gathered(X)
+    weight, steps = call.bases[0].weight, list[Step]()
+    if tiles.decodes(weight.format, choice):
+        decoding, weight = launch.decode(weight, X.dtype)
+        call = call._replace(bases=(call.bases[0]._replace(weight=weight),))
+        if product:
+            steps.append(decoding)
+    Z = X.new_empty(X.shape[0], key.P) if product else None
+    T = X.new_empty(call.thin_size, dtype=torch.float32)
+    return [*steps, launch.bank(call, X, T, Z, choice.tile, arch, backward)], Z, T
+
+
+def backward_rows(
+    call: Call, dy: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs, arch: Arch
+) -> tuple[list[Step], Gradients]:
+    """The needed gradients of x and the factors; those of rank 0 are empty, and nothing is launched for them."""
+    dy = launch.gathered(dy)
+    asked = [i for i, (update, need) in enumerate(zip(call.updates, needs.lora_A, strict=True)) if need and update.R]
+    spans = [call.updates[i].span for i in asked]
+    steps: list[Step] = []
+    found = no_gradients(call)
+    dx, t = None, dy.new_empty(0, dtype=torch.float32)
+    if needs.x or any(span is not None and span.length for span in spans):
+        steps, dx, t = produce_rows(call, dy, True, arch, needs.x)
+    if asked:
+        assert x is not None and s is not None
+        both, parted, made = launch.bank_grad(call, launch.gathered(x), t, dy, s.contiguous(), asked, arch)
+        steps += [both, parted]
+        for i, (dA, dB) in zip(asked, made, strict=True):
+            found.lora_A[i], found.lora_B[i] = dA, dB
+    return steps, found._replace(x=dx)

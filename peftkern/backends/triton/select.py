@@ -46,7 +46,7 @@ def choose(launch: Pass, arch: Arch) -> Choice:
     """The schedule and tile of one direction. Raises: RuntimeError if what is forced cannot run it."""
     choice = _override
     if choice is None:
-        return _choose(launch, arch, _env.settings().schedule)
+        return _choose(launch, arch, tiles.BANK if launch.problem.several_adapters else _env.settings().schedule)
     reason = tiles.supports(launch, choice, arch)
     if reason is not None:
         raise RuntimeError(f"{choice.schedule} with tile {choice.tile} cannot run this call: {reason}")

@@ -1,4 +1,4 @@
-"""Schedules and tiles as data, without Triton: the types, the legality predicate, the shipped tiles."""
+"""Schedules and tiles as data, without Triton: the types, the legality predicate, the choices."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from peftkern._env import SCHEDULES
-from peftkern.backends.triton import codes, quantised
+from peftkern.backends.triton import shipped
 from peftkern.backends.triton.arch import Arch
+from peftkern.backends.triton.shipped import TileConfig
 from peftkern.call import Problem
 
 MAX_R = 512
@@ -16,35 +17,9 @@ ONE_PASS_R = 64  # the largest rank whose T is accumulated beside Z
 FAR = 2**23  # a stride from here on, times a tile's 256 rows, is more than the kernels' 32-bit offsets within a tile
 COUNTERS = 2**16  # int32 counters of a launch's protocol: two, and one a block
 RECOMPUTE, SHARED, SPLIT, LIBRARY = SCHEDULES
-
-
-@dataclass(frozen=True, slots=True)
-class TileConfig:
-    """The tile of one launch of ``fused``: M x P produced, Q contracted a step.
-
-    GROUP_M rows of tiles walk together; SUBTILES column blocks in the epilogue; SLICES of Q; ``resident`` programs a
-    compute unit (0: one program a tile); ``tma``: operands by descriptors where their alignment allows.
-    """
-
-    BLOCK_M: int
-    BLOCK_P: int
-    BLOCK_Q: int
-    num_warps: int
-    num_stages: int
-    GROUP_M: int = 8
-    SUBTILES: int = 1
-    SLICES: int = 1
-    resident: int = 0
-    tma: bool = False
-
-    def __str__(self) -> str:
-        text = f"{self.BLOCK_M}x{self.BLOCK_P}x{self.BLOCK_Q} warps={self.num_warps} stages={self.num_stages}"
-        text += f" group={self.GROUP_M}"
-        for name, value, usual in (
-            ("subtiles", self.SUBTILES, 1), ("slices", self.SLICES, 1), ("resident", self.resident, 0)
-        ):  # fmt: skip
-            text += f" {name}={value}" if value != usual else ""
-        return text + (" tma" if self.tma else "")
+BANK = "bank"  # the schedule of rows that have adapters of their own, and theirs alone
+_LARGEST_STEP = 128  # of codes: a block's, what is contracted between two looks at the scales
+_SLICES = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,74 +65,31 @@ class Choice:
         return self.schedule in (RECOMPUTE, SHARED)
 
 
-# Per chip: the product's tile (M, P, Q, warps, stages), and the highest ``pressure`` at which its binaries do not spill
-# in recompute, shared and split. The limits are read off compiled kernels (Triton 3.6 and 3.9); _NO: not at all.
-_ANY, _NO = 99, -1
-_Shape = tuple[int, int, int, int, int]
-_SHIPPED: dict[str, dict[_Shape, tuple[int, int, int]]] = {
-    "sm_80": {
-        (16, 64, 64, 4, 4): (_ANY, _NO, _ANY),
-        (32, 64, 64, 4, 4): (10, _NO, _ANY),
-        (64, 64, 64, 4, 3): (7, 6, _ANY),
-        (64, 128, 32, 8, 4): (11, 8, _ANY),
-        (128, 128, 32, 8, 4): (5, 7, _ANY),
-        (128, 128, 64, 8, 3): (3, _NO, _ANY),
-    },
-    "sm_90": {
-        (16, 64, 64, 4, 5): (10, _NO, _ANY),
-        (32, 64, 64, 4, 4): (4, _NO, _ANY),
-        (64, 64, 64, 4, 3): (9, 7, _ANY),
-        (64, 128, 64, 4, 4): (9, 7, _ANY),
-        (128, 128, 64, 8, 4): (9, 9, _ANY),
-        (128, 256, 64, 8, 3): (5, 5, 7),
-    },
-    "sm_100": {
-        (16, 64, 64, 4, 4): (10, _NO, _ANY),
-        (32, 64, 64, 4, 4): (6, _NO, _ANY),
-        (64, 64, 64, 4, 3): (8, 7, 6),
-        (128, 64, 64, 4, 4): (3, 8, _ANY),
-        (128, 128, 64, 8, 4): (3, 9, 7),
-        (128, 256, 64, 8, 3): (_NO, _NO, _ANY),  # with T beside it Triton 3.6 compiles a bare trap
-    },
-    "gfx942": {
-        (16, 64, 64, 4, 2): (_ANY, _NO, _ANY),
-        (64, 64, 32, 4, 2): (_ANY, _NO, _ANY),
-        (128, 128, 32, 8, 2): (_ANY, _NO, _ANY),
-    },
-    "interpreter": {(32, 128, 64, 8, 1): (_ANY, _ANY, _ANY), (32, 32, 64, 8, 1): (_ANY, _ANY, _ANY)},
-}
-# fp32 is multiplied without tensor cores unless torch's switch allows TF32.
-_SHIPPED_FP32: dict[_Shape, tuple[int, int, int]] = {
-    (16, 32, 16, 8, 3): (_ANY, _NO, _ANY),
-    (32, 32, 16, 8, 3): (_ANY, _NO, _ANY),
-    (64, 64, 16, 8, 3): (2, _NO, _NO),
-}
-_SLICES = (1, 2, 4, 8, 16)
-
-
 def choices(launch: Pass, arch: Arch) -> list[Choice]:
     """Every legal choice among the shipped tiles, schedule by schedule."""
-    made = [choice for schedule in SCHEDULES for choice in _candidates(schedule, launch, arch)]
+    made = [choice for schedule in schedules(launch) for choice in _candidates(schedule, launch, arch)]
     return [choice for choice in made if supports(launch, choice, arch) is None]
 
 
 def refusals(launch: Pass, arch: Arch) -> dict[str, str]:
     """Each schedule that has no legal tile here, with the reason of its last one."""
     reasons = {}
-    for schedule in SCHEDULES:
+    for schedule in schedules(launch):
         found = [supports(launch, choice, arch) for choice in _candidates(schedule, launch, arch)]
         if None not in found:
             reasons[schedule] = str(found[-1])
     return reasons
 
 
-def shipped(launch: Pass, arch: Arch) -> list[TileConfig]:
-    """The product's tiles, before a schedule makes its own of them."""
-    return [TileConfig(*shape) for shape in _shipped(launch, arch)]
+def schedules(launch: Pass) -> tuple[str, ...]:
+    """The schedules that there are for a direction."""
+    return (BANK,) if launch.problem.several_adapters else SCHEDULES
 
 
 def _candidates(schedule: str, launch: Pass, arch: Arch) -> list[Choice]:
     """A schedule on its tiles: a quantised weight is decoded in each, or once, or is multiplied as it is."""
+    if schedule == BANK:
+        return [Choice(BANK, _bank_tile(launch, arch))]
     if launch.problem.base_compute is not None:
         return [Choice(schedule, tile) for tile in _variants(schedule, launch, arch)]
     once = [Choice(schedule, tile) for tile in _variants(schedule, dense(launch), arch)]
@@ -167,21 +99,12 @@ def _candidates(schedule: str, launch: Pass, arch: Arch) -> list[Choice]:
     return in_the_tile + [replace(choice, decoded=True) for choice in once]
 
 
-def _shipped(launch: Pass, arch: Arch) -> dict[_Shape, tuple[int, int, int]]:
-    if launch.problem.base_compute is not None:
-        return codes.SHIPPED.get(arch.name, {})
-    if arch.name == "interpreter":
-        return _SHIPPED[arch.name]
-    if launch.problem.weight_format in quantised.FORMATS:
-        return quantised.tiles_on(arch, launch.problem)
-    return _SHIPPED_FP32 if launch.problem.dtype == torch.float32 else _SHIPPED[arch.name]
-
-
 def _variants(schedule: str, launch: Pass, arch: Arch) -> list[TileConfig]:
     """The shipped tiles as a schedule runs them."""
     narrow = launch.problem.dtype != torch.float32
     made = []
-    for tile in shipped(launch, arch):
+    for shape in shipped.shapes(launch.problem, arch):
+        tile = TileConfig(*shape)
         if tile.BLOCK_M >= 64 and narrow:
             tile = replace(tile, tma=arch.tma, SUBTILES=max(1, tile.BLOCK_P // 64))
         if schedule == SHARED:
@@ -196,6 +119,19 @@ def _variants(schedule: str, launch: Pass, arch: Arch) -> list[TileConfig]:
     return made
 
 
+def _bank_tile(launch: Pass, arch: Arch) -> TileConfig:
+    """The tile by the rows; few of them are cut into slices of Q until there are programs for every unit."""
+    few, some, many = shipped.of_bank(launch.problem, arch)
+    if launch.invariant:
+        return many
+    if launch.problem.M > few.BLOCK_M:
+        return some if launch.problem.M <= 2 * some.BLOCK_M else many
+    produced, slices = -(-launch.P // few.BLOCK_P), 1
+    while produced * slices < arch.units and slices * 8 * few.BLOCK_Q <= launch.Q and slices < 8:
+        slices *= 2
+    return replace(few, SLICES=slices if 2 * produced <= COUNTERS - 2 else 1)
+
+
 def dense(launch: Pass) -> Pass:
     """The same direction with a dense weight."""
     return replace(launch, problem=replace(launch.problem, weight_format="dense"))
@@ -203,7 +139,7 @@ def dense(launch: Pass) -> Pass:
 
 def decodes(weight_format: str, choice: Choice) -> bool:
     """True where a choice decodes the weight before it multiplies."""
-    return weight_format != "dense" and (choice.decoded or choice.schedule == LIBRARY)
+    return weight_format != "dense" and (choice.decoded or choice.schedule in (LIBRARY, BANK))
 
 
 def padded(R: int) -> int:
@@ -216,26 +152,25 @@ def rank_block(R: int) -> int:
     return min(padded(R), 64)
 
 
-def fused_rank_block(problem: Problem, choice: Choice) -> int:
-    """The part of R that one step of ``fused`` holds: all of it where T is accumulated, little where T is read."""
-    if choice.one_pass:
-        return padded(problem.R)
-    return min(padded(problem.R), 16 if problem.precision == "fp32" else 32)
+def read_rank_block(R: int, precision: str, masks_out: bool = False) -> int:
+    """The part of R that one step of ``fused`` holds where T is read; in a bank ``masks_out`` takes registers too."""
+    return min(padded(R), 16 if precision == "fp32" or masks_out else 32)
 
 
 def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
     """The reason why ``choice`` cannot run this direction on ``arch``, or None: the one legality predicate."""
     tile = choice.tile
     if launch.problem.base_compute is not None:
-        plain = choice.schedule == SPLIT and not choice.decoded
-        reason = codes.refusal(launch.problem, tile.BLOCK_Q, arch) if plain else codes.TWO_READS
+        if choice.schedule != SPLIT or choice.decoded:
+            return "its programs read the same rows for both products, and e4m3 ones are for the frozen one alone"
+        reason = codes_refusal(launch.problem, tile.BLOCK_Q, arch)
         if reason is not None:
             return reason
     if choice.decoded and (launch.problem.weight_format == "dense" or choice.schedule == LIBRARY):
         return f"{choice.schedule} of a {launch.problem.weight_format} weight has no decoding to choose"
     if decodes(launch.problem.weight_format, choice):
         return supports(dense(launch), replace(choice, decoded=False), arch)
-    reason = quantised.refusal(launch.problem, arch)
+    reason = packed_refusal(launch.problem, arch)
     if reason is not None:
         return reason
     blocks = (tile.BLOCK_M, tile.BLOCK_P // tile.SUBTILES, tile.BLOCK_Q)
@@ -243,8 +178,8 @@ def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
         return f"blocks {blocks} are not powers of two of at least 16, or BLOCK_P and num_warps no powers of two"
     if tile.GROUP_M < 1:
         return f"GROUP_M={tile.GROUP_M} is no number of rows"
-    if choice.schedule not in SCHEDULES:
-        return f"there is no schedule {choice.schedule!r}"
+    if choice.schedule not in schedules(launch):
+        return f"there is no schedule {choice.schedule!r} among {', '.join(schedules(launch))}"
     reason = _protocol_refusal(launch, choice, arch)
     if reason is not None:
         return reason
@@ -260,11 +195,33 @@ def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
     return None
 
 
+def codes_refusal(problem: Problem, block_q: int, arch: Arch) -> str | None:
+    """The reason why e4m3 codes cannot be multiplied with each other in steps of ``block_q``, or None."""
+    if problem.dtype == torch.float32:
+        return "FP8 tensor cores add in too few bits for float32 rows"
+    if not arch.fp8:
+        return f"there are no kernels for FP8 tensor cores on {arch.name}"
+    if block_q > _LARGEST_STEP:
+        return f"a step of {block_q} is more than a block of {_LARGEST_STEP}, which has a scale of its own"
+    return None
+
+
+def packed_refusal(problem: Problem, arch: Arch) -> str | None:
+    """The reason why no tile decodes this weight, or None."""
+    if arch.name == "interpreter" or problem.weight_format not in shipped.PACKED:
+        return None
+    if arch.name not in shipped.SHIPPED["packed"]:
+        return f"no tile is known that decodes {problem.weight_format} on {arch.name}"
+    if problem.weight_format in ("nf4", "fp4") and problem.K % 16:
+        return f"rows of {problem.K} begin within a run of 16 or a byte, and are decoded number by number, once"
+    return None
+
+
 def _protocol_refusal(launch: Pass, choice: Choice, arch: Arch) -> str | None:
     """The reason why the programs of one launch cannot do together what ``choice`` asks of them, or None."""
     tile, problem = choice.tile, launch.problem
     tiles_m, tiles_p = -(-problem.M // tile.BLOCK_M), -(-launch.P // tile.BLOCK_P)
-    if tile.SLICES > 1 and choice.schedule != RECOMPUTE:
+    if tile.SLICES > 1 and choice.schedule not in (RECOMPUTE, BANK):
         return f"{choice.schedule} does not slice Q"
     if tile.SLICES > 1 and tile.SUBTILES > 1:
         return "slices are stored as whole tiles, not in sub-tiles"
@@ -272,7 +229,7 @@ def _protocol_refusal(launch: Pass, choice: Choice, arch: Arch) -> str | None:
         return f"{choice.schedule} with {tile.SLICES} slices is not the same for every number of rows"
     if tile.SLICES > -(-launch.Q // tile.BLOCK_Q):
         return f"Q={launch.Q} has fewer than {tile.SLICES} steps of {tile.BLOCK_Q}"
-    if choice.schedule != SHARED and tile.SLICES == 1:
+    if choice.schedule not in (SHARED, BANK) and tile.SLICES == 1:
         return None
     what = f"{choice.schedule} with {tile.SLICES} slices"
     if not arch.protocols:
@@ -282,6 +239,8 @@ def _protocol_refusal(launch: Pass, choice: Choice, arch: Arch) -> str | None:
     if choice.schedule == SHARED and tiles_p == 1:
         return f"{what} has nothing to share where P={launch.P} is one tile"
     blocks = tiles_m if choice.schedule == SHARED else tiles_m * tiles_p
+    if choice.schedule == BANK:  # the chunks of T, and, where they and the tiles are in slices, each of these
+        blocks = 1 if tile.SLICES == 1 else 2 * blocks
     if blocks > COUNTERS - 2:
         return f"{what} needs {blocks} counters, there are {COUNTERS - 2}"
     return None
@@ -291,10 +250,12 @@ def _pressure_limit(launch: Pass, choice: Choice, arch: Arch) -> int:
     """The pressure that a tile bears; of a tile that is not shipped only its accumulator is known."""
     tile = choice.tile
     shape = (tile.BLOCK_M, tile.BLOCK_P, tile.BLOCK_Q, tile.num_warps, tile.num_stages)
-    limits = _shipped(launch, arch).get(shape)
+    if choice.schedule == BANK:
+        return shipped.ANY
+    limits = shipped.shapes(launch.problem, arch).get(shape)
     if limits is None:
         produced = tile.BLOCK_M * tile.BLOCK_P // (arch.warp * tile.num_warps)
-        return _ANY if produced <= 64 else 0 if produced <= 128 else _NO
+        return shipped.ANY if produced <= 64 else 0 if produced <= 128 else shipped.NO
     return limits[{RECOMPUTE: 0, SHARED: 1}.get(choice.schedule, 2)]
 
 
@@ -313,7 +274,7 @@ def pressure(launch: Pass, choice: Choice) -> int:
     if problem.weight_format != "dense":
         total += 5 if choice.tile.tma else 2 if narrow else 3  # decoded in registers, from pointers
     if problem.scaled_steps:
-        total += codes.SCALED_STEPS
+        total += 10  # a step's sum beside the accumulator
     return total
 
 
@@ -378,3 +339,9 @@ def grad_tile(dtype: torch.dtype, R: int, with_t: bool, arch: Arch) -> ThinConfi
         return ThinConfig(32, 64, 8 if wide_rank else 4, 2)
     rows = 32 if with_t or (wide_rank and arch.name == "sm_80") else 64
     return ThinConfig(rows, 128, 8 if wide_rank else 4, 2 if arch.name == "gfx942" else 3)
+
+
+def bank_grad_tile(dtype: torch.dtype, R: int, arch: Arch) -> ThinConfig:
+    """The tile of ``grad`` with fewer rows a step: rows are gathered, which takes registers."""
+    tile = grad_tile(dtype, R, False, arch)
+    return replace(tile, BLOCK_M=16 if dtype == torch.float32 else 32)

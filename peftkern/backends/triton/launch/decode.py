@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from peftkern.backends.triton.kernels.decode import decode as decode_body
-from peftkern.backends.triton.launch.operands import Launch, numerics, weight_loader
+from peftkern.backends.triton.launch.operands import Launch, numerics, quantised
 from peftkern.weights import DenseWeight, FrozenWeight
 
 _BLOCK_N, _BLOCK_K = 32, 128
@@ -23,9 +23,8 @@ def decode(weight: FrozenWeight, dtype: torch.dtype) -> tuple[Launch, DenseWeigh
     """
     N, K = weight.shape
     out: Tensor = torch.empty(N, K, dtype=dtype, device=weight.device)
-    loaded = weight_loader(weight, True, _BLOCK_N, _BLOCK_K, tma=False)
     arguments: dict[str, Any] = {
-        **loaded, "OUT": out, "N": N, "K": K, "DTYPE": numerics("base", dtype)["DTYPE"],
+        **quantised(weight, backward=True), "OUT": out, "N": N, "K": K, "DTYPE": numerics("base", dtype)["DTYPE"],
         "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K,
     }  # fmt: skip
     grid = (triton.cdiv(N, _BLOCK_N) * triton.cdiv(K, _BLOCK_K),)

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from peftkern import dropout
 from peftkern.backends.triton.kernels import adapter, epilogue, weight_load
 from peftkern.backends.triton.kernels import dropout as drop
-from peftkern.backends.triton.tiles import COUNTERS, FAR
+from peftkern.backends.triton.tiles import COUNTERS, FAR, TileConfig
 from peftkern.call import Pair
 from peftkern.weights import FrozenWeight
 
@@ -134,21 +134,17 @@ class Direction:
         """What dropout multiplies the kept by."""
         return 1.0 if self.operands.rng_state is None else dropout.scale(self.operands.dropout_p)
 
-    def loader(self, block_q: int, block_p: int, tma: bool) -> dict[str, Any]:
-        """LOAD_W, W and LOAD_W's operands."""
-        return weight_loader(self.operands.weight, self.backward, block_q, block_p, tma)
 
-
-def weight_loader(weight: FrozenWeight, backward: bool, block_q: int, block_p: int, tma: bool) -> dict[str, Any]:
+def weight_loader(weight: FrozenWeight, backward: bool, tile: TileConfig) -> dict[str, Any]:
     """LOAD_W, W and LOAD_W's operands."""
     if weight.format != "dense":
         return quantised(weight, backward)
-    block = (block_q, block_p) if backward else (block_p, block_q)
     W: Any = near(weight.data)
     along_n, along_k = W.stride()
     strides: tuple[Any, ...] = (along_n, along_k) if backward else (along_k, along_n)
-    if tma and describable(W):
-        W, strides = TensorDescriptor.from_tensor(W, list(block)), ()
+    if tile.tma and describable(W):
+        block = [tile.BLOCK_Q, tile.BLOCK_P] if backward else [tile.BLOCK_P, tile.BLOCK_Q]
+        W, strides = TensorDescriptor.from_tensor(W, block), ()
     return {"LOAD_W": weight_load.dense, "W": W, "w_operands": strides}
 
 
