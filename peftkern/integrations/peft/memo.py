@@ -31,13 +31,14 @@ class Memo:
 
     __slots__ = (
         "_backends", "_children", "_compute", "_device", "_dtype", "_facts", "_kinds", "_name", "_packed", "_pair",
-        "_scaling",
+        "_parameters", "_scaling",
     )  # fmt: skip
 
     def __init__(self, layer: Any, name: str, pair: Pair, dtype: torch.dtype, parts: Parts) -> None:
         self._name, self._scaling = name, layer.scaling[name]
         self._children = _children(layer, name)
         self._kinds = tuple(child.__class__ for child in self._children)
+        self._parameters = tuple(child._parameters for child in self._children)
         self._pair, self._dtype, self._device = pair, dtype, pair.lora_A.device
         self._packed, self._compute = isinstance(parts.weight, FrozenWeight), parts.compute
         base, A, B, _ = self._children
@@ -65,7 +66,7 @@ class Memo:
             and state.get("cast_input_dtype_enabled", True)
         ):
             return False
-        for child, kind in zip(children, self._kinds, strict=True):
+        for child, kind, parameters in zip(children, self._kinds, self._parameters, strict=True):
             d = child.__dict__
             if (
                 d["_forward_hooks"]
@@ -75,6 +76,7 @@ class Memo:
                 or "forward" in d
                 or "_hf_hook" in d
                 or child.__class__ is not kind
+                or d["_parameters"] is not parameters
             ):
                 return False
         for parameters, key, tensor, shape, dtype, kind in self._facts:
