@@ -15,7 +15,7 @@ from peftkern import dropout
 from peftkern.call import Base, Call, Update
 from peftkern.functional import autocast, run, run_dora, run_in, split_scaling
 from peftkern.integrations import quantised
-from peftkern.integrations.peft import tally
+from peftkern.integrations.peft import tally, zero3
 from peftkern.integrations.peft.memo import memo_of
 from peftkern.integrations.peft.mixed_batch import mixed_batch
 from peftkern.integrations.peft.read import Adapter, Parts, plain_parts, why_not_input
@@ -62,7 +62,7 @@ class PeftkernLoraLinear(lora.Linear):
         if own is not None and memo is not None and memo.holds(x):
             own.fused += 1
             return memo.run(x)
-        parts = plain_parts(self)
+        parts = (zero3.gather(self) if zero3.hooked(self) else None) or plain_parts(self)
         if isinstance(parts, str):
             tally.fell_back(self, parts)
             return self.peft.forward(self, x)
@@ -87,6 +87,8 @@ def _unusual(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
         y: Tensor | str = tally.OFF
     elif args or kwargs.keys() != {"adapter_names"}:
         y = f"its call has the arguments {', '.join(kwargs) or 'x and ' + str(len(args))}"
+    elif zero3.hooked(layer):
+        y = "a mixed batch under ZeRO-3"
     else:
         y = mixed_batch(layer, x, kwargs["adapter_names"])
     if isinstance(y, str):

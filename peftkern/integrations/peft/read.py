@@ -16,6 +16,7 @@ from torch.nn.modules import module as nn_module
 from peftkern import dropout
 from peftkern.functional import looked_through
 from peftkern.integrations import quantised
+from peftkern.integrations.peft import zero3
 from peftkern.integrations.peft.tally import DISABLED, MERGED
 from peftkern.ops import dispatch
 from peftkern.weights import FrozenWeight
@@ -119,6 +120,8 @@ def plain_parts(layer: lora.Linear, mixed: Sequence[str] | None = None) -> Parts
 def _base_parts(base: Any) -> tuple[Tensor | FrozenWeight, Tensor | None, torch.dtype | None] | str:
     """The frozen weight, its bias and its compute dtype as ``Parts`` has them, or why the base layer must be called."""
     if quantised.is_quantised(base):
+        if "ds_id" in base._parameters["weight"].__dict__:
+            return "its quantised base is ZeRO-3's"  # what is taken of one is kept, and would keep all that is gathered
         found = why_not_observed("base_layer", base) or quantised.frozen(base)
         return found if isinstance(found, str) else (found[0], base._parameters["bias"], found[1])
     reason = _why_not_plain("base_layer", base, (nn.Linear, Conv1D))
@@ -127,6 +130,8 @@ def _base_parts(base: Any) -> tuple[Tensor | FrozenWeight, Tensor | None, torch.
     weight, bias = base._parameters["weight"], base._parameters["bias"]
     if weight.requires_grad:
         return "its base weight requires grad"
+    if type(base) is Conv1D and zero3.hooked(base):
+        return "its Conv1D is ZeRO-3's"  # a view of its weight, saved for backward, would keep what is gathered
     if bias is not None and bias.dtype != weight.dtype:
         return f"its base weight is {weight.dtype} and its base bias {bias.dtype}"
     if bias is not None and not bias.numel():
@@ -158,7 +163,7 @@ def _adapter(
     reason = (
         _why_not_plain("lora_A", module_A)
         or _why_not_plain("lora_B", module_B)
-        or why_not_observed("lora_dropout", drop)
+        or why_not_observed("lora_dropout", drop, zero3.hooked(drop))
     )
     if reason is not None:
         return reason
@@ -227,15 +232,15 @@ def _why_not_plain(label: str, child: Any, kinds: tuple[type, ...] = (nn.Linear,
     weight = child._parameters.get("weight")
     if type(weight) not in (nn.Parameter, Tensor):
         return f"{label} has a weight of type {type(weight).__name__}"
-    return why_not_observed(label, child)
+    return why_not_observed(label, child, zero3.hooked(child))
 
 
 def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def why_not_observed(label: str, child: Any) -> str | None:
-    """A child that somebody watches or has replaced must be called."""
+def why_not_observed(label: str, child: Any, but_zero3: bool = False) -> str | None:
+    """A child that somebody watches or has replaced must be called; ``but_zero3``: other than to gather it."""
     state = child.__dict__
     if ("forward" in state and is_replaced(child)) or "_hf_hook" in state:
         return f"{label} has a replaced forward"
@@ -245,7 +250,10 @@ def why_not_observed(label: str, child: Any) -> str | None:
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
     ):
-        return f"{label} has hooks"
+        hooks = [h for of in ("_forward_hooks", "_forward_pre_hooks") for h in state[of].values()]
+        backward = state["_backward_hooks"] or state["_backward_pre_hooks"]
+        if backward or not but_zero3 or not all(map(zero3.is_own, hooks)):
+            return f"{label} has hooks"
     return None
 
 

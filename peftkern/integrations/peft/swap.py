@@ -15,6 +15,7 @@ from torch import nn
 
 from peftkern import _env
 from peftkern.call import Problem
+from peftkern.integrations.peft import zero3
 from peftkern.integrations.peft.experts import ParameterParts, ParamWrapper, PeftParamWrapper, parameter_parts
 from peftkern.integrations.peft.layer import PeftkernLoraLinear
 from peftkern.integrations.peft.read import Parts, is_replaced, plain_parts, why_not_dtypes
@@ -156,7 +157,8 @@ def _enter(report: PatchReport, name: str, layer: Any, reason: str | None) -> No
     if reason is not None:
         report.skipped[name] = reason
         return
-    report.backends[name] = _expected_backend(layer)
+    with zero3.as_gathered(layer):
+        report.backends[name] = _expected_backend(layer)
     report.fast.append(name)
 
 
@@ -182,10 +184,9 @@ def _why_not(layer: Any) -> str | None:
     if isinstance(layer, ParamWrapper):
         stacked = parameter_parts(layer)
         return stacked if isinstance(stacked, str) else None
-    parts = plain_parts(layer)
-    if isinstance(parts, str):
-        return parts
-    return why_not_dtypes(_compute(parts), _compute(parts), parts.adapters)
+    with zero3.as_gathered(layer):
+        parts = plain_parts(layer)
+        return parts if isinstance(parts, str) else why_not_dtypes(_compute(parts), _compute(parts), parts.adapters)
 
 
 def _fast_class(kind: type, share: bool) -> type | None:
