@@ -244,7 +244,7 @@ def test_an_infinity_stays_one():
 @pytest.mark.parametrize("R", [1, 3, 9, 17])
 @pytest.mark.parametrize("M", [1, 2, 4])
 def test_the_next_row_of_a_factor_is_not_read_as_a_number(M, R):
-    """A row shorter than a vector is loaded with what lies behind it, of which nothing may come in, not even times zero."""
+    """A row shorter than a vector is loaded with what lies behind it, none of which may come in, even times zero."""
     K, N, r = 19, 21, R - 1
     x, W, dy = torch.ones(M, K, requires_grad=True), torch.ones(N, K), torch.ones(M, N)
     for setting in settings():

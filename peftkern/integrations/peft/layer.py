@@ -15,7 +15,7 @@ from peftkern import dropout
 from peftkern.call import Base, Call, Update
 from peftkern.functional import autocast, run, run_dora, run_in, split_scaling
 from peftkern.integrations import quantised
-from peftkern.integrations.peft import tally, zero3
+from peftkern.integrations.peft import tally, units, zero3
 from peftkern.integrations.peft.memo import memo_of
 from peftkern.integrations.peft.mixed_batch import mixed_batch
 from peftkern.integrations.peft.read import Adapter, Parts, plain_parts, why_not_input
@@ -63,14 +63,18 @@ class PeftkernLoraLinear(lora.Linear):
             own.fused += 1
             return memo.run(x)
         parts = (zero3.gather(self) if zero3.hooked(self) else None) or plain_parts(self)
+        if not isinstance(parts, str) and parts.units and _compiling():
+            parts = "a compiler traces it, and children of it are units of FSDP"
         if isinstance(parts, str):
             tally.fell_back(self, parts)
             return self.peft.forward(self, x)
-        reason = why_not_input(parts, x)
+        reason = why_not_input(parts, units.as_cast(parts.units, x) if parts.units else x)
         if reason is not None:
             tally.fell_back(self, reason, of_input=True)
             return self.peft.forward(self, x)
         tally.fused(self)
+        if parts.units:
+            return _within_units(self, x, parts)
         if own is not None:
             own.memo = memo = memo_of(self, parts, x)
             if memo is not None and memo.holds(x):
@@ -96,6 +100,18 @@ def _unusual(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
         return layer.peft.forward(layer, x, *args, **kwargs)
     tally.fused(layer)
     return y
+
+
+def _within_units(layer: Any, x: Tensor, parts: Parts) -> Tensor:
+    """y of a layer some of whose children are units of FSDP."""
+
+    def gathered(x: Tensor) -> Tensor:
+        found = plain_parts(layer, seen=units.gathered)
+        if isinstance(found, str):
+            raise RuntimeError(f"FSDP has gathered what the fast path does not take: {found}")
+        return fused(x, found)
+
+    return units.within(parts.units, layer._modules["base_layer"], x, gathered)
 
 
 def fused(x: Tensor, parts: Parts) -> Tensor:

@@ -143,6 +143,8 @@ def memo_of(layer: Any, parts: Parts, x: Tensor) -> Memo | None:
     A, B, lora_bias, _, scaling, magnitude = parts.adapters[0]
     if magnitude is not None or isinstance(scaling, Tensor):
         return None
+    if any("weight" not in child._parameters for child in _children(layer, active[0])[:3]):
+        return None  # FSDP1 without use_orig_params puts another view there for each call
     if isinstance(weight, FrozenWeight):
         frozen, dtype = weight, quantised.dtype_of_products(x, parts.compute)
         plain = all(tensor.__class__ is Tensor for tensor in weight.tensors)

@@ -175,7 +175,7 @@ def _together(made: _Group, x: Tensor) -> Tensor | None:
 def _simple_parts(layer: Any, x: Tensor) -> Parts | None:
     """The parts of a layer that can run together with others: a dense weight, one adapter without a magnitude."""
     parts = plain_parts(layer)
-    if isinstance(parts, str) or why_not_input(parts, x) is not None:
+    if isinstance(parts, str) or parts.units or why_not_input(parts, x) is not None:
         return None
     alone = len(parts.adapters) > 1 or parts.adapters[0].magnitude is not None or isinstance(parts.weight, FrozenWeight)
     return None if alone else parts

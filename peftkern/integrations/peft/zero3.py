@@ -23,6 +23,11 @@ def hooked(module: Any) -> bool:
     return "ds_id" in module.__dict__
 
 
+def is_partitioned(parameter: Any) -> bool:
+    """Whether DeepSpeed holds this parameter in parts."""
+    return "ds_id" in parameter.__dict__
+
+
 def is_own(hook: Any) -> bool:
     """Whether a hook is DeepSpeed's."""
     return str(getattr(hook, "__module__", "")).startswith("deepspeed.")
