@@ -103,6 +103,11 @@ def a_model_and_a_batch() -> dict[str, Any]:
     return {"model": adapted(), "batch": batch()}
 
 
+def on_a_gpu() -> dict[str, Any]:
+    on = {name: tensor.cuda() for name, tensor in batch().items()}
+    return {"model": adapted().cuda(), "batch": on, "loader": [on, on]}
+
+
 def plain_models() -> dict[str, Any]:
     return {"model": llama(), "another_model": llama()}
 
@@ -126,6 +131,7 @@ GIVEN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], 
     "FSDP2": (lambda: {"model": adapted()}, lambda names: names["model"](**batch()).loss.backward()),
     "torch.compile": (a_model_and_a_batch, lambda names: names["loss"].backward()),
     "torch.compile by blocks": (a_model_and_a_batch, lambda names: names["loss"].backward()),
+    "a CUDA graph": (on_a_gpu, lambda names: float(names["loss"])),
     "no PEFT at all": (plain_models, None),
     "tensor parallelism": (an_mlp, lambda names: names["mlp"](torch.randn(2, 8)).sum().backward()),
 }
@@ -135,7 +141,10 @@ def test_every_snippet_is_run_by_a_test():
     assert set(snippets()) == set(GIVEN)
 
 
-@pytest.mark.parametrize("heading", GIVEN)
+@pytest.mark.parametrize(
+    "heading",
+    [pytest.param(name, marks=[pytest.mark.gpu] if given is on_a_gpu else []) for name, (given, _) in GIVEN.items()],
+)
 def test_snippet(heading, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     if heading in ("FSDP2", "tensor parallelism"):

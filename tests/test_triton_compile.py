@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -31,17 +30,25 @@ from peftkern.testing import problems
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 Name = tuple[str, str, str]  # target, variant, tile
 
-RECORD = pathlib.Path(__file__).parent / "triton_binaries.json"
-AGAIN = f"python -m peftkern kernels --json > tests/{RECORD.name}"
+AGAIN = "python -m peftkern kernels --json > tests/binaries/triton-VERSION.json, by each of the versions recorded"
 
 
 @functools.cache
 def recorded() -> tuple[str, dict[Name, Row]]:
-    """The Triton version of the record, and its rows."""
-    content = json.loads(RECORD.read_text())
+    """The version of Triton, of those with a record the one that is here or the pinned one, and the record's rows."""
+    here = triton.__version__.split("+")[0]
+    version = here if here in inspect_kernels.RECORDED else inspect_kernels.PINNED
+    return version, record(version)[1]
+
+
+@functools.cache
+def record(version: str) -> tuple[str, dict[Name, Row]]:
+    """The digest of the pinned keys that a version's record was made beside, and its rows."""
+    content = json.loads(inspect_kernels.record_of(version).read_text())
+    assert content["triton"] == version
     assert content["columns"] == [field.name for field in dataclasses.fields(Row)], AGAIN
     rows = [Row(*row) for row in content["rows"]]
-    return content["triton"], {(row.target, row.variant, row.tile): row for row in rows}
+    return content["beside"], {(row.target, row.variant, row.tile): row for row in rows}
 
 
 @functools.cache
@@ -138,10 +145,16 @@ def test_an_edit_is_compiled_and_compared_and_a_stale_record_is_seen(monkeypatch
     assert compiled == 5 * [variant]
 
 
-def test_the_record_holds_every_variant_and_nothing_else():
-    _, rows = recorded()
-    assert {key[:2] for key in rows} == {(target, str(v)) for target in TARGETS for v in variants(target)}
-    assert all(row.stack == row.spills == 0 and not row.traps for row in rows.values())
+@pytest.mark.parametrize("version", inspect_kernels.RECORDED)
+def test_the_records_hold_every_variant_and_nothing_else(version: str):
+    """Those of other Tritons, which are not here, were made of the same tree."""
+    beside, rows = record(version)
+    pinned = [row.key for row in record(inspect_kernels.PINNED)[1].values()]
+    assert beside == inspect_kernels.digest(pinned), AGAIN
+    targets = inspect_kernels.RECORDED[version]
+    named = {(target, str(v), inspect_kernels.key(v, target)[0]): v for target in targets for v in variants(target)}
+    assert rows.keys() == named.keys()
+    assert [row for name, row in rows.items() if inspect_kernels.failure(row, named[name])] == []
     assert len({row.key for row in rows.values()}) == len({(row.target, row.key) for row in rows.values()})
 
 
@@ -154,12 +167,13 @@ def test_the_record_holds_every_variant_and_nothing_else():
         ({"mma": "mma.sync"}, "wgmma"),
         ({"mma": "none"}, "matrix"),
         ({"tma": False}, "bulk"),
+        ({"serialised": True}, "in flight"),
     ],
 )
 def test_what_may_not_be_shipped(changed: dict, reason: str):
     tile = TileConfig(128, 256, 64, 8, 3, SUBTILES=4, tma=True)
     variant = Variant("split", tile=tile)
-    row = Row("sm_90", str(variant), str(tile), 200, 0, 0, 160_000, 227 * 1024, "wgmma", True, False, "")
+    row = Row("sm_90", str(variant), str(tile), 200, 0, 0, 160_000, 227 * 1024, "wgmma", True, False, False, "")
     assert inspect_kernels.failure(row, variant) is None
     assert reason in inspect_kernels.failure(dataclasses.replace(row, **changed), variant)
     twice = dataclasses.replace(variant, tile=dataclasses.replace(tile, resident=2))

@@ -45,9 +45,9 @@ SEEDS = range(3)
 def one_set_of_counters(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.Tensor]:
     """The counters of all launches: zero after each call, whoever took part."""
     counters = torch.zeros(tiles.COUNTERS, dtype=torch.int32)
-    monkeypatch.setattr(launch_operands, "counters", lambda like: counters)
+    monkeypatch.setattr(launch_operands, "counters", lambda like, blocks=0: counters)
     for module in (launch.produce, launch.gradients):
-        monkeypatch.setattr(module, "counters", lambda like: counters)
+        monkeypatch.setattr(module, "counters", lambda like, blocks=0: counters)
     yield counters
     assert not counters.any()
 

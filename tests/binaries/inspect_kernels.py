@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,12 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+PINNED = "3.9.0"  # the Triton of this tree's environment
+RECORDED = {PINNED: tuple(TARGETS), "3.6.0": ("sm_90",)}  # the chips on record, by version: Hopper machines have 3.6
 _MMA = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync", "v_mfma": "mfma"}
 _FP8 = re.compile(r"\.e4m3\.e4m3\b|kind::f8f6f4")  # of the matrix instructions' types
 _REGISTERS = 65536  # of one unit
+_SERIALISED = re.compile(r"\bC75(10|11|14)\b")  # ptxas: "wgmma.mma_async instructions are serialized due to ..."
 _LARGE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}  # 64 rows and more
 _TYPES = {
     torch.float32: "*fp32",
@@ -55,7 +58,9 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one variant compiled to, and from (``key``). ``stack`` and ``spills`` in bytes (AMD: scratch, registers)."""
+    """What one variant compiled to, and from (``key``). ``stack`` and ``spills`` in bytes (AMD: scratch, registers);
+    ``serialised``: ptxas lets no two wgmma be in flight.
+    """
 
     target: str
     variant: str
@@ -68,6 +73,7 @@ class Row:
     mma: str
     tma: bool
     traps: bool
+    serialised: bool
     key: str
 
 
@@ -116,6 +122,9 @@ def _launch(variant: Variant, arch: Arch) -> tuple[launch.Launch, str]:
             return made, str(bank_grad_tile(v.dtype, R, arch))
         tile = select.choose(v.launch, arch).tile
         return launch.bank(bank, X, T, empty(v.M, P), tile, arch, v.backward), str(tile)
+    if v.body == "onto":
+        choice = select.accumulating(v.launch, arch)
+        return launch.fused(direction, X, T, empty(v.M, P), choice, arch, onto=True), str(choice.tile)
     choice = Choice(v.body, v.tile) if v.tile else select.choose(v.launch, arch)
     dependent = choice.schedule == SPLIT and arch.dependent_launch
     return launch.fused(direction, rows, T, empty(v.M, P), choice, arch, dependent), str(choice.tile)
@@ -197,6 +206,21 @@ def _usage(compiled: Any) -> tuple[int, int, int]:
     return registers, stack, sum(int(width or 32) // 8 for width in widths)
 
 
+def _serialised(text: str) -> bool:
+    """Whether ptxas, asked again, says so: Triton keeps what it says of a kernel that it assembles to itself."""
+    if "wgmma.mma_async" not in text:
+        return False
+    from triton.backends.nvidia import compiler
+
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(text)
+        file.flush()
+        command = [compiler.get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        command += ["--regAllocOptLevel=2"] if "regAllocOptLevel" in Path(compiler.__file__).read_text() else []
+        said = subprocess.run(command, check=True, capture_output=True, text=True)
+    return _SERIALISED.search(said.stdout + said.stderr) is not None
+
+
 def inspect(variant: Variant, target: str) -> Row:
     """Compile one variant for one target. Raises: whatever the compiler raises."""
     arch = ARCHES[target]
@@ -208,7 +232,8 @@ def inspect(variant: Variant, target: str) -> Row:
     registers, stack, spills = _usage(compiled)
     return Row(
         target, str(variant), tile, registers, stack, spills, compiled.metadata.shared, arch.shared_memory, mma,
-        "cp.async.bulk.tensor" in text, re.search(r"^\s*trap;", text, re.M) is not None, _key(made, TARGETS[target]),
+        "cp.async.bulk.tensor" in text, re.search(r"^\s*trap;", text, re.M) is not None, _serialised(text),
+        _key(made, TARGETS[target]),
     )  # fmt: skip
 
 
@@ -227,6 +252,8 @@ def failure(row: Row, variant: Variant) -> str | None:
             return f"{tile.resident} programs do not fit on one unit"
     if narrow and row.mma == "none" and variant.body not in ("kept", "quantise"):
         return "no matrix instruction"
+    if row.serialised:
+        return "no two wgmma are in flight: ptxas says C7510, C7511 or C7514"
     large = _LARGE[row.target] + (" fp8" if variant.launch.problem.base_compute is not None else "")
     if tile and narrow and tile.BLOCK_M >= 64 and row.mma != large:
         return f"{row.mma} where {large} was expected"
@@ -235,20 +262,37 @@ def failure(row: Row, variant: Variant) -> str | None:
     return None
 
 
-def rows(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[tuple[Row, str | None]]:
-    """Every variant on every target, and why it may not be shipped."""
-    for target in targets:
+def rows() -> Iterator[tuple[Row, str | None]]:
+    """Every variant on every target of this Triton's record, and why it may not be shipped."""
+    for target in RECORDED.get(triton.__version__, tuple(TARGETS)):
         for variant in dict.fromkeys(variants(ARCHES[target])):
             row = inspect(variant, target)
             yield row, failure(row, variant)
 
 
+def record_of(version: str) -> Path:
+    """Where the record is kept of what this version of Triton compiles."""
+    return Path(__file__).parent / f"triton-{version}.json"
+
+
+def digest(keys: Iterable[str]) -> str:
+    """One for all keys."""
+    return hashlib.sha256(" ".join(sorted(keys)).encode()).hexdigest()[:16]
+
+
 def as_json(found: list[Row]) -> str:
-    """The record that tests/test_triton_compile.py compares: Triton's version, and one row a line."""
+    """The record that tests/test_triton_compile.py compares: Triton's version, and one row a line.
+
+    Another Triton has other keys for the same tree: its record has the digest of the pinned one's, beside which it was
+    made.
+    """
+    pinned = json.loads(record_of(PINNED).read_text())
+    keys = [row.key for row in found] if triton.__version__ == PINNED else [row[-1] for row in pinned["rows"]]
     lines = [f"  {json.dumps(list(dataclasses.astuple(row)))}" for row in found]
     names = json.dumps([field.name for field in dataclasses.fields(Row)])
     version = json.dumps(triton.__version__)
-    return f'{{\n "triton": {version},\n "columns": {names},\n "rows": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+    head = f' "triton": {version},\n "beside": "{digest(keys)}",\n "columns": {names},\n'
+    return "{\n" + head + ' "rows": [\n' + ",\n".join(lines) + "\n ]\n}\n"
 
 
 def kernels_table(json_wanted: bool) -> str:

@@ -33,7 +33,7 @@ _PACKED: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One combination of the slots; body: a schedule (of ``fused``), "bank", "bank_grad", "shrink", "grad", ..."""
+    """One combination of the slots; body: a schedule (of ``fused``), "onto" (Z is there), "bank", "shrink", ..."""
 
     body: str
     dtype: torch.dtype = torch.bfloat16
@@ -87,6 +87,8 @@ def variants(arch: Arch) -> Iterator[Variant]:
         if grad_gives_t(dtype, thin.R, precision, arch):
             yield replace(thin, body="grad with t", dropout=False)
         yield Variant("kept", dtype, dropout=True)
+        yield replace(thin, body="onto", bias=False)
+        yield replace(thin, body="onto", bias=False, backward=True)
         if arch.protocols:
             yield from _banked(Variant("bank", dtype, adapter, precision, R=64))
     for M in (16, 128, 8192) if arch.protocols else ():

@@ -186,14 +186,17 @@ def _side_stream(device: torch.device, stream: int) -> torch.cuda.Stream:
 
 
 def _run_beside(plan: Any, device: torch.device) -> None:
-    """The plan's two branches on two streams that fork from and join the caller's; under capture too."""
+    """The plan's two branches on two streams that fork from and join the caller's; under capture too.
+
+    dx is launched first: its tiles fill the units, and what is beside it takes those that its last wave leaves.
+    """
     here = torch.cuda.current_stream(device)
     side = _side_stream(device, here.cuda_stream)
     side.wait_stream(here)
     try:
+        _run(plan.steps)
         with torch.cuda.stream(side):
             _run(plan.beside)
-        _run(plan.steps)
     finally:  # whatever is freed after this, on an error too, is reused in the order of ``here``
         here.wait_stream(side)
 

@@ -1,6 +1,6 @@
 """The launches of a call, in their order: the backend runs them, and the traffic model counts them.
 
-    forward, dx        one_pass: fused          split: shrink, fused         library: shrink, vendor GEMM, fused
+    forward, dx        one_pass: fused          split: shrink, fused         library: shrink, fused, vendor GEMM
                        each after decode, where a quantised weight is decoded once; library always does
                        base_compute "fp8": quantise, shrink, fused; T is that of x as it is
     the parameters     grad, reduce (grad twice where x needs no gradient: t and dB come from one read of dy)
@@ -86,14 +86,14 @@ def produce(
     dependent = choice.schedule == SPLIT and arch.dependent_launch and not forked
     if not choice.one_pass:
         first.append(launch.shrink(direction, X, T, key, arch, followed=dependent))
-    if choice.schedule == LIBRARY and onto is None:
-        W = operands.weight.data
-        rest.append(VendorProduct(X, W if backward else W.T, Z))
     rows: Tensor | launch.Codes = X
     if key.problem.base_compute is not None:
         quantising, rows = launch.quantise(operands.weight, X, backward)
         first.insert(0, quantising)
-    rest.append(launch.fused(direction, rows, T, Z, choice, arch, dependent))
+    rest.append(launch.fused(direction, rows, T, Z, choice, arch, dependent, onto is not None))
+    if choice.schedule == LIBRARY and onto is None:
+        W = operands.weight.data
+        rest.append(VendorProduct(X, W if backward else W.T, Z))
     return Produced(first, rest, Z, T)
 
 

@@ -29,6 +29,10 @@ class TileConfig:
     resident: int = 0
     tma: bool = False
 
+    def by_wgmma(self, arch: Arch, dtype: torch.dtype) -> bool:
+        """Whether a warpgroup multiplies the tile; fewer rows than it has are left to warps."""
+        return arch.wgmma and self.BLOCK_M >= 64 and dtype != torch.float32
+
     def __str__(self) -> str:
         text = f"{self.BLOCK_M}x{self.BLOCK_P}x{self.BLOCK_Q} warps={self.num_warps} stages={self.num_stages}"
         text += f" group={self.GROUP_M}"
@@ -52,23 +56,25 @@ SHIPPED: dict[str, dict[str, _Tiles]] = {
         "sm_80": {
             (16, 64, 64, 4, 4): (ANY, NO, ANY),
             (32, 64, 64, 4, 4): (10, NO, ANY),
-            (64, 64, 64, 4, 3): (7, 6, ANY),
+            (64, 64, 64, 4, 3): (7, 5, ANY),
             (64, 128, 32, 8, 4): (11, 8, ANY),
-            (128, 128, 32, 8, 4): (5, 7, ANY),
-            (128, 128, 64, 8, 3): (3, NO, ANY),
+            (128, 128, 32, 8, 4): (5, 6, ANY),
+            (128, 128, 64, 8, 3): (2, NO, ANY),
         },
         "sm_90": {
             (16, 64, 64, 4, 5): (10, NO, ANY),
             (32, 64, 64, 4, 4): (4, NO, ANY),
             (64, 64, 64, 4, 3): (9, 7, ANY),
             (64, 128, 64, 4, 4): (9, 7, ANY),
-            (128, 128, 64, 8, 4): (9, 9, ANY),
-            (128, 256, 64, 8, 3): (5, 5, 7),
+            (128, 128, 64, 8, 4): (9, 7, ANY),
+            (128, 256, 64, 8, 3): (5, 5, 6),
+            (128, 128, 64, 8, 3): (9, 7, ANY),
+            (128, 256, 64, 8, 4): (5, 3, 6),
         },
         "sm_100": {
             (16, 64, 64, 4, 4): (10, NO, ANY),
-            (32, 64, 64, 4, 4): (6, NO, ANY),
-            (64, 64, 64, 4, 3): (8, 7, 6),
+            (32, 64, 64, 4, 4): (6, NO, 9),
+            (64, 64, 64, 4, 3): (8, 6, 6),
             (128, 64, 64, 4, 4): (3, 8, ANY),
             (128, 128, 64, 8, 4): (3, 9, 7),
             (128, 256, 64, 8, 3): (NO, NO, ANY),  # with T beside it Triton 3.6 compiles a bare trap
@@ -83,9 +89,9 @@ SHIPPED: dict[str, dict[str, _Tiles]] = {
     "packed": {  # eight warps: what is decoded is few registers a thread
         "sm_80": {
             (16, 64, 64, 8, 3): (14, NO, ANY),
-            (32, 64, 64, 8, 3): (14, NO, ANY),
+            (32, 64, 64, 8, 3): (14, NO, 8),
             (64, 64, 64, 8, 3): (8, 7, ANY),
-            (64, 128, 64, 8, 3): (8, NO, ANY),
+            (64, 128, 64, 8, 3): (6, NO, ANY),
             (128, 128, 32, 8, 4): (NO, NO, ANY),
         },
         "sm_90": {
@@ -102,7 +108,7 @@ SHIPPED: dict[str, dict[str, _Tiles]] = {
             (32, 128, 64, 8, 3): (NO, NO, ANY),
             (64, 64, 64, 8, 3): (12, NO, ANY),
             (128, 64, 64, 8, 3): (13, 13, NO),
-            (128, 128, 64, 8, 3): (12, 11, ANY),
+            (128, 128, 64, 8, 3): (11, 11, ANY),
         },
     },
     "codes": {  # e4m3 on both sides, on FP8 tensor cores
@@ -127,9 +133,9 @@ _FP32: dict[str, _Tiles] = {
     "plain": {
         (16, 32, 16, 8, 3): (ANY, NO, ANY),
         (32, 32, 16, 8, 3): (ANY, NO, ANY),
-        (64, 64, 16, 8, 3): (2, NO, NO),
+        (64, 64, 16, 8, 3): (1, NO, NO),
     },
-    "packed": {(16, 32, 16, 8, 3): (ANY, NO, ANY)},
+    "packed": {(16, 32, 16, 8, 3): (12, NO, ANY)},
 }
 
 
@@ -148,7 +154,7 @@ _Three = tuple[TileConfig, TileConfig, TileConfig]
 _FEW = TileConfig(16, 64, 64, 4, 4, resident=2)
 _SOME = TileConfig(64, 64, 64, 8, 3, resident=1)
 _BANK: dict[str, _Three] = {
-    "sm_80": (_FEW, _SOME, TileConfig(128, 128, 32, 8, 3, SUBTILES=4, resident=1)),
+    "sm_80": (_FEW, _SOME, TileConfig(128, 128, 32, 8, 3, SUBTILES=8, resident=1)),
     "sm_90": (_FEW, replace(_SOME, tma=True), TileConfig(128, 128, 64, 8, 3, SUBTILES=2, resident=1, tma=True)),
     "sm_100": (_FEW, replace(_SOME, tma=True), TileConfig(128, 128, 64, 8, 3, SUBTILES=2, resident=1, tma=True)),
     "interpreter": (

@@ -152,8 +152,8 @@ def rank_block(R: int) -> int:
     return min(padded(R), 64)
 
 
-def read_rank_block(R: int, precision: str, masks_out: bool = False) -> int:
-    """The part of R that one step of ``fused`` holds where T is read; in a bank ``masks_out`` takes registers too."""
+def read_rank_block(R: int, precision: str, masks_out: bool) -> int:
+    """The part of R that one step holds where T is read; ``masks_out`` takes registers too."""
     return min(padded(R), 16 if precision == "fp32" or masks_out else 32)
 
 
@@ -186,6 +186,8 @@ def supports(launch: Pass, choice: Choice, arch: Arch) -> str | None:
     R = launch.problem.R
     if choice.one_pass and R > ONE_PASS_R:
         return f"one_pass keeps T in registers, which R={R} > {ONE_PASS_R} does not allow"
+    if choice.one_pass and tile.BLOCK_M >= 64 and launch.problem.weight_format == "fp8" and not arch.fp8:
+        return f"{arch.name} converts e4m3 by many instructions, which leave one_pass too few registers in 64 rows"
     found, limit = pressure(launch, choice), _pressure_limit(launch, choice, arch)
     if found > limit:
         return f"a {tile} tile would spill registers on {arch.name} (pressure {found} > {limit})"
@@ -261,10 +263,17 @@ def _pressure_limit(launch: Pass, choice: Choice, arch: Arch) -> int:
 
 def pressure(launch: Pass, choice: Choice) -> int:
     """The registers that slots keep beside the tile, in units that tell compiled kernels that spill from the others."""
-    problem, narrow = launch.problem, launch.problem.dtype != torch.float32
-    total = int(launch.backward) + 2 * problem.dropout
+    problem, tile, narrow = launch.problem, choice.tile, launch.problem.dtype != torch.float32
+    masks = launch.masks_out or (launch.masks_in and choice.one_pass)
+    total = int(launch.backward) + 2 * masks + (5 if problem.R % 16 else 0)
     if choice.one_pass:
-        total += {16: 0, 32: 2}.get(padded(problem.R), 4) + (3 if problem.R % 16 else 0)
+        total += {16: 0, 32: 3}.get(padded(problem.R), 8)
+        if padded(problem.R) > 16 and tile.BLOCK_M * tile.BLOCK_P > 64 * 32 * tile.num_warps:
+            total += 4  # T beside an accumulator of more than 64 registers
+        if narrow and problem.adapter_dtype == problem.dtype and launch.masks_in:
+            total += 4  # the masked rows and the frozen product's own lie beside each other
+    elif read_rank_block(problem.R, problem.precision, launch.masks_out) > 16:
+        total += 2
     if problem.K * problem.dtype.itemsize % 16 or problem.N * problem.dtype.itemsize % 16:
         total += 6  # rows that begin unaligned: no descriptors, no wide loads
     if narrow and problem.adapter_dtype == torch.float32:
@@ -272,7 +281,7 @@ def pressure(launch: Pass, choice: Choice) -> int:
     if narrow and problem.precision == "fp32":
         total += 2
     if problem.weight_format != "dense":
-        total += 5 if choice.tile.tma else 2 if narrow else 3  # decoded in registers, from pointers
+        total += 5 if tile.tma else 2 if narrow else 3  # decoded in registers, from pointers
     if problem.scaled_steps:
         total += 10  # a step's sum beside the accumulator
     return total

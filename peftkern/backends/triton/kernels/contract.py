@@ -60,10 +60,15 @@ def contract_codes(
 def contract_with_thin(
     X, x_strides, W, w_operands, F, f_strides, drop_operands, m0, p0, begin, end, M, P, Q, R,
     LOAD_W: tl.constexpr, DROP: tl.constexpr, ADAPTER: tl.constexpr, BACKWARD: tl.constexpr, DROP_IN: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    WGMMA: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """acc and t from one pass over X. ``DROP_IN``: the mask is D_in's."""
+    """acc and t from one pass over X. ``DROP_IN``: the mask is D_in's.
+
+    ``WGMMA`` takes factors in DTYPE as they lie: then the frozen product comes first, so that nobody reads the
+    registers of a product in flight. Wide ones pass through registers, meanwhile the frozen product runs on.
+    """
+    FROZEN_FIRST: tl.constexpr = WGMMA and F.dtype.element_ty == DTYPE
     acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for q0 in range(begin, end, BLOCK_Q):
@@ -73,6 +78,10 @@ def contract_with_thin(
         kept = x
         if DROP_IN:
             kept = DROP(drop_operands, x, m0 + tl.arange(0, BLOCK_M), q0)
-        t = ADAPTER(kept, f, t, DTYPE, PRECISION)
-        acc = dot(x, w, acc, PRECISION)
+        if FROZEN_FIRST:
+            acc = dot(x, w, acc, PRECISION)
+            t = ADAPTER(kept, f, t, DTYPE, PRECISION)
+        else:
+            t = ADAPTER(kept, f, t, DTYPE, PRECISION)
+            acc = dot(x, w, acc, PRECISION)
     return acc, t

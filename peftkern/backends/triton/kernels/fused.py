@@ -5,13 +5,14 @@
 
 Forward: P = N, Q = K, op(W) = W^T, (F, G) = (A, B), dropout is D_in.  Backward (dx): P = K, Q = N, op(W) = W,
 (F, G) = (B^T, A^T), dropout is D_out (``MASK_OUT``). T leaves without c, in fp32; ``t_scale`` is D_in's scale and c
-carries D_out's. ``SOURCE`` says where a tile has T from:
+carries D_out's. ``WGMMA``: how the tile is multiplied. ``SOURCE`` says where a tile has T from:
 
     "recompute"  accumulated beside Z in every tile; those of the first column store it
     "shared"     accumulated by the first tile of a row block, which publishes it; the others wait in their epilogue
     "ready"      written by ``shrink`` before (``DEPENDENT``: perhaps still being written while the main loop runs);
                  without LOAD_W, X and W are e4m3 codes, and T is that of the rows before ``quantise``
-    "library"    as "ready", and Z holds the frozen product already
+    "onto"       as "ready", and Z holds the frozen product already
+    "alone"      as "ready", and Z gets no frozen product, which the vendor's GEMM adds afterwards
     "bank"       rows have adapters of their own, and G is their bank (``lookup``): chunks of every segment's T come
                  first, and a tile, once its product is made, waits for them all. For the i-th row m of segment e
 
@@ -49,7 +50,7 @@ def fused(
     drop_operands, column_operands, counters, PARTIALS, t_scale, scaling, scaling_tensor, M, P, Q, R,
     LOAD_W: tl.constexpr, DROP: tl.constexpr, ADAPTER: tl.constexpr, EPILOGUE: tl.constexpr,
     SOURCE: tl.constexpr, BACKWARD: tl.constexpr, MASK_OUT: tl.constexpr, DEPENDENT: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    WGMMA: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of Z: as many as there are tickets for ("shared"), or every num_programs-th."""
@@ -64,7 +65,8 @@ def fused(
             if tile_p == 0:
                 acc, t = contract_with_thin(
                     X, x_strides, W, w_operands, F, f_strides, drop_operands, m0, p0, 0, Q, M, P, Q, R,
-                    LOAD_W, DROP, ADAPTER, BACKWARD, not MASK_OUT, DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                    LOAD_W, DROP, ADAPTER, BACKWARD, not MASK_OUT, WGMMA, DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q,
+                    BLOCK_R,
                 )  # fmt: skip
                 store_block(T, (R, 1), t * t_scale, m0, 0, M, R, BLOCK_M, BLOCK_R)
                 publish(counters, tile_m)
@@ -73,7 +75,7 @@ def fused(
                                BLOCK_M, BLOCK_P, BLOCK_Q)  # fmt: skip
                 await_block(counters, tile_m, tiles_p - 1)
             finish(acc, 0.0, T, Z, z_strides, G, g_strides, drop_operands, column_operands, c, m0, p0, M, P, R,
-                   DROP, ADAPTER, EPILOGUE, True, BACKWARD, MASK_OUT, DTYPE, PRECISION,
+                   DROP, ADAPTER, EPILOGUE, True, BACKWARD, MASK_OUT, WGMMA, DTYPE, PRECISION,
                    BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip
             ticket = take_ticket(counters)
         retire(counters)
@@ -110,7 +112,7 @@ def fused(
                         await_all(counters, 0, chunks, tiles_z)
                     finish(acc, owners(G, m0, M, BLOCK_M), T, Z, z_strides, G, g_strides, drop_operands,
                            column_operands, c, m0, p0, M, P, R, DROP, ADAPTER, EPILOGUE, True, BACKWARD, MASK_OUT,
-                           DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip
+                           WGMMA, DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip
             ticket = take_ticket(counters)
         retire(counters)
     else:
@@ -123,14 +125,17 @@ def fused(
                 acc, t = contract_with_thin(
                     X, x_strides, W, w_operands, F, f_strides, drop_operands, m0, p0,
                     begin, tl.minimum(begin + steps, Q), M, P, Q, R,
-                    LOAD_W, DROP, ADAPTER, BACKWARD, not MASK_OUT, DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                    LOAD_W, DROP, ADAPTER, BACKWARD, not MASK_OUT, WGMMA, DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q,
+                    BLOCK_R,
                 )  # fmt: skip
                 t *= t_scale
                 rows_of_t = tl.where(tile_p == 0, M, 0)
             else:
                 t = 0.0
-                if SOURCE == "library":
+                if SOURCE == "onto":
                     acc = load_block(Z, z_strides, m0, p0, M, P, BLOCK_M, BLOCK_P).to(tl.float32)
+                elif SOURCE == "alone":
+                    acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
                 elif LOAD_W is None:
                     acc = contract_codes(X, x_strides, W, w_operands, m0, p0, M, P, Q, BACKWARD,
                                          BLOCK_M, BLOCK_P, BLOCK_Q)  # fmt: skip
@@ -142,7 +147,7 @@ def fused(
 
             if SLICES > 1:
                 acc = add_low_rank(acc, t, T, G, g_strides, drop_operands, c, m0, p0, M, P, R, DROP, ADAPTER,
-                                   False, MASK_OUT, DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_R)  # fmt: skip
+                                   False, MASK_OUT, WGMMA, DTYPE, PRECISION, BLOCK_M, BLOCK_P, BLOCK_R)  # fmt: skip
                 distance = tl.cast(M, tl.int64) * (P + R)
                 mine = PARTIALS + item % SLICES * distance
                 store_block(mine, (P + R, 1), acc, m0, p0, M, P, BLOCK_M, BLOCK_P)
@@ -157,5 +162,5 @@ def fused(
                 if SOURCE == "recompute":
                     store_block(T, (R, 1), t, m0, 0, rows_of_t, R, BLOCK_M, BLOCK_R)
                 finish(acc, t, T, Z, z_strides, G, g_strides, drop_operands, column_operands, c, m0, p0, M, P, R,
-                       DROP, ADAPTER, EPILOGUE, SOURCE != "recompute", BACKWARD, MASK_OUT, DTYPE, PRECISION,
+                       DROP, ADAPTER, EPILOGUE, SOURCE != "recompute", BACKWARD, MASK_OUT, WGMMA, DTYPE, PRECISION,
                        BLOCK_M, BLOCK_P, BLOCK_R, SUBTILES)  # fmt: skip

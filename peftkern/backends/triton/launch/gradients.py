@@ -88,14 +88,16 @@ def grad(
     of_dy = None if dy is None else side(dy, s, R, sums, arch.units, tile)
     F, f_strides = direction.first
     parts = None
-    if t_out is not None and dy is not None:
+    counting = None
+    if t_out is not None and dy is not None and of_dy is not None:
+        counting = counters(like, of_dy.programs)
         parts = dy.new_empty(triton.cdiv(dy.shape[1], tile.BLOCK_COLS), *t_out.shape, dtype=torch.float32)
     arguments = {
         **_side_arguments("X", of_x), **_side_arguments("DY", of_dy),
         "K": 0 if x is None else x.shape[1], "N": 0 if dy is None else dy.shape[1],
         "programs_x": 0 if of_x is None else of_x.programs, "SUMS": None if of_dy is None else of_dy.sums,
         "T": t_out, "T_PARTS": parts, "F": F, "f_strides": f_strides,
-        "counters": None if t_out is None else counters(like), "M": like.shape[0], "R": R,
+        "counters": counting, "M": like.shape[0], "R": R,
         **masking(operands, active=x is not None), **numerics(operands.precision, like.dtype),
         "WITH_T": t_out is not None,
         "BLOCK_M": tile.BLOCK_M, "BLOCK_C": tile.BLOCK_COLS, "BLOCK_R": tiles.rank_block(R),
@@ -108,6 +110,7 @@ def grad(
         writes=present(*(tensor for one in made for tensor in (one.partial, one.sums)), parts, t_out),
         flops=sum(2 * one.wide.numel() * R for one in made if one.thin is not None)
         + (0 if parts is None else 2 * like.numel() * R),
+        maxnreg=255 if arch.name == "sm_100" else None,
     )  # fmt: skip
     return launch, Gradient(of_x, of_dy)
 
@@ -207,18 +210,18 @@ def bank_grad(
         out[place : place + factor.numel()].view(factor.shape) for place, factor in zip(places, factors, strict=True)
     ]
     dropped = any(update.dropout_p for update in updates)
+    programs = sum(chunk * runs for chunk, runs in counts) * columns
     arguments: dict[str, Any] = {
         **matrix("X", x, (0, 0), tma=False), **matrix("DY", dy, (0, 0), tma=False), "T": t, "S": s, "OUT": out,
         "PIECES": tables.on(x.device, tables.pieces, (rows, BLOCK_R, *_fields(call, asked, places))),
         "ROWS": index.numbers, "INSIDE": None if index.inside is None else index.inside.view(torch.uint8),
         "PARTIAL": partial,
-        "counters": None if partial is None else counters(x), "rows": rows,
+        "counters": None if partial is None else counters(x, programs), "rows": rows,
         "K": x.shape[1], "N": dy.shape[1],
         **(tables.masking(updates, x.device) if dropped else UNMASKED),
         **numerics(call.precision, x.dtype),
         "BLOCK_M": tile.BLOCK_M, "BLOCK_C": tile.BLOCK_COLS, "BLOCK_R": BLOCK_R,
     }  # fmt: skip
-    programs = sum(chunk * runs for chunk, runs in counts) * columns
     flops = 2 * sum(count * update.R for count, update in zip(counts_of, updates, strict=True)) * sum(shape)
     launch = Launch(
         bank_grad_body, (programs,), arguments, tile.num_warps, tile.num_stages,

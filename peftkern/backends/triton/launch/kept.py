@@ -21,5 +21,5 @@ def kept(x: Tensor, Z: Tensor, dropout_p: float, rng_state: Tensor) -> Launch:
         "drop_operands": (rng_state, dropout.threshold(dropout_p)), "M": M, "K": K,
         "DROP": drop.philox, "BLOCK_M": BLOCK_M, "BLOCK_COLS": BLOCK_COLS,
     }  # fmt: skip
-    grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(K, BLOCK_COLS))
+    grid = (triton.cdiv(M, BLOCK_M) * triton.cdiv(K, BLOCK_COLS),)
     return Launch(kept_body, grid, arguments, 4, 1, reads=(x,), writes=(Z,), flops=0)

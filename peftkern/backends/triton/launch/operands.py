@@ -61,7 +61,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class VendorProduct:
-    """Z = X op(W) by the vendor's GEMM."""
+    """Z += X op(W) by the vendor's GEMM, which reads Z in its epilogue."""
 
     left: Tensor
     right: Tensor
@@ -70,12 +70,12 @@ class VendorProduct:
 
     @property
     def reads(self) -> tuple[Tensor, ...]:
-        """Both factors."""
-        return self.left, self.right
+        """Both factors, and what their product is added to."""
+        return self.left, self.right, self.out
 
     @property
     def writes(self) -> tuple[Tensor, ...]:
-        """The product."""
+        """The sum."""
         return (self.out,)
 
     @property
@@ -85,7 +85,7 @@ class VendorProduct:
 
     def run(self) -> None:
         """Start it on the current device and stream."""
-        torch.mm(self.left, self.right, out=self.out)
+        self.out.addmm_(self.left, self.right)
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,10 @@ def gathered(matrix: Tensor) -> Tensor:
 
 
 def describable(matrix: Tensor) -> bool:
-    """Whether a TMA descriptor can describe a matrix: rows of adjacent elements, 16-byte aligned."""
+    """Whether a TMA descriptor can describe a matrix: rows of adjacent elements, 16-byte aligned, none in another."""
     size = matrix.dtype.itemsize
     address = 0 if matrix.is_meta else matrix.data_ptr()
-    aligned = address % 16 == 0 and matrix.stride(0) * size % 16 == 0 and matrix.stride(0) > 0
+    aligned = address % 16 == 0 and matrix.stride(0) * size % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
     return matrix.stride(1) == 1 and aligned and matrix.numel() > 0 and max(matrix.shape) < 2**31
 
 
@@ -247,32 +247,59 @@ def present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in tensors if tensor is not None)
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_SLAB = 2**20  # counters of captured launches on one device, 4 MB: a graph of a thousand launches takes a tenth
 
 
-def counters(like: Tensor) -> Tensor:
-    """Zeroed int32 counters for the current stream; the kernels leave them zero, so they are made once a stream.
+class _Counters:
+    """The zeroed counters of one device: one set a stream, and a slab of which captured launches get their own."""
 
-    A captured graph gets its own, whose clearing is captured with the launch: it may run beside whatever else there is.
+    def __init__(self) -> None:
+        self.of_stream: dict[int, Tensor] = {}
+        self.slab: Tensor | None = None
+        self.taken = 0
+
+    def take(self, count: int) -> Tensor | None:
+        """Some of the slab, for good: a graph may run at any time, beside whatever else there is."""
+        if self.slab is None or self.taken + count > _SLAB:
+            return None
+        self.taken += count
+        return self.slab[self.taken - count : self.taken]
+
+
+_counters: dict[torch.device, _Counters] = {}
+
+
+def counters(like: Tensor, blocks: int = COUNTERS - 2) -> Tensor:
+    """Zeroed int32 counters of a launch of so many blocks; the kernels leave them zero, so a stream's are made once.
+
+    A captured launch gets its own, of a slab that the device's first launch outside of captures makes; without one, or
+    where it is used up, their clearing is captured with the launch.
     """
-    device = like.device
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    device, count = like.device, blocks + 2
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    held = _counters.setdefault(device, _Counters())
+    if torch.cuda.is_current_stream_capturing():
+        found = held.take(count)
+        return torch.zeros(count, dtype=torch.int32, device=device) if found is None else found
     stream = torch.cuda.current_stream(device)
-    found = _counters.get((device, stream.cuda_stream))
+    found = held.of_stream.get(stream.cuda_stream)
     if found is None:
         # From a thread of its own: a pool that the caller's thread allocates from, such as a compiler's for its graphs,
         # may take its memory back.
         with ThreadPoolExecutor(1) as thread:
-            found, ready = thread.submit(_cleared, device).result()
+            sizes = (COUNTERS,) if held.slab is not None else (COUNTERS, _SLAB)
+            made, ready = thread.submit(_cleared, device, sizes).result()
         stream.wait_event(ready)
-        _counters[device, stream.cuda_stream] = found
+        found = held.of_stream[stream.cuda_stream] = made[0]
+        if held.slab is None:
+            held.slab = made[1]
     return found
 
 
-def _cleared(device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
+def _cleared(device: torch.device, sizes: tuple[int, ...]) -> tuple[list[Tensor], torch.cuda.Event]:
     with torch.cuda.device(device):
-        found = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        found = [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes]
         ready = torch.cuda.Event()
         ready.record()
     return found, ready

@@ -31,7 +31,7 @@ from peftkern.backends.triton.launch.quantise import Codes, loader
 from peftkern.backends.triton.tiles import LIBRARY, RECOMPUTE, SHARED, SPLIT, Choice, Pass, TileConfig
 from peftkern.call import Call, Update
 
-_SOURCES = {RECOMPUTE: "recompute", SHARED: "shared", SPLIT: "ready", LIBRARY: "library"}
+_SOURCES = {RECOMPUTE: "recompute", SHARED: "shared", SPLIT: "ready", LIBRARY: "alone"}
 
 
 def _tiled(X: Tensor, Z: Tensor, tile: TileConfig, Z_by_tma: bool = True) -> dict[str, Any]:
@@ -46,10 +46,11 @@ def _tiled(X: Tensor, Z: Tensor, tile: TileConfig, Z_by_tma: bool = True) -> dic
 
 def fused(
     direction: Direction, rows: Tensor | Codes, T: Tensor, Z: Tensor, choice: Choice, arch: Arch,
-    dependent: bool = False,
+    dependent: bool = False, onto: bool = False,
 ) -> Launch:  # fmt: skip
     """Z, and T where the choice is one_pass; else T holds what ``shrink`` wrote, or (``dependent``) still writes.
 
+    By LIBRARY the frozen product is missing, or (``onto``) in Z already.
     ``rows`` are X, or the codes that ``quantise`` writes.
     """
     codes, X = (rows, rows.data) if isinstance(rows, Codes) else (None, rows)
@@ -61,22 +62,26 @@ def fused(
     library = choice.schedule == LIBRARY
     partials = X.new_empty(tile.SLICES, M, P + R, dtype=torch.float32) if tile.SLICES > 1 else None
     together = choice.schedule == SHARED or partials is not None
+    tiles_m, tiles_p = triton.cdiv(M, tile.BLOCK_M), triton.cdiv(P, tile.BLOCK_P)
+    blocks = tiles_m if partials is None else tiles_m * tiles_p
     low_rank_scale = direction.dropout_scale if direction.masks_out else 1.0
     arguments = {
         **_tiled(X, Z, tile, Z_by_tma=not library),
         **(weight_loader(operands.weight, backward, tile) if codes is None else loader(codes, backward, tile)),
         "T": T, "F": F, "f_strides": f_strides, "G": G, "g_strides": g_strides,
-        "counters": counters(X) if together else None, "PARTIALS": partials,
+        "counters": counters(X, blocks) if together else None, "PARTIALS": partials,
         "t_scale": direction.dropout_scale if direction.masks_in else 1.0,
         "scaling": operands.scaling * low_rank_scale, "scaling_tensor": operands.scaling_tensor,
         "M": M, "P": P, "Q": Q, "R": R,
         **masking(operands, active=choice.one_pass or backward), **columns(operands.bias, operands.lora_bias, backward),
         **numerics(operands.precision, direction.dtype),
-        "SOURCE": _SOURCES[choice.schedule], "BACKWARD": backward, "MASK_OUT": direction.masks_out,
-        "DEPENDENT": dependent,
-        "BLOCK_R": tiles.padded(R) if choice.one_pass else tiles.read_rank_block(R, operands.precision),
+        "SOURCE": "onto" if onto else _SOURCES[choice.schedule], "BACKWARD": backward, "MASK_OUT": direction.masks_out,
+        "DEPENDENT": dependent, "WGMMA": tile.by_wgmma(arch, direction.dtype),
+        "BLOCK_R": (
+            tiles.padded(R) if choice.one_pass else tiles.read_rank_block(R, operands.precision, direction.masks_out)
+        ),
     }  # fmt: skip
-    programs = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(P, tile.BLOCK_P) * tile.SLICES
+    programs = tiles_m * tiles_p * tile.SLICES
     if tile.resident:
         programs = min(programs, arch.units * tile.resident)
     weight = operands.weight if codes is None else codes.weight
@@ -90,7 +95,7 @@ def fused(
     )
     return Launch(
         fused_body, (programs,), arguments, tile.num_warps, tile.num_stages,
-        reads=(*reads, *((F,) if choice.one_pass else ()), *((Z,) if library else ()),
+        reads=(*reads, *((F,) if choice.one_pass else ()), *((Z,) if onto else ()),
                *(() if choice.schedule == RECOMPUTE else (T,))),
         writes=present(Z, T if choice.one_pass else None, partials),
         flops=2 * M * ((0 if library else P * Q) + P * R + (Q * R if choice.one_pass else 0)),
@@ -132,12 +137,14 @@ def bank(
     arguments = {
         **_tiled(X, target, tile), **weight_loader(weight, backward, tile),
         "T": T, "F": None, "f_strides": (), "G": looked_up, "g_strides": (),
-        "counters": counters(X), "PARTIALS": partials, "t_scale": 1.0, "scaling": 1.0, "scaling_tensor": None,
+        "counters": counters(X, 1 + produced + chunks), "PARTIALS": partials,
+        "t_scale": 1.0, "scaling": 1.0, "scaling_tensor": None,
         "M": M, "P": P, "Q": Q, "R": 1,
         **(tables.masking(updates, X.device) if dropped else UNMASKED),
         **columns(bias, None, backward),
         **numerics(call.precision, X.dtype),
         "SOURCE": "bank", "BACKWARD": backward, "MASK_OUT": backward and dropped, "DEPENDENT": False,
+        "WGMMA": tile.by_wgmma(arch, X.dtype),
         "BLOCK_R": tiles.read_rank_block(R, call.precision, backward and dropped),
     }  # fmt: skip
     programs = min((chunks + produced) * tile.SLICES, arch.units * max(1, tile.resident))
@@ -180,7 +187,7 @@ def shrink(direction: Direction, X: Tensor, T: Tensor, launch: Pass, arch: Arch,
     arguments = {
         **matrix("X", X, (tile.BLOCK_M, tile.BLOCK_COLS), tma=False),
         "T": T, "F": F, "f_strides": f_strides,
-        "counters": None if partials is None else counters(X), "PARTIALS": partials,
+        "counters": None if partials is None else counters(X, grid[0] * grid[1]), "PARTIALS": partials,
         "t_scale": direction.dropout_scale if direction.masks_in else 1.0, "M": M, "Q": Q, "R": R,
         **masking(operands, active=direction.masks_in), **numerics(operands.precision, direction.dtype),
         "FOLLOWED": followed,
