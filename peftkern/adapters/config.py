@@ -83,6 +83,11 @@ class LoRAConfig:
         """lora_alpha of the layer of that name."""
         return _by_pattern(self.alpha_pattern, name, self.lora_alpha)
 
+    def scaling(self, name: str) -> float:
+        """The number that multiplies the update of the layer of that name."""
+        r = self.rank(name)
+        return self.alpha(name) / (math.sqrt(r) if self.use_rslora else r)
+
     def to_json(self, **extra: Any) -> str:
         """The text of ``adapter_config.json``; ``extra`` are keys that say nothing about layers (task_type, ...)."""
         keys = {
@@ -135,6 +140,11 @@ def matches(rule: Sequence[str] | str, name: str) -> bool:
     if isinstance(rule, str):
         return re.fullmatch(rule, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in rule)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    return (", ".join(names[:8]) or "none") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _check_rank(name: str, value: Any) -> None:

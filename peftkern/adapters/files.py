@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftkern._files import beside
 from peftkern.adapters.config import LoRAConfig, matches
 
 CONFIG_NAME = "adapter_config.json"
@@ -57,6 +57,11 @@ class AdapterFile(NamedTuple):
 def key_of(name: str, field: str) -> str:
     """The key in the file of a field of LoRATensors."""
     return f"{_PREFIX}{name}.{_ENDS[field]}"
+
+
+def shapes_of(r: int, K: Any, N: Any) -> dict[str, tuple[Any, ...]]:
+    """The shapes of the fields of LoRATensors for a base layer [N, K]."""
+    return {"lora_A": (r, K), "lora_B": (N, r), "lora_bias": (N,), "bias": (N,), "weight": (N, K)}
 
 
 def check_complete(names: Iterable[str], file: AdapterFile) -> None:
@@ -138,28 +143,13 @@ def write_adapter(
     text = config.to_json(**extra)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    waiting: list[tuple[Path, Path]] = []
-    try:
-        for name, content in ((CONFIG_NAME, text.encode()), (WEIGHTS_NAME, weights)):
-            temporary = folder / f".{name}.{secrets.token_hex(8)}.tmp"
-            waiting.append((temporary, folder / name))
-            _write_new(temporary, content)
-        for temporary, final in waiting:
+    with contextlib.ExitStack() as waiting:
+        paths = [(folder / CONFIG_NAME, text.encode()), (folder / WEIGHTS_NAME, weights)]
+        written = [(waiting.enter_context(beside(path, content)), path) for path, content in paths]
+        for temporary, final in written:
             os.replace(temporary, final)
-    except BaseException:
-        for temporary, _ in waiting:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        raise
     if os.name == "posix":
         _flush_folder(folder)
-
-
-def _write_new(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:  # "x" follows no link
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:
@@ -239,13 +229,7 @@ def _validated(config: LoRAConfig, tensors: Mapping[str, Tensor]) -> dict[str, L
 def _check_layer(name: str, layer: LoRATensors, r: int) -> None:
     K = layer.lora_A.shape[-1] if layer.lora_A.ndim == 2 else "in_features"
     N = layer.lora_B.shape[0] if layer.lora_B.ndim == 2 else "out_features"
-    expected: dict[str, tuple[Any, ...]] = {
-        "lora_A": (r, K),
-        "lora_B": (N, r),
-        "lora_bias": (N,),
-        "bias": (N,),
-        "weight": (N, K),
-    }
+    expected = shapes_of(r, K, N)
     for field, tensor in layer._asdict().items():
         if tensor is None:
             continue

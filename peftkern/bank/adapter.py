@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from peftkern.adapters.config import LoRAConfig, matches
+from peftkern.adapters.config import LoRAConfig, matches, some
 from peftkern.adapters.files import AdapterFile, LoRATensors, check_base_weight, check_complete, key_of
 from peftkern.nn import initialization
 
@@ -19,7 +18,7 @@ lock = threading.RLock()  # held while a table changes or is looked through, nev
 
 
 class Layer(Protocol):
-    """What an adapter asks of a layer that it covers: a ``MultiLoRALinear``."""
+    """A layer that an adapter covers, as it needs one: a ``MultiLoRALinear``."""
 
     in_features: int
     out_features: int
@@ -78,14 +77,10 @@ def initialised(layers: Mapping[str, Layer], config: LoRAConfig) -> dict[str, Fa
     """New factors for the layers that config.target_modules names. Raises: ValueError where there is none."""
     rule = config.target_modules
     everything = isinstance(rule, str) and rule.lower() == "all-linear"
-    chosen = [
-        layer
-        for layer in layers
-        if (everything or matches(rule, layer))
-        and not (config.exclude_modules and matches(config.exclude_modules, layer))
-    ]
+    named = [layer for layer in layers if everything or matches(rule, layer)]
+    chosen = [layer for layer in named if not matches(config.exclude_modules, layer)]
     if not chosen:
-        raise ValueError(f"target_modules={rule!r} names none of the bank's layers {some(layers)}")
+        raise ValueError(f"target_modules={rule!r} names none of the bank's layers {quoted(layers)}")
     factors = {}
     for layer in chosen:
         module, r = layers[layer], config.rank(layer)
@@ -93,7 +88,7 @@ def initialised(layers: Mapping[str, Layer], config: LoRAConfig) -> dict[str, Fa
         A = torch.empty(r, module.in_features, **like)
         B = torch.empty(module.out_features, r, **like)
         initialization.init_factors(A, B, config.init_lora_weights)
-        factors[layer] = Factors(nn.Parameter(A), nn.Parameter(B), _scaling(config, layer))
+        factors[layer] = Factors(nn.Parameter(A), nn.Parameter(B), config.scaling(layer))
     return factors
 
 
@@ -103,7 +98,7 @@ def copied(layers: Mapping[str, Layer], config: LoRAConfig, tensors: Mapping[str
         raise ValueError("an adapter has tensors for at least one layer")
     for name in tensors:
         if name not in layers:
-            raise ValueError(f"{key_of(name, 'lora_A')}: the bank has no layer {name!r}; it has {some(layers)}")
+            raise ValueError(f"{key_of(name, 'lora_A')}: the bank has no layer {name!r}; it has {quoted(layers)}")
     check_complete(layers, AdapterFile(config, dict(tensors)))
     return {name: _fitted(name, tensors[name], layer, config) for name, layer in layers.items() if name in tensors}
 
@@ -117,6 +112,11 @@ def check_plain(config: LoRAConfig) -> None:
         raise NotImplementedError(
             f"init_lora_weights={config.init_lora_weights!r} changes the base, which adapters share: save a plain LoRA"
         )
+
+
+def quoted(names: Iterable[str]) -> str:
+    """The first few names as they are in the source, for a message."""
+    return some([repr(name) for name in names])
 
 
 def _fitted(name: str, given: LoRATensors, layer: Layer, config: LoRAConfig) -> Factors:
@@ -139,15 +139,4 @@ def _fitted(name: str, given: LoRATensors, layer: Layer, config: LoRAConfig) -> 
         if not copy.isfinite().all():
             raise ValueError(f"{key} {shape} holds a NaN, an Inf or a value that {dtype} cannot hold")
         copies.append(nn.Parameter(copy))
-    return Factors(copies[0], copies[1], _scaling(config, name))
-
-
-def _scaling(config: LoRAConfig, layer: str) -> float:
-    r = config.rank(layer)
-    return config.alpha(layer) / (math.sqrt(r) if config.use_rslora else r)
-
-
-def some(names: Mapping[str, object]) -> str:
-    """The first names, for a message."""
-    shown = ", ".join(repr(name) for name in list(names)[:8])
-    return (shown or "none") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return Factors(copies[0], copies[1], config.scaling(name))

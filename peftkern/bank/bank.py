@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from peftkern.adapters.config import LoRAConfig
 from peftkern.adapters.files import AdapterFile, LoRATensors, read_adapter, write_adapter
-from peftkern.bank.adapter import Adapter, Layer, check_plain, copied, initialised, lock, some
+from peftkern.bank.adapter import Adapter, Layer, check_plain, copied, initialised, lock, quoted
 from peftkern.bank.routes import Ids, Route
-from peftkern.segments import on_device
+from peftkern.segments import check_dtype, on_device
 
 live_banks: weakref.WeakSet[AdapterBank] = weakref.WeakSet()
 
@@ -61,7 +61,7 @@ class AdapterBank:
         """The adapter of that name. Raises: ValueError for an unknown one."""
         adapter = self._adapters.get(name)
         if adapter is None:
-            raise ValueError(f"there is no adapter {name!r}; the bank holds {some(self._adapters)}")
+            raise ValueError(f"there is no adapter {name!r}; the bank holds {quoted(self._adapters)}")
         return adapter
 
     def id_of(self, name: str) -> int:
@@ -172,7 +172,7 @@ class AdapterBank:
             if fresh and old is not None:
                 raise ValueError(f"the bank has an adapter {name!r} already: replace or remove it")
             if not fresh and old is None:
-                raise ValueError(f"there is no adapter {name!r} to replace; the bank holds {some(self._adapters)}")
+                raise ValueError(f"there is no adapter {name!r} to replace; the bank holds {quoted(self._adapters)}")
             adapter = Adapter(name, self._next_id if old is None else old.id, config, factors, seed)
             self._next_id += old is None
             self._adapters = self._adapters | {name: adapter}
@@ -221,8 +221,7 @@ class AdapterBank:
 
 
 def _tensor(ids: Tensor) -> Tensor:
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"adapter ids are int64 or int32, not {ids.dtype}")
+    check_dtype(ids)
     return ids.detach().to(torch.int64, copy=True)
 
 

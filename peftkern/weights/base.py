@@ -68,9 +68,10 @@ class FrozenWeight(ABC):
     def check_layout(self, name: str) -> None:
         """The half of ``validate`` that reads no value: dtypes, sizes, devices. The operators ask at every call."""
 
-    @abstractmethod
     def check_values(self, name: str) -> None:
-        """The other half: scales that are finite and not negative, codes in range."""
+        """The other half: scales that are finite and not negative; a format with more to check says so itself."""
+        if self.scale is not None:
+            saved.require_finite(f"{name}.scale", self.scale)
 
     @abstractmethod
     def materialize(self, dtype: torch.dtype) -> Tensor:

@@ -13,12 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LONGEST = 64 * 1024  # bytes of facts
 
 
@@ -111,9 +106,8 @@ def require(
     return tensor
 
 
-def require_finite(name: str, tensor: Tensor | None, negative: bool = False) -> None:
+def require_finite(name: str, tensor: Tensor, negative: bool = False) -> None:
     """Raise ValueError for NaN or Inf, and for anything negative unless it is allowed."""
-    assert tensor is not None  # require() has seen to it
     if not tensor.isfinite().all():
         raise ValueError(f"{name} has NaN or Inf")
     if not negative and (tensor < 0).any():
