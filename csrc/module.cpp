@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "facts.h"
 #include "include/call.h"
 
 namespace py = pybind11;
@@ -163,19 +164,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     chosen->forward({calls.data(), int64_t(calls.size())});
   }, "forward of calls on one x; unless in one pass, their thin products take one pass over it together.");
 
-  m.def("forward", [](const Problem &shape, float scaling, uint32_t threshold, uintptr_t rng_state, uintptr_t x, int64_t x_stride,
-                      uintptr_t A, uintptr_t B, uintptr_t lora_bias, uintptr_t bias, uintptr_t s, uintptr_t y) {
-    py::gil_scoped_release release;
-    Forward call;
-    static_cast<Problem &>(call) = shape;
-    call.scaling = scaling, call.dropout = dropout(threshold, rng_state);
-    call.x = pointer<const void>(x), call.x_stride = x_stride;
-    call.A = pointer<const void>(A), call.B = pointer<const void>(B), call.lora_bias = pointer<const void>(lora_bias);
-    call.bias = pointer<const void>(bias);
-    call.s = pointer<float>(s), call.y = pointer<void>(y);
-    chosen->forward({&call, 1});
-  }, "s = D(x) A^T and y = x W^T + bias + c s B^T + c lora_bias; unless in one pass, y holds x W^T + bias beforehand.");
-
   m.def("backward", [](const Problem &shape, float scaling, uint32_t threshold, uintptr_t rng_state, uintptr_t dy, int64_t dy_stride,
                        uintptr_t x, int64_t x_stride, uintptr_t s, uintptr_t A, uintptr_t B, uintptr_t dx, bool onto, uintptr_t dA,
                        uintptr_t dB) {
@@ -226,6 +214,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     py::gil_scoped_release release;
     chosen->keep({dropout(threshold, rng_state), M, K, DType(dtype), pointer<const void>(x), x_stride, pointer<void>(kept), threads});
   }, "x [M, K] where an element survives, else 0, unscaled, as a contiguous matrix.");
+
+  m.def("holds", [](const py::tuple &facts) { return Facts(facts).hold(); }, py::arg("facts"),
+        "Whether a state of Python's objects is still what it was: see Facts of peftkern.integrations.peft.memo.");
 
   m.def("keep_bits", [](uint32_t threshold, uintptr_t rng_state, int64_t M, int64_t K, uintptr_t bits) {
     chosen->keep_bits(dropout(threshold, rng_state), M, K, pointer<uint64_t>(bits));

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from peftkern.integrations.peft import report as report
     from peftkern.integrations.peft import shared_inputs as shared_inputs
     from peftkern.integrations.peft import unpatch as unpatch
+    from peftkern.integrations.sharded import shardable as shardable
 
 __all__ = [
     "Explanation",
@@ -48,6 +49,7 @@ __all__ = [
     "route",
     "save_adapter",
     "serve",
+    "shardable",
     "shared_inputs",
     "unpatch",
     "unserve",
@@ -61,6 +63,7 @@ _LAZY = {
     "report": "peftkern.integrations.peft",
     "shared_inputs": "peftkern.integrations.peft",
     "unpatch": "peftkern.integrations.peft",
+    "shardable": "peftkern.integrations.sharded",
     "env_report": "peftkern.environment",
     "InjectReport": "peftkern.adapters",
     "eject": "peftkern.adapters",

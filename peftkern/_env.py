@@ -34,9 +34,9 @@ ISAS = ("baseline", "avx2", "avx512", "avx512bf16")  # module.cpp, limit
 SCHEDULES = ("one_pass/recompute", "one_pass/shared", "split", "library")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Settings:
-    """The parsed environment."""
+    """The parsed environment; of one parsing, one object, so that keys of caches hash its identity."""
 
     backend: str
     schedule: str

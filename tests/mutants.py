@@ -101,7 +101,7 @@ MUTANTS = [
         "for (int i = 0; i < call.count; ++i) sum += call.sums(i).dA[",
         "for (int i = 0; i < smaller(2, call.count); ++i) sum += call.sums(i).dA[", "test_cpp.py -k threads"),
     cpp("s of a bank's first segment for all", "cpu/bank.h", "best",
-        "call.s = segment.dA ? base.s + segment.s_begin : nullptr;", "call.s = segment.dA ? base.s : nullptr;",
+        "call->s = segment.dA ? call->s + segment.s_begin : nullptr;", "call->s = segment.dA ? call->s : nullptr;",
         "test_multi_lora.py -k every_routing"),
 
     host("c is not held", "autograd.py", "None if scaling_tensor is None else scaling_tensor.detach().clone()",

@@ -241,6 +241,28 @@ def test_an_infinity_stays_one():
             assert (y[1] == torch.inf).all() and y[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("R", [1, 3, 9, 17])
+@pytest.mark.parametrize("M", [1, 2, 4])
+def test_the_next_row_of_a_factor_is_not_read_as_a_number(M, R):
+    """A row shorter than a vector is loaded with what lies behind it, none of which may come in, even times zero."""
+    K, N, r = 19, 21, R - 1
+    x, W, dy = torch.ones(M, K, requires_grad=True), torch.ones(N, K), torch.ones(M, N)
+    for setting in settings():
+        with setting:
+            A, B = torch.ones(R, K), torch.ones(N, R)
+            B[7, r] = torch.inf
+            A.requires_grad_(), B.requires_grad_()
+            y = forward(x, W, A, B)
+            dA = torch.autograd.grad(y, A, dy)[0]
+            assert y.isinf().any(0).nonzero().flatten().tolist() == [7]
+            assert (~dA.isfinite()).any(1).nonzero().flatten().tolist() == [r]
+            A, B = torch.ones(R, K), torch.ones(N, R, requires_grad=True)
+            A[r, 0] = torch.inf
+            dx, dB = torch.autograd.grad(forward(x, W, A, B), (x, B), dy)
+            assert (~dx.isfinite()).any(0).nonzero().flatten().tolist() == [0]
+            assert (~dB.isfinite()).any(0).nonzero().flatten().tolist() == [r]
+
+
 def test_a_runtime_that_gives_fewer_threads_than_asked():
     program = (
         "import torch, peftkern; torch.manual_seed(0); torch.set_num_threads(3)\n"
@@ -279,7 +301,7 @@ def test_a_weight_is_read_where_it_lies(layout, dtype, M):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("M", [2, 100])
 def test_one_pass_has_the_same_bits_for_any_number_of_threads(monkeypatch, M, dtype):
-    """y and dx, whose sums no thread shares with another."""
+    """y and dx, whose sums no thread shares with another; of rows that stream dA and dB too."""
     monkeypatch.setattr(call, "one_pass", lambda *_: True)
     case = Case(M, 300, 130, 9, dtype, F32, 0.2)
     tensors = make(case)
@@ -288,7 +310,8 @@ def test_one_pass_has_the_same_bits_for_any_number_of_threads(monkeypatch, M, dt
         torch.set_num_threads(count)
         found.append(run(case, tensors, "cpp"))
     torch.set_num_threads(before)
-    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in ("y", "x"))
+    shared = ("y", "x", "lora_A", "lora_B") if M <= call.STREAMED_ROWS else ("y", "x")
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in shared)
 
 
 @pytest.mark.parametrize("case", [Case(2, 40, 24, 3), Case(70, 40, 24, 3, p=0.3), Case(70, 24, 40, 3)], ids=str)
@@ -323,6 +346,18 @@ def test_dx_of_few_rows_in_fp32_is_torchs_product():
         x, W, dy = torch.randn(16, 96, requires_grad=True), torch.randn(80, 96), torch.randn(16, 80)
         y = peftkern.lora_linear(x, W, torch.randn(4, 96), torch.zeros(80, 4), backend="cpp")
         assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy @ W)
+
+
+@pytest.mark.skipif("avx512" not in SETS, reason="what is measured for AVX-512")
+@pytest.mark.parametrize("name", [name for name in SETS if name.startswith("avx512")])
+def test_a_handful_of_rows_is_not_torchs_product(name):
+    """One row in every dtype, both ways; more rows, and a weight whose columns are contiguous, are torch's."""
+    with kernels(name):
+        for dtype in (F32, BF16, F16):
+            W, by_columns = (DenseWeight(weight.to(dtype)) for weight in (torch.ones(8, 8), torch.ones(8, 8).T))
+            one, many = torch.ones(1, 8, dtype=dtype), torch.ones(call.FEW_ROWS + 1, 8, dtype=dtype)
+            for way in (True, False):
+                assert call.takes(W, one, way) and not call.takes(W, many, way) and not call.takes(by_columns, one, way)
 
 
 def test_a_block_of_wide_rows_takes_no_more_than_16_mib():

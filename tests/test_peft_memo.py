@@ -68,7 +68,9 @@ def holds(subject: Subject, taken: bool) -> None:
     parts = plain_parts(subject.layer)
     assert (isinstance(parts, Parts) and why_not_input(parts, subject.x) is None) == taken, parts
     memo = subject.memo
-    if memo is not None and memo.holds(subject.layer, subject.x):
+    if memo is not None:
+        assert memos.holds_in_python(memo._facts) == memo._holds(memo._facts)  # the extension's twin
+    if memo is not None and memo.holds(subject.x):
         assert taken and isinstance(parts, Parts)
         (one,), pair = parts.adapters, memo._pair
         assert parts.weight is pair.weight.data and parts.bias is pair.bias and one.scaling == pair.scaling
@@ -242,7 +244,7 @@ def test_an_adapter_that_is_deleted_and_comes_again():
     subject.model.add_adapter("default", LoraConfig(r=2 * R, target_modules=["0"]))
     subject.model.set_adapter("default")
     nn.init.normal_(subject.B.weight)
-    assert not before.holds(subject.layer, subject.x)
+    assert not before.holds(subject.x)
     judge(subject, True)
     assert_remembered(subject)
 
@@ -320,8 +322,8 @@ def test_another_thread_forgets_between_the_question_and_the_run(after: str):
     expected, own, genuine = subject.layer(subject.x), tally.of(subject.layer), memos.Memo.holds
     own.memo = own.memo if after == "holds" else None
 
-    def interrupted(memo: Any, layer: Any, x: Tensor) -> bool:
-        found = genuine(memo, layer, x)
+    def interrupted(memo: Any, x: Tensor) -> bool:
+        found = genuine(memo, x)
         own.memo = None
         return found
 

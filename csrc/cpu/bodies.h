@@ -9,6 +9,7 @@
 #include "fused.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "streamed_rows.h"
 #include "thin_bf16.h"
 #include "thin_f32.h"
 
@@ -90,6 +91,10 @@ template <class Thin, class A> struct Bodies {
 
   static void forward(const Forwards &calls) {
     const Forward &first = calls.calls[0];
+    if (StreamedRows<X, A>::takes(first)) {
+      for (int64_t i = 0; i < calls.count; ++i) StreamedRows<X, A>::forward(calls.calls[i]);
+      return;
+    }
     if (first.one_pass) {
       for (int64_t i = 0; i < calls.count; ++i) Fused<X, A>::forward(calls.calls[i]);
       return;
@@ -197,6 +202,7 @@ template <class Thin, class A> struct Bodies {
   }
 
   static void backward(const Backward &problem) {
+    if (StreamedRows<X, A>::takes(problem)) return StreamedRows<X, A>::backward(problem);
     const int64_t grain = problem.one_pass ? kTileRows : Thin::kRows;
     const int count = static_cast<int>(smaller(problem.threads, (problem.M + grain - 1) / grain));
     const bool sums = problem.dA || problem.dB;

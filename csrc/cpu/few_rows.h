@@ -1,14 +1,15 @@
 // y for a handful of rows: the weight streams through the registers once, row by row, where it lies.
 //
-//   y[m, n] = sum_k x[m, k] W[n, k] + sum_r c T[m, r] B[n, r] + column terms,     T = x A^T
+//   y[m, n] = sum_k x[m, k] W[n, k] + sum_r c T[m, r] B[n, r] + column terms,     T = D(x) A^T
 //
 // All three are dots of contiguous rows, so no block is transposed; a quantised weight's rows are decoded a chunk at a
 // time, or in registers (step_dots.h). Each
-// thread takes a share of the columns of y and computes the few sums of T for itself. There is no dropout here; a caller that
-// wants it takes fused.h. Rows of x come in sets of four, and K in chunks short enough for all sets and some of the weight's rows to lie in the L1 cache together.
+// thread takes a share of the columns of y and computes the few sums of T for itself. Rows of x come in sets of four, and K in
+// chunks short enough for all sets and some of the weight's rows to lie in the L1 cache together.
 #pragma once
 #include <type_traits>
 
+#include "../include/philox.h"
 #include "../include/quantised.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -45,6 +46,14 @@ template <class T, class Source> static void arrange(const Source *source, int64
   if (i == count) return;
   memset(target + i, 0, 2 * W * sizeof(float));
   for (int64_t lane = 0; i + lane < count; ++lane) target[i + (pairs ? lane % 2 * W + lane / 2 : lane)] = widen(source[i + lane]);
+}
+
+// `count` elements as fp32, with zeros up to a vector and where a bit is clear.
+template <class T> static void widen_row(const T *source, int64_t count, const uint64_t *bits, float *target) {
+  for (int64_t k = 0; k < count; k += W) {
+    const vf value = k + W <= count ? load(source + k) : load_tail(source + k, count - k);
+    store(bits ? select(uint32_t(bits[k / 64] >> k % 64), value) : value, target + k);
+  }
 }
 
 static inline float sum_of(vf value) {
@@ -94,7 +103,7 @@ template <class X, class A> struct FewRows {
 #pragma GCC unroll 16
     for (int i = 0; i < COLUMNS; ++i) {
       value[i] = load_half<HALF>(w + i * ldw);
-      if constexpr (ROUND) value[i] = rounded(value[i]);
+      if constexpr (ROUND) value[i] = rounded<X>(value[i]);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m) {
@@ -125,7 +134,7 @@ template <class X, class A> struct FewRows {
       for (int i = 0; i < COLUMNS; ++i) {
         __builtin_prefetch((const char *)(w + i * ldw + k) + kAhead, 0, 0);
         const vf low = load_half<0>(w + i * ldw + k), high = load_half<1>(w + i * ldw + k);
-        store(ROUND ? rounded(low) : low, block + i * kBlock + k), store(ROUND ? rounded(high) : high, block + i * kBlock + k + W);
+        store(ROUND ? rounded<X>(low) : low, block + i * kBlock + k), store(ROUND ? rounded<X>(high) : high, block + i * kBlock + k + W);
       }
     }
     for (int i = 0; k < count && i < COLUMNS; ++i) {
@@ -133,7 +142,7 @@ template <class X, class A> struct FewRows {
       memset(lanes, 0, sizeof lanes);
       memcpy(lanes, w + i * ldw + k, (count - k) * sizeof(T));
       const vf low = load_half<0>(lanes), high = load_half<1>(lanes);
-      store(ROUND ? rounded(low) : low, block + i * kBlock + k), store(ROUND ? rounded(high) : high, block + i * kBlock + k + W);
+      store(ROUND ? rounded<X>(low) : low, block + i * kBlock + k), store(ROUND ? rounded<X>(high) : high, block + i * kBlock + k + W);
     }
   }
 
@@ -163,12 +172,6 @@ template <class X, class A> struct FewRows {
         }
       }
     }
-  }
-
-  static vf rounded(vf value) {
-    X lanes[W];
-    store(value, lanes);
-    return load(lanes);
   }
 
   struct Memory { float *x, *x_thin, *t; int64_t ldx, ldt; bool steps; };
@@ -202,7 +205,7 @@ template <class X, class A> struct FewRows {
     all_dots<A, COLUMNS, 1, ROUND, true>(p.M, (const A *)p.A + r * p.K, p.K, p.K, x, m.ldx, sums);
     for (int i = 0; i < COLUMNS; ++i) {
       for (int row = 0; row < p.M; ++row) {
-        const float t = sum_of(sums[i * kFewRows + row]);
+        const float t = p.dropout.scale * sum_of(sums[i * kFewRows + row]);
         if (write) p.s[row * p.R + r + i] = t;
         scaled[row * m.ldt + r + i] = p.scaling * t;
       }
@@ -214,20 +217,28 @@ template <class X, class A> struct FewRows {
     // Into a block, int8 was measured faster in its own order.
     const bool quantised = p.weight.format != WeightFormat::dense, to_block = p.M > kRowSet;
     const bool steps = quantised && steps_take<X>(p.weight) && !(to_block && p.weight.format == WeightFormat::int8);
-    const bool own_thin = sizeof(A) != sizeof(X) || (quantised && sizeof(X) == 2) || steps;
+    const bool drops = p.dropout.threshold, own_thin = drops || sizeof(A) != sizeof(X) || (quantised && sizeof(X) == 2) || steps;
     Memory m;
     m.steps = steps;
     m.ldx = round_up(p.K, kFewChunk) + kFewChunk / 2 * 3, m.ldt = round_up(p.R, 2 * W);
     Scratch &memory = worker_scratch();
-    memory.reserve(2 * Scratch::bytes<float>(p.M * m.ldx) + 2 * Scratch::bytes<float>(p.M * m.ldt));
+    memory.reserve(2 * Scratch::bytes<float>(p.M * m.ldx) + 2 * Scratch::bytes<float>(p.M * m.ldt) + Scratch::bytes<float>(m.ldx) +
+                   Scratch::bytes<uint64_t>((p.K + 63) / 64));
     m.x = memory.take<float>(p.M * m.ldx), m.x_thin = memory.take<float>(p.M * m.ldx), m.t = memory.take<float>(p.M * m.ldt);
-    float *scaled = memory.take<float>(p.M * m.ldt);
+    float *scaled = memory.take<float>(p.M * m.ldt), *kept = memory.take<float>(m.ldx);
+    uint64_t *bits = memory.take<uint64_t>((p.K + 63) / 64);
     for (int row = 0; row < p.M; ++row) {
       const X *source = (const X *)p.x + row * p.x_stride;
       if (steps) arrange_steps<X>(p.weight, source, p.K, m.x + row * m.ldx);
       else if (quantised) arrange<float>(source, p.K, m.x + row * m.ldx);
       else arrange<X>(source, p.K, m.x + row * m.ldx);
-      if (own_thin) arrange<A>(source, p.K, m.x_thin + row * m.ldx);
+      if (drops) {
+        keep_bits_row(p.dropout, row, 0, p.K, bits);
+        widen_row(source, p.K, bits, kept);
+        arrange<A>(kept, p.K, m.x_thin + row * m.ldx);
+      } else if (own_thin) {
+        arrange<A>(source, p.K, m.x_thin + row * m.ldx);
+      }
     }
     const float *x_thin = own_thin ? m.x_thin : m.x;
     int64_t r = 0;
@@ -242,7 +253,7 @@ template <class X, class A> struct FewRows {
     for (int64_t n = columns.begin + kStreams * rounds; n < columns.end; ++n) columns_of<1, 1, ROUND>(p, m, n, 1);
   }
 
-  static bool takes(const Forward &p) { return p.M <= kFewRows && !p.dropout.threshold && !p.weight.transposed; }
+  static bool takes(const Forward &p) { return p.M <= kFewRows && !p.weight.transposed; }
 
   static void forward(const Forward &problem) {
     parallel_run(int(smaller(problem.threads, problem.N)), [](void *data, int index, int count) {

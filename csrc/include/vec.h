@@ -117,6 +117,18 @@ static inline void store(vf value, fp16 *target) {
 #endif
 }
 
+// Rounded to X and widened again.
+template <class X> static inline vf rounded(vf value) {
+  X lanes[W];
+  store(value, lanes);
+  return load(lanes);
+}
+template <> inline vf rounded<float>(vf value) { return value; }
+template <> inline vf rounded<bf16>(vf value) {
+  const vu bits = (vu)value, is_nan = (vu)(value != value);
+  return (vf)((is_nan & bits) | (~is_nan & ((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u)));
+}
+
 // The last count < W elements of a row, without touching memory beyond them. Loops over all lanes: compilers see the bound.
 template <class T> static inline vf load_tail(const T *source, int64_t count) {
   T lanes[W];

@@ -36,6 +36,20 @@ template <int D = 1> static inline void transpose(vf v[W]) {
   }
 }
 
+// Lane i is the sum of v[i]'s lanes.
+template <int D = 1> static inline vf lane_sums(vf v[W]) {
+  if constexpr (D < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i += 2 * D) {
+      exchange<D>(v[i], v[i + D], std::make_integer_sequence<int, W>());
+      v[i] += v[i + D];
+    }
+    return lane_sums<2 * D>(v);
+  } else {
+    return v[0];
+  }
+}
+
 // block[place(q), p] = w[p, q] for q < depth, p < columns; zero for columns <= p < kTileColumns.
 template <class T, class Place> static inline void block_of_rows(const T *w, int64_t ldw, int64_t depth, int64_t columns, float *block, Place place) {
   for (int64_t half = 0; half < kTileColumns; half += W) {

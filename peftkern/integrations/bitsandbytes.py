@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peftkern.weights import FrozenWeight, Int8Weight
 
@@ -23,8 +24,8 @@ def from_bitsandbytes(module: Any) -> FrozenWeight:
     Numerics: nf4 and fp4 are bit-identical to bitsandbytes where it follows its own format; int8 is data · (SCB / 127).
     """
     weight: Any = getattr(module, "weight", None)
-    if hasattr(weight, "quant_state") and hasattr(weight, "bnb_quantized"):
-        state = weight.quant_state
+    if hasattr(weight, "bnb_quantized") or "quant_state" in getattr(module, "__dict__", ()):
+        state = quant_state(module)
         if state is None:
             raise ValueError("the weight is not quantised yet: move the module to a device first")
         if getattr(state, "packing_format_for_cpu", False):
@@ -33,9 +34,9 @@ def from_bitsandbytes(module: Any) -> FrozenWeight:
             )
         found = {"weight": weight.data, **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}}
         return FrozenWeight.from_state_dict(found)
-    if hasattr(weight, "CB") and hasattr(weight, "SCB"):
-        data, scale = (weight.CB, weight.SCB) if weight.CB is not None else (module.state.CB, module.state.SCB)
-        if data is None or data.dtype != torch.int8:
+    if isinstance(weight, Tensor) and hasattr(getattr(module, "state", None), "SCB"):
+        data, scale = int8_operands(module)
+        if data.dtype != torch.int8 or scale is None:
             raise ValueError("the weight is not quantised yet: move the module to a device first")
         return Int8Weight(data, scale.float() / 127)
     raise TypeError(
@@ -43,13 +44,26 @@ def from_bitsandbytes(module: Any) -> FrozenWeight:
     )
 
 
+def quant_state(module: Any) -> Any:
+    """What a module of 4 bits knows of its weight: its own where FSDP has put a plain tensor in the weight's place."""
+    own = getattr(module.weight, "quant_state", None)
+    return getattr(module, "quant_state", None) if own is None else own
+
+
+def int8_operands(module: Any) -> tuple[Tensor, Any]:
+    """The elements of a module of 8 bits and the largest size of each row, which a first forward moves to ``state``."""
+    weight, state = module.weight, module.state
+    if getattr(weight, "CB", None) is not None:
+        return weight.CB, weight.SCB
+    return weight.data if state.CB is None else state.CB, state.SCB
+
+
 def read_bitsandbytes(module: Any) -> FrozenWeight:
     """What ``from_bitsandbytes`` has taken before, without its checks: a compiler can trace this."""
-    weight = module.weight
-    if not hasattr(weight, "quant_state"):
-        held = module.state if weight.CB is None else weight
-        return FrozenWeight.from_operands("int8", held.CB, held.SCB.float() / 127, 0)
-    state, data = weight.quant_state, weight.view(-1).view(torch.uint8)
+    if not hasattr(module, "compute_dtype"):
+        data, scale = int8_operands(module)
+        return FrozenWeight.from_operands("int8", data, scale.float() / 127, 0)
+    state, data = quant_state(module), module.weight.view(-1).view(torch.uint8)
     nested = (state.state2.absmax, state.state2.code, state.offset.view(1)) if state.nested else ()
     return FrozenWeight.from_operands(
         state.quant_type, data, state.absmax, state.blocksize, (state.code, *nested), state.shape

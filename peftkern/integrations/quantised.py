@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkern import multi_lora
 from peftkern.call import Rows, Update
-from peftkern.integrations.bitsandbytes import from_bitsandbytes, read_bitsandbytes
+from peftkern.integrations.bitsandbytes import from_bitsandbytes, quant_state, read_bitsandbytes
 from peftkern.integrations.torchao import from_torchao, read_torchao
 from peftkern.ops import dispatch
 from peftkern.weights import FrozenWeight
@@ -23,6 +23,7 @@ _BASES = {
     "bitsandbytes.nn.modules.Linear8bitLt",
     "torchao.quantization.Int8Tensor",  # the weight of a plain nn.Linear
 }
+_PLAIN = (nn.Parameter, Tensor)  # bitsandbytes' weights are where FSDP has gathered them
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], FrozenWeight]] = weakref.WeakKeyDictionary()
 
@@ -31,8 +32,11 @@ def is_quantised(base: Any) -> bool:
     """Whether a base layer is bitsandbytes' own Linear4bit or Linear8bitLt, or an nn.Linear with torchao's int8 weight,
     and no subclass of somebody else's."""
     kind = type(base)
-    if kind is nn.Linear:
-        kind = type(base._parameters.get("weight"))
+    return is_bitsandbytes(type(base._parameters.get("weight")) if kind is nn.Linear else kind)
+
+
+def is_bitsandbytes(kind: type) -> bool:
+    """Whether this is one of bitsandbytes' classes of layers; or torchao's of weights."""
     return f"{kind.__module__}.{kind.__qualname__}" in _BASES
 
 
@@ -70,8 +74,8 @@ def _held(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
         data, zeros = weight.qdata, weight.zero_point
         held: tuple[Any, ...] = (data, weight.scale, zeros, weight.act_quant_kwargs, weight.act_pre_scale)
         compute = None
-    elif "quant_state" in state:
-        found = state["quant_state"]
+    elif "quant_state" in state or "quant_state" in base.__dict__:
+        found = quant_state(base)
         held = (found, *_parts_of(found))
         compute = base.compute_dtype
         if not base.compute_type_is_set:
@@ -79,21 +83,29 @@ def _held(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     else:
         if base.state.has_fp16_weights:
             return "its int8 base keeps its weight in fp16"
-        held, compute = (weight.CB, weight.SCB, base.state.CB, base.state.SCB), None
+        held, compute = (state.get("CB"), state.get("SCB"), base.state.CB, base.state.SCB), None
     key = (weight, data.data_ptr(), *held)
     entry = _known.get(base)
     if entry is None or not _same(entry[0], key):
+        plain = type(weight) in _PLAIN and not getattr(held[0], "packing_format_for_cpu", False)
+        checked = plain and entry is not None and _same(entry[0], (*entry[0][:2], *held))
         try:
-            entry = _known[base] = (key, _taken(base, weight, data is weight))
+            entry = _known[base] = (key, _taken(base, weight, data is weight, checked))
         except ValueError as error:
             return f"its base weight cannot be taken: {error}"
     return entry[1], compute
 
 
-def _taken(base: Any, weight: Any, bitsandbytes: bool) -> FrozenWeight:
-    """The weight, of tensors that backward can save: whoever asks first may be evaluating, and the next one trains."""
+def _taken(base: Any, weight: Any, bitsandbytes: bool, checked: bool) -> FrozenWeight:
+    """The weight, of tensors that backward can save: whoever asks first may be evaluating, and the next one trains.
+
+    Where only its place is new, as after each of FSDP's gathers, it is ``checked``.
+    """
     with torch.inference_mode(False):
-        found = from_bitsandbytes(base) if bitsandbytes else from_torchao(weight)
+        if bitsandbytes:
+            found = read_bitsandbytes(base) if checked else from_bitsandbytes(base)
+        else:
+            found = from_torchao(weight)
         return found.mapped(_alias) if any(tensor.is_inference() for tensor in found.tensors) else found
 
 

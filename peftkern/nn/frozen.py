@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,15 +10,31 @@ from torch import Tensor, nn
 
 from peftkern.weights import FrozenWeight
 
+_ALIGNMENT = 16  # bytes, of each tensor's place among the others
+
+
+class Piece(NamedTuple):
+    """Where one of a weight's tensors is among the bytes of all of them."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def of(self, data: Tensor) -> Tensor:
+        """The tensor, on the bytes' memory."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return data[self.offset : self.offset + size].view(self.dtype).view(self.shape)
+
 
 class Held(NamedTuple):
-    """The facts of a held weight beside its tensors."""
+    """The facts of a held weight beside its tensors. ``pieces`` where they are one parameter."""
 
     format: str
     group_size: int
     shape: tuple[int, int]
     dtype: torch.dtype
     tensors: int
+    pieces: tuple[Piece, ...] = ()
 
 
 class FrozenBuffers(nn.Module):
@@ -26,9 +43,13 @@ class FrozenBuffers(nn.Module):
     The buffers move with the module and never change their dtype, whatever ``module.to(dtype)`` or ``half()`` ask for.
     In the state_dict they are what ``FrozenWeight.state_dict`` calls them; a weight that is loaded has to have the
     format, shape and grouping of the one that is there.
+
+    ``hold_bytes`` makes them one parameter of bytes, ``weight_bytes``, which FSDP2 shards. While it is sharded it is in
+    the state_dict under that name, like any other parameter.
     """
 
     weight: nn.Parameter | None
+    weight_bytes: nn.Parameter
     held: Held | None
 
     def hold(self, weight: FrozenWeight) -> None:
@@ -38,12 +59,39 @@ class FrozenBuffers(nn.Module):
             self.register_buffer(f"weight_{i}", tensor, persistent=False)
         self.held = Held(weight.format, weight.group_size, weight.shape, weight.dtype, len(weight.tensors))
 
+    @torch.no_grad()
+    def hold_bytes(self) -> bool:
+        """Make the buffers one frozen parameter of bytes. Returns: False where there are none, for a dense weight."""
+        if self.held is None or self.held.pieces:
+            return False
+        tensors = self._tensors()
+        pieces, end = [], 0
+        for tensor in tensors:
+            pieces.append(Piece(end, tensor.dtype, tuple(tensor.shape)))
+            end += -(-tensor.numel() * tensor.itemsize // _ALIGNMENT) * _ALIGNMENT
+        data = torch.zeros(end, dtype=torch.uint8, device=tensors[0].device)
+        for i, (piece, tensor) in enumerate(zip(pieces, tensors, strict=True)):
+            piece.of(data).copy_(tensor)
+            del self._buffers[f"weight_{i}"]
+        self.weight_bytes = nn.Parameter(data, requires_grad=False)
+        self.held = self.held._replace(pieces=tuple(pieces))
+        return True
+
+    def _tensors(self) -> list[Tensor]:
+        """Those of the held weight; gathered from all ranks, which have to ask together, where it is sharded."""
+        assert self.held is not None
+        if not self.held.pieces:
+            return [self.get_buffer(f"weight_{i}") for i in range(self.held.tensors)]
+        data: Any = self.weight_bytes
+        whole = data.full_tensor() if hasattr(data, "full_tensor") else data
+        return [piece.of(whole) for piece in self.held.pieces]
+
     def frozen_weight(self) -> Tensor | FrozenWeight:
         """The weight as ``lora_linear`` takes it."""
         if self.held is None:
             assert self.weight is not None
             return self.weight
-        data, scale, *tables = (self.get_buffer(f"weight_{i}") for i in range(self.held.tensors))
+        data, scale, *tables = self._tensors()
         weight = FrozenWeight.from_operands(
             self.held.format, data, scale, self.held.group_size, tuple(tables), self.held.shape
         )
@@ -51,7 +99,7 @@ class FrozenBuffers(nn.Module):
         return weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        if self.held is None:
+        if self.held is None or self.held.pieces:
             return super()._apply(fn, recurse)
         names = [f"weight_{i}" for i in range(self.held.tensors)]
         before = [self._buffers.pop(name) for name in names]
@@ -68,10 +116,14 @@ class FrozenBuffers(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.held is not None:
+        if self.held is not None and not self._is_sharded():
+            destination.pop(f"{prefix}weight_bytes", None)
             weight = self.frozen_weight()
             assert isinstance(weight, FrozenWeight)
             destination.update(weight.state_dict(f"{prefix}weight"))
+
+    def _is_sharded(self) -> bool:
+        return hasattr(self._parameters.get("weight_bytes"), "full_tensor")
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -79,9 +131,11 @@ class FrozenBuffers(nn.Module):
         unexpected: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)
         name = f"{prefix}weight"
-        if self.held is None:
+        if self.held is None or self._is_sharded():
             unexpected_keys += unexpected
             return
+        if self.held.pieces:
+            missing_keys.remove(f"{name}_bytes")
         mine = [key for key in state_dict if key == name or key.startswith(f"{name}.")]
         unexpected_keys += [key for key in unexpected if key not in mine]
         if not mine:
@@ -95,9 +149,10 @@ class FrozenBuffers(nn.Module):
             return
         assert self.held is not None
         self.held = self.held._replace(dtype=weight.dtype)
-        for i, tensor in enumerate(weight.tensors):
-            own = self.get_buffer(f"weight_{i}")
-            if own.is_meta or local_metadata.get("assign_to_params_buffers", False):
+        for i, (own, tensor) in enumerate(zip(self._tensors(), weight.tensors, strict=True)):
+            if self.held.pieces:
+                own.detach().copy_(tensor)
+            elif own.is_meta or local_metadata.get("assign_to_params_buffers", False):
                 self._buffers[f"weight_{i}"] = tensor
             else:
                 own.copy_(tensor)

@@ -15,7 +15,7 @@ from peftkern.functional import looked_through, lora_linear, run_pair
 from peftkern.nn import initialization
 from peftkern.nn.frozen import FrozenBuffers
 from peftkern.ops import check, dispatch
-from peftkern.weights import DenseWeight, FrozenWeight
+from peftkern.weights import DenseWeight, FrozenWeight, split_format
 
 _PARAMETERS = ("weight", "bias", "lora_A", "lora_B", "lora_bias")
 
@@ -61,7 +61,7 @@ class LoRALinear(FrozenBuffers):
 
     A weight in another format than "dense" (``from_linear``) is held as buffers, and ``weight`` is None; ``state_dict``
     has it under the names of ``FrozenWeight.state_dict``. FSDP2 shards parameters, so every rank holds such a weight
-    whole: its blocks do not end where rows do, and a shard of rows could not be decoded.
+    whole, unless ``peftkern.shardable`` has made a parameter of bytes of it, which is sharded and gathered as such.
 
     Shapes: x [..., K] -> y [..., N]; weight [N, K], bias [N], lora_A [r, K], lora_B [N, r], lora_bias [N].
     With every initialisation the layer starts as its base (PiSSA, OLoRA: to the rounding of the new weight).
@@ -318,8 +318,7 @@ class LoRALinear(FrozenBuffers):
         )
 
     def _format_repr(self) -> str:
-        weight = self.frozen_weight() if self.held is not None else None
-        if not isinstance(weight, FrozenWeight):
+        if self.held is None:
             return ""
-        compute = "" if weight.base_compute is None else f", base_compute={weight.base_compute}"
-        return f", weight_format={weight.stored}{compute}"
+        stored, base_compute = split_format(self.held.format)
+        return f", weight_format={stored}" + ("" if base_compute is None else f", base_compute={base_compute}")

@@ -80,7 +80,7 @@ class CppBackend(Backend):
         weight, A, B, bias, lora_bias = pair[:5]
         x, M, dtype, whole = unit_stride(x), x.shape[0], x.dtype, False
         if y is None:
-            whole = call.one_pass(dtype, M, weight.format)
+            whole = call.takes(weight, x)
             if whole:
                 y, bias = x.new_empty(M, weight.shape[0]), None if bias is None else bias.contiguous()
             elif weight.base_compute is not None:
@@ -105,7 +105,7 @@ class CppBackend(Backend):
         need_x, need_A, need_B, _, _ = needs
         weight, A, B = pair[:3]
         dy, onto = unit_stride(dy), dx is not None
-        one_pass = whole and call.one_pass(dy.dtype, dy.shape[0], weight.format, False)
+        one_pass = whole and call.takes(weight, dy, False)
         if need_x and whole:
             if dx is None:
                 dx = dy.new_empty(dy.shape[0], weight.shape[1]) if one_pass else self.product(weight, dy, True)
@@ -130,9 +130,9 @@ class CppBackend(Backend):
             rounded, met = weight.factors(rows, backward)
             return self.product(met, rounded, backward).to(rows.dtype)
         dense = weight.format == "dense" and weight.data.dtype == rows.dtype
-        if dense and backward and not call.one_pass(rows.dtype, rows.shape[0], "dense", False):
+        if dense and backward and not call.takes(weight, rows, False):
             return rows @ weight.data
-        if rows.dtype not in DTYPES or not call.one_pass(rows.dtype, rows.shape[0], weight.format, not backward):
+        if rows.dtype not in DTYPES or not call.takes(weight, rows, not backward):
             return super().product(weight, rows, backward)
         rows = unit_stride(rows)
         made = rows.new_empty(rows.shape[0], weight.shape[1 if backward else 0])
@@ -158,7 +158,7 @@ class CppBackend(Backend):
 
 def _thin_products_together(members: Call, x: Tensor) -> bool:
     """Whether layers on one x, of one update each, have their thin products in one pass over it behind torch's."""
-    fused = any(call.one_pass(x.dtype, x.shape[0], weight.format) for weight, _ in members.bases)
+    fused = any(call.takes(weight, x) for weight, _ in members.bases)
     rounded = any(weight.base_compute is not None for weight, _ in members.bases)
     each = [update.base for update in members.updates] == list(range(len(members.bases)))
     return each and not fused and not rounded and len({update.lora_A.dtype for update in members.updates}) == 1

@@ -15,27 +15,36 @@ from peftkern.call import Pair
 from peftkern.weights import FrozenWeight, split_format
 
 FEW_ROWS = 16  # few_rows.h, kFewRows
+STREAMED_ROWS = 4  # streamed_rows.h, kStreamedRows
+ROWS_OF_Y = {torch.float32: 4, torch.bfloat16: 2, torch.float16: FEW_ROWS}  # measured ahead of torch's with AVX-512
 FEW_ROWS_OF_DX = 128  # measured: 5.8x, 1.7x and 1.3x of torch's time at 1, 16 and 64 rows of 4096x4096, as fast at 256
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # call.h, DType
 
 
-def one_pass(dtype: torch.dtype, M: int, weight_format: str = "dense", forward: bool = True) -> bool:
+def one_pass(
+    dtype: torch.dtype, M: int, weight_format: str = "dense", forward: bool = True, by_rows: bool = True
+) -> bool:
     """Whether y and dx are computed here as a whole, rather than on top of torch's product with the frozen weight.
 
-    That is where it was measured ahead (benchmarks/NOTES.md): with AVX2 and without AVX-512. Elsewhere torch's product
-    is as good or better, or nobody has measured. Torch cannot multiply a quantised weight, but with a decoded copy of
-    all of it: for a handful of rows the copy costs many times the product, whatever the processor. dx of few rows in
-    fp32 stays torch's: the kernels share dx by its rows, and there each thread would read the whole weight, across its
-    rows.
+    That is where it was measured ahead (benchmarks/NOTES.md): with AVX2 and without AVX-512, and with AVX-512 for a
+    handful of rows and a weight whose rows are contiguous (``by_rows``). Elsewhere torch's product is as good or
+    better, or nobody has measured. Torch cannot multiply a quantised weight, but with a decoded copy of all of it: for
+    a handful of rows the copy costs many times the product, whatever the processor. dx of more rows than stream is
+    torch's in fp32 while they are few: the kernels share dx by its rows, and there each thread would read the whole
+    weight, across its rows.
     """
-    dense = weight_format == "dense"
-    if (
-        not dense and split_format(weight_format)[1] is not None
-    ):  # the thin products read other rows than the frozen one
-        return False
-    if not forward and dense and dtype == torch.float32 and M < FEW_ROWS_OF_DX:
-        return False
-    return (not dense and M <= FEW_ROWS) or extension()[0].instruction_set() == "avx2"
+    kernels = extension()[0].instruction_set()
+    if weight_format != "dense":  # the thin products read other rows than the frozen one, where that rounds them
+        return split_format(weight_format)[1] is None and (M <= FEW_ROWS or kernels == "avx2")
+    if by_rows and kernels != "baseline" and M <= (ROWS_OF_Y[dtype] if forward else STREAMED_ROWS):
+        return True
+    return kernels == "avx2" and (forward or dtype != torch.float32 or M >= FEW_ROWS_OF_DX)
+
+
+def takes(weight: FrozenWeight, rows: Tensor, forward: bool = True) -> bool:
+    """``one_pass`` of rows of x, or of dy, and a weight."""
+    by_rows = weight.format != "dense" or weight.data.stride(1) == 1
+    return one_pass(rows.dtype, rows.shape[0], weight.format, forward, by_rows)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -24,7 +24,7 @@ def forward(backend: CppBackend, call: Call, x: Tensor) -> tuple[list[Tensor], l
     """y [M, N], and s of all spans."""
     ((weight, bias),), rows = call.bases, call.rows
     assert rows is not None
-    x, whole = unit_stride(x), operands.one_pass(x.dtype, x.shape[0], weight.format)
+    x, whole = unit_stride(x), operands.takes(weight, x)
     problem, _held = operands.of_base(weight.shape, x, whole, call.precision), None
     if whole:
         problem, _held = read_weight(problem, weight, x)
@@ -53,7 +53,7 @@ def backward(
     assert rows is not None
     dx, dy = None, unit_stride(dy)
     x = None if x is None else unit_stride(x)
-    whole = operands.one_pass(dy.dtype, dy.shape[0], weight.format, False)
+    whole = operands.takes(weight, dy, False)
     problem, _held = operands.of_base(weight.shape, dy, whole, call.precision), None
     if needs.x and whole:
         problem, _held = read_weight(problem, weight, dy)

@@ -15,7 +15,7 @@ from peftkern import dropout
 from peftkern.call import Base, Call, Update
 from peftkern.functional import autocast, run, run_dora, run_in, split_scaling
 from peftkern.integrations import quantised
-from peftkern.integrations.peft import tally
+from peftkern.integrations.peft import tally, units, zero3
 from peftkern.integrations.peft.memo import memo_of
 from peftkern.integrations.peft.mixed_batch import mixed_batch
 from peftkern.integrations.peft.read import Adapter, Parts, plain_parts, why_not_input
@@ -59,21 +59,25 @@ class PeftkernLoraLinear(lora.Linear):
             return _unusual(self, x, args, kwargs)
         own = None if _compiling() else self.__dict__.get(tally.KEY)
         memo = None if own is None else own.memo  # read once: another thread may put its own there
-        if own is not None and memo is not None and memo.holds(self, x):
+        if own is not None and memo is not None and memo.holds(x):
             own.fused += 1
             return memo.run(x)
-        parts = plain_parts(self)
+        parts = (zero3.gather(self) if zero3.hooked(self) else None) or plain_parts(self)
+        if not isinstance(parts, str) and parts.units and _compiling():
+            parts = "a compiler traces it, and children of it are units of FSDP"
         if isinstance(parts, str):
             tally.fell_back(self, parts)
             return self.peft.forward(self, x)
-        reason = why_not_input(parts, x)
+        reason = why_not_input(parts, units.as_cast(parts.units, x) if parts.units else x)
         if reason is not None:
             tally.fell_back(self, reason, of_input=True)
             return self.peft.forward(self, x)
         tally.fused(self)
+        if parts.units:
+            return _within_units(self, x, parts)
         if own is not None:
             own.memo = memo = memo_of(self, parts, x)
-            if memo is not None and memo.holds(self, x):
+            if memo is not None and memo.holds(x):
                 return memo.run(x)
         return fused(x, parts)
 
@@ -87,6 +91,8 @@ def _unusual(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
         y: Tensor | str = tally.OFF
     elif args or kwargs.keys() != {"adapter_names"}:
         y = f"its call has the arguments {', '.join(kwargs) or 'x and ' + str(len(args))}"
+    elif zero3.hooked(layer):
+        y = "a mixed batch under ZeRO-3"
     else:
         y = mixed_batch(layer, x, kwargs["adapter_names"])
     if isinstance(y, str):
@@ -94,6 +100,18 @@ def _unusual(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
         return layer.peft.forward(layer, x, *args, **kwargs)
     tally.fused(layer)
     return y
+
+
+def _within_units(layer: Any, x: Tensor, parts: Parts) -> Tensor:
+    """y of a layer some of whose children are units of FSDP."""
+
+    def gathered(x: Tensor) -> Tensor:
+        found = plain_parts(layer, seen=units.gathered)
+        if isinstance(found, str):
+            raise RuntimeError(f"FSDP has gathered what the fast path does not take: {found}")
+        return fused(x, found)
+
+    return units.within(parts.units, layer._modules["base_layer"], x, gathered)
 
 
 def fused(x: Tensor, parts: Parts) -> Tensor:

@@ -1,13 +1,15 @@
 """What the predicate has found of a layer, and whether it still holds: all that it looks at, compared by identity.
 
-The predicate (``parts``) costs 8 us a call. Where it has let a layer through with one vanilla adapter,
+The predicate (``read``) costs 8 us a call. Where it has let a layer through with one vanilla adapter,
 its answer is kept, on the layer's tally, and holds while nothing has changed that the answer depends on: a state that
 changes in any of these respects is judged anew.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.nn.modules import module as nn_module
 
 from peftkern import dropout
 from peftkern.backends.base import Backend
+from peftkern.backends.cpp.extension import extension
 from peftkern.call import Pair
 from peftkern.functional import looked_through, run_pair
 from peftkern.integrations import quantised
@@ -23,84 +26,81 @@ from peftkern.weights import DenseWeight, FrozenWeight
 
 _PLAIN = (nn.Parameter, Tensor, type(None))  # a tensor of any other class may have operators of its own
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)  # what autocast and quantised bases take
-_NONE: dict[str, bool] = {}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in _HOOKS)
+
+
+class Facts(NamedTuple):
+    """A state of Python's objects, column by column; each column is flat, to be gone through quickly.
+
+    same: a dict, a key and what it has there (None also where there is no such key); absent: a dict and a key that it
+    lacks; empty: a dict and a key where it has nothing, or what is false; kinds: an object and its class; singles: a
+    list and its one entry; equal: an object, an attribute's name and what it equals.
+    """
+
+    same: tuple[Any, ...]
+    absent: tuple[Any, ...]
+    empty: tuple[Any, ...]
+    kinds: tuple[Any, ...]
+    singles: tuple[Any, ...]
+    equal: tuple[Any, ...]
+
+
+def holds_in_python(facts: Facts) -> bool:
+    """Whether all of it is still so: the extension's ``holds``, where that is not built."""
+    same, absent, empty, kinds, singles, equal = facts
+    return (
+        all(d.get(key) is value for d, key, value in zip(same[::3], same[1::3], same[2::3], strict=True))
+        and not any(key in d for d, key in zip(absent[::2], absent[1::2], strict=True))
+        and not any(d.get(key) for d, key in zip(empty[::2], empty[1::2], strict=True))
+        and all(type(one) is kind for one, kind in zip(kinds[::2], kinds[1::2], strict=True))
+        and all(len(given) == 1 and given[0] is one for given, one in zip(singles[::2], singles[1::2], strict=True))
+        and all(getattr(one, name) == v for one, name, v in zip(equal[::3], equal[1::3], equal[2::3], strict=True))
+    )
+
+
+@functools.cache
+def _holds() -> Callable[[Facts], bool]:
+    module = extension()[0]
+    return holds_in_python if module is None else module.holds
 
 
 class Memo:
     """The pair of a layer's base and its one active adapter, and the state that it is right for."""
 
     __slots__ = (
-        "_backends", "_children", "_compute", "_device", "_dtype", "_facts", "_kinds", "_name", "_packed", "_pair",
-        "_scaling",
-    )  # fmt: skip
+        "_backends",
+        "_base",
+        "_compute",
+        "_device",
+        "_drop",
+        "_dtype",
+        "_facts",
+        "_holds",
+        "_pair",
+        "_quantised",
+    )
 
     def __init__(self, layer: Any, name: str, pair: Pair, dtype: torch.dtype, parts: Parts) -> None:
-        self._name, self._scaling = name, layer.scaling[name]
-        self._children = _children(layer, name)
-        self._kinds = tuple(child.__class__ for child in self._children)
+        self._facts, self._holds = _facts_of(layer, name), _holds()
+        self._base, _, _, self._drop = _children(layer, name)
         self._pair, self._dtype, self._device = pair, dtype, pair.lora_A.device
-        self._packed, self._compute = isinstance(parts.weight, FrozenWeight), parts.compute
-        base, A, B, _ = self._children
-        held = ((base, "weight"), (base, "bias"), (A, "weight"), (A, "bias"), (B, "weight"), (B, "bias"))
-        self._facts = tuple((child._parameters, key, *_fact(child._parameters[key])) for child, key in held)
+        self._quantised, self._compute = isinstance(parts.weight, FrozenWeight), parts.compute
         self._backends: dict[Any, Backend] = {}
 
-    def holds(self, layer: Any, x: Tensor) -> bool:
+    def holds(self, x: Tensor) -> bool:
         """Whether the predicate would say of the layer, and of x, what it said before."""
-        state = layer.__dict__
-        modules, name = state["_modules"], self._name
-        base, A, B, drop = children = self._children
-        active = layer._active_adapter
-        if not (
-            (active == name or (active.__class__ is list and len(active) == 1 and active[0] == name))
-            and modules["base_layer"] is base
-            and modules["lora_A"]._modules.get(name) is A
-            and modules["lora_B"]._modules.get(name) is B
-            and modules["lora_dropout"]._modules.get(name) is drop
-            and state["scaling"].get(name) is self._scaling
-            and not layer._disable_adapters
-            and not layer.merged_adapters
-            and not state.get("lora_variant")
-            and not state.get("use_dora", _NONE).get(name)
-            and state.get("cast_input_dtype_enabled", True)
-        ):
-            return False
-        for child, kind in zip(children, self._kinds, strict=True):
-            d = child.__dict__
-            if (
-                d["_forward_hooks"]
-                or d["_forward_pre_hooks"]
-                or d["_backward_hooks"]
-                or d["_backward_pre_hooks"]
-                or "forward" in d
-                or "_hf_hook" in d
-                or child.__class__ is not kind
-            ):
-                return False
-        for parameters, key, tensor, shape, dtype, kind in self._facts:
-            found = parameters.get(key)
-            if found is not tensor or (
-                found is not None and (found.shape != shape or found.dtype is not dtype or found.__class__ is not kind)
-            ):
-                return False
-        if (
-            nn_module._global_forward_hooks
-            or nn_module._global_forward_pre_hooks
-            or nn_module._global_backward_hooks
-            or nn_module._global_backward_pre_hooks
-        ):
-            return False
-        pair, device = self._pair, self._device
-        W = pair.weight.data
+        pair = self._pair
         return (
-            x.__class__ is Tensor
+            self._holds(self._facts)
+            and x.__class__ is Tensor
             and x.layout is torch.strided
-            and x.device == device == pair.lora_A.device == pair.lora_B.device == W.device
+            and x.device == self._device == pair.weight.data.device
             and not x.is_nested
             and x.ndim > 0
             and x.shape[-1] == pair.weight.shape[1]
             and not looked_through()
-            and (self._takes_packed(base, x) if self._packed else not W.requires_grad and self._takes(x))
+            and (self._takes_quantised(x) if self._quantised else not pair.weight.data.requires_grad and self._takes(x))
         )
 
     def _takes(self, x: Tensor) -> bool:
@@ -110,9 +110,9 @@ class Memo:
             return torch.get_autocast_dtype(device) is self._dtype and dtype in _ROUNDED
         return dtype is self._dtype
 
-    def _takes_packed(self, base: Any, x: Tensor) -> bool:
+    def _takes_quantised(self, x: Tensor) -> bool:
         """The same of a quantised base, whose weight is still what it was; not in fp16 of another x, see ``run_in``."""
-        dtype, found = x.dtype, quantised.frozen(base)
+        dtype, found = x.dtype, quantised.frozen(self._base)
         return (
             not isinstance(found, str)
             and found[0] is self._pair.weight
@@ -123,14 +123,13 @@ class Memo:
 
     def run(self, x: Tensor) -> Tensor:
         """y of the layer; draws the RNG state of a mask."""
-        base, _, _, drop = self._children
-        pair, given = self._pair, x.dtype
+        pair, given, drop = self._pair, x.dtype, self._drop
         if drop.__class__ is nn.Dropout and drop.training and dropout.threshold(drop.p):
             pair = pair._replace(dropout_p=drop.p, rng_state=dropout.draw_rng_state(x.device))
         if given is self._dtype:
             return run_pair(x, pair, self._backends)
         x = x.to(self._dtype)
-        if not self._packed or quantised.follows_autocast(base):
+        if not self._quantised or quantised.follows_autocast(self._base):
             return run_pair(x, pair, self._backends)
         y = run_pair(x, pair._replace(bias=None), self._backends).to(given)
         return y if pair.bias is None else y + pair.bias.to(given)  # not rounded to the base's dtype
@@ -144,6 +143,8 @@ def memo_of(layer: Any, parts: Parts, x: Tensor) -> Memo | None:
     A, B, lora_bias, _, scaling, magnitude = parts.adapters[0]
     if magnitude is not None or isinstance(scaling, Tensor):
         return None
+    if any("weight" not in child._parameters for child in _children(layer, active[0])[:3]):
+        return None  # FSDP1 without use_orig_params puts another view there for each call
     if isinstance(weight, FrozenWeight):
         frozen, dtype = weight, quantised.dtype_of_products(x, parts.compute)
         plain = all(tensor.__class__ is Tensor for tensor in weight.tensors)
@@ -165,5 +166,43 @@ def _children(layer: Any, name: str) -> tuple[Any, ...]:
     return (modules["base_layer"], *(modules[of]._modules[name] for of in ("lora_A", "lora_B", "lora_dropout")))
 
 
-def _fact(tensor: Tensor | None) -> tuple[Any, ...]:
-    return (None,) * 4 if tensor is None else (tensor, tensor.shape, tensor.dtype, tensor.__class__)
+def _facts_of(layer: Any, name: str) -> Facts:
+    """The state of a layer with one active adapter of that name, as far as the predicate looks at it."""
+    state, children = layer.__dict__, _children(layer, name)
+    same: list[Any] = [state, "scaling", state["scaling"], state["scaling"], name, layer.scaling[name]]
+    absent: list[Any] = []
+    empty: list[Any] = [state, "_disable_adapters", state, "merged_adapters", state, "lora_variant"]
+    kinds: list[Any] = [layer, layer.__class__]
+    equal: list[Any] = []
+    for key in ("_active_adapter", "cast_input_dtype_enabled", "use_dora"):
+        if key in state:
+            same += (state, key, state[key])
+        else:
+            absent += (state, key)
+    active, dora = state.get("_active_adapter"), state.get("use_dora")
+    singles = (active, active[0]) if isinstance(active, list) else ()
+    empty += (dora, name) if isinstance(dora, dict) else ()
+    modules = state["_modules"]
+    same += (state, "_modules", modules, modules, "base_layer", children[0])
+    for of, child in zip(("lora_A", "lora_B", "lora_dropout"), children[1:], strict=True):
+        container = modules[of]
+        inside = container._modules
+        same += (modules, of, container, container.__dict__, "_modules", inside, inside, name, child)
+    for child in children:
+        own = child.__dict__
+        for key in _HOOKS:
+            empty += (own, key)
+        absent += (own, "forward", own, "_hf_hook")
+        kinds += (child, child.__class__)
+        equal += (child, "__dict__", own)
+    for child in children[:3]:
+        same += (child.__dict__, "_parameters", child._parameters)
+        for key in ("weight", "bias"):
+            tensor = child._parameters.get(key)
+            same += (child._parameters, key, tensor)
+            if tensor is not None:
+                kinds += (tensor, tensor.__class__)
+                equal += (tensor, "shape", tensor.shape, tensor, "dtype", tensor.dtype, tensor, "device", tensor.device)
+    for key in _GLOBAL_HOOKS:
+        empty += (vars(nn_module), key)
+    return Facts(tuple(same), tuple(absent), tuple(empty), tuple(kinds), singles, tuple(equal))

@@ -55,6 +55,8 @@ def mixed_batch(layer: Any, x: Tensor, names: Any) -> Tensor | str:
     parts = plain_parts(layer, [used[span.id] for span in spans])
     if isinstance(parts, str):
         return parts
+    if parts.units:
+        return "a mixed batch over units of FSDP"
     if not all(map(_is_plain, parts.adapters)):
         return "a mixed batch with DoRA or a tensor as scaling"
     reason = why_not_input(parts, x)

@@ -16,6 +16,7 @@ from torch.nn.modules import module as nn_module
 from peftkern import dropout
 from peftkern.functional import looked_through
 from peftkern.integrations import quantised
+from peftkern.integrations.peft import units, zero3
 from peftkern.integrations.peft.tally import DISABLED, MERGED
 from peftkern.ops import dispatch
 from peftkern.weights import FrozenWeight
@@ -52,7 +53,8 @@ class Parts(NamedTuple):
     """What the fast path reads of a layer: the frozen weight [N, K], its bias, and the adapters active on it.
 
     ``compute`` is the dtype the weight is multiplied in; None where that is x's own, or autocast's. y of a quantised
-    base is in x's dtype, or, where it ``follows_autocast``, in autocast's.
+    base is in x's dtype, or, where it ``follows_autocast``, in autocast's. ``units`` are the children that are units of
+    FSDP, the base first: where there are any the tensors are stand-ins, unless they were read ``within`` the units.
     """
 
     weight: Tensor | FrozenWeight
@@ -60,6 +62,7 @@ class Parts(NamedTuple):
     adapters: list[Adapter]
     compute: torch.dtype | None
     follows_autocast: bool = False
+    units: tuple[nn.Module, ...] = ()
 
 
 def why_not(layer: lora.Linear) -> str | None:
@@ -68,9 +71,10 @@ def why_not(layer: lora.Linear) -> str | None:
     return parts if isinstance(parts, str) else None
 
 
-def plain_parts(layer: lora.Linear, mixed: Sequence[str] | None = None) -> Parts | str:
+def plain_parts(layer: lora.Linear, mixed: Sequence[str] | None = None, seen: units.Seen = units.ahead) -> Parts | str:
     """The parts of a layer whose forward is base(x) + sum of B(A(dropout(x))) scaling and nothing else, or the reason
     why not. ``mixed`` are the adapters of a mixed batch, which the layer has; without it, those that are active.
+    ``seen`` says what is read of a child whose weights FSDP keeps elsewhere.
 
     Runs at every call, so it reads the modules' dictionaries: nn.Module's attribute lookup costs ten times as much.
     """
@@ -89,7 +93,7 @@ def plain_parts(layer: lora.Linear, mixed: Sequence[str] | None = None) -> Parts
     state = layer.__dict__
     if not state.get("cast_input_dtype_enabled", True):
         return "casting of its input is disabled"
-    base = modules["base_layer"]
+    base = seen(modules["base_layer"])
     found = _base_parts(base)
     if isinstance(found, str):
         return found
@@ -99,13 +103,14 @@ def plain_parts(layer: lora.Linear, mixed: Sequence[str] | None = None) -> Parts
     adapters = []
     for name in active:
         if name in present:  # PEFT skips an active adapter that the layer does not have
-            adapter = _adapter(modules, state, name, weight)
+            adapter = _adapter(modules, state, name, weight, seen)
             if isinstance(adapter, str):
                 return adapter if len(active) == 1 else f"adapter {name!r}: {adapter}"
             adapters.append(adapter)
     follows = isinstance(weight, FrozenWeight) and quantised.follows_autocast(base)
+    apart = units.of(modules, [name for name in active if name in present])
     if mixed is not None:
-        return Parts(weight, bias, adapters, compute, follows)
+        return Parts(weight, bias, adapters, compute, follows, apart)
     if not adapters:
         names = ", ".join(map(repr, active))
         return f"the active adapter {names} is not on this layer" if active else "no adapter is active"
@@ -113,13 +118,16 @@ def plain_parts(layer: lora.Linear, mixed: Sequence[str] | None = None) -> Parts
         return f"{len(adapters)} adapters are active, and one of them uses DoRA"
     if isinstance(weight, FrozenWeight) and adapters[0].magnitude is not None:
         return "DoRA on a quantised base"
-    return Parts(weight, bias, adapters, compute, follows)
+    return Parts(weight, bias, adapters, compute, follows, apart)
 
 
 def _base_parts(base: Any) -> tuple[Tensor | FrozenWeight, Tensor | None, torch.dtype | None] | str:
     """The frozen weight, its bias and its compute dtype as ``Parts`` has them, or why the base layer must be called."""
     if quantised.is_quantised(base):
-        found = why_not_observed("base_layer", base) or quantised.frozen(base)
+        weight = base._parameters.get("weight")
+        if weight is not None and zero3.is_partitioned(weight):
+            return "its quantised base is ZeRO-3's"  # what is taken of one is kept, and would keep all that is gathered
+        found = why_not_observed("base_layer", base) or units.why_not_whole(weight) or quantised.frozen(base)
         return found if isinstance(found, str) else (found[0], base._parameters["bias"], found[1])
     reason = _why_not_plain("base_layer", base, (nn.Linear, Conv1D))
     if reason is not None:
@@ -127,6 +135,8 @@ def _base_parts(base: Any) -> tuple[Tensor | FrozenWeight, Tensor | None, torch.
     weight, bias = base._parameters["weight"], base._parameters["bias"]
     if weight.requires_grad:
         return "its base weight requires grad"
+    if type(base) is Conv1D and zero3.hooked(base):
+        return "its Conv1D is ZeRO-3's"  # a view of its weight, saved for backward, would keep what is gathered
     if bias is not None and bias.dtype != weight.dtype:
         return f"its base weight is {weight.dtype} and its base bias {bias.dtype}"
     if bias is not None and not bias.numel():
@@ -135,7 +145,7 @@ def _base_parts(base: Any) -> tuple[Tensor | FrozenWeight, Tensor | None, torch.
 
 
 def _adapter(
-    modules: Mapping[str, Any], state: Mapping[str, Any], name: str, weight: Tensor | FrozenWeight
+    modules: Mapping[str, Any], state: Mapping[str, Any], name: str, weight: Tensor | FrozenWeight, seen: units.Seen
 ) -> Adapter | str:
     """One adapter of a layer, given the layer's dictionaries, or why the fast path cannot run it."""
     variant = state.get("lora_variant", {}).get(name)
@@ -154,11 +164,11 @@ def _adapter(
             p = drop.p
     elif type(drop) is not nn.Identity:
         return f"its dropout is a {type(drop).__name__}"
-    module_A, module_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    module_A, module_B = seen(modules["lora_A"]._modules[name]), seen(modules["lora_B"]._modules[name])
     reason = (
         _why_not_plain("lora_A", module_A)
         or _why_not_plain("lora_B", module_B)
-        or why_not_observed("lora_dropout", drop)
+        or why_not_observed("lora_dropout", drop, zero3.hooked(drop))
     )
     if reason is not None:
         return reason
@@ -183,7 +193,7 @@ def _adapter(
         return f"lora_B's bias has {len(lora_bias)} of {N} elements: it is partitioned or not loaded yet"
     if not dora:
         return Adapter(A, B, lora_bias, p, scaling)
-    magnitude = _magnitude(modules["lora_magnitude_vector"]._modules[name], A, B)
+    magnitude = _magnitude(seen(modules["lora_magnitude_vector"]._modules[name]), A, B)
     p = p if state["training"] else 0.0  # DoRA asks the layer whether it trains, then dropout
     return magnitude if isinstance(magnitude, str) else Adapter(A, B, None, p, scaling, magnitude)
 
@@ -192,7 +202,7 @@ def _magnitude(child: Any, A: Tensor, B: Tensor) -> Tensor | str:
     if type(child) is not DoraLinearLayer:
         return f"its magnitude is a {type(child).__name__}"
     magnitude = child._parameters["weight"]
-    if type(magnitude) is not nn.Parameter or magnitude.shape != B.shape[:1] or magnitude.device != A.device:
+    if type(magnitude) not in (nn.Parameter, Tensor) or magnitude.shape != B.shape[:1] or magnitude.device != A.device:
         return f"its magnitude is a {type(magnitude).__name__} {tuple(magnitude.shape)} on {magnitude.device}"
     if magnitude.dtype != A.dtype:
         return f"lora_A is {A.dtype} and the magnitude {magnitude.dtype}"
@@ -227,15 +237,15 @@ def _why_not_plain(label: str, child: Any, kinds: tuple[type, ...] = (nn.Linear,
     weight = child._parameters.get("weight")
     if type(weight) not in (nn.Parameter, Tensor):
         return f"{label} has a weight of type {type(weight).__name__}"
-    return why_not_observed(label, child)
+    return why_not_observed(label, child, zero3.hooked(child))
 
 
 def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def why_not_observed(label: str, child: Any) -> str | None:
-    """A child that somebody watches or has replaced must be called."""
+def why_not_observed(label: str, child: Any, but_zero3: bool = False) -> str | None:
+    """A child that somebody watches or has replaced must be called; ``but_zero3``: other than to gather it."""
     state = child.__dict__
     if ("forward" in state and is_replaced(child)) or "_hf_hook" in state:
         return f"{label} has a replaced forward"
@@ -245,7 +255,10 @@ def why_not_observed(label: str, child: Any) -> str | None:
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
     ):
-        return f"{label} has hooks"
+        hooks = [h for of in ("_forward_hooks", "_forward_pre_hooks") for h in state[of].values()]
+        backward = state["_backward_hooks"] or state["_backward_pre_hooks"]
+        if backward or not but_zero3 or not all(map(zero3.is_own, hooks)):
+            return f"{label} has hooks"
     return None
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from peftkern.call import Base, Call, Update
 from peftkern.functional import autocast, looked_through, run
-from peftkern.integrations.peft import tally
+from peftkern.integrations.peft import tally, zero3
 from peftkern.integrations.peft.layer import PeftkernLoraLinear, patched_forward_is_off, updates_of
 from peftkern.integrations.peft.read import Parts, plain_parts, why_not_input
 from peftkern.ops import dispatch
@@ -131,7 +131,7 @@ class SharedInputLoraLinear(PeftkernLoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         made = None if args or kwargs else _groups.get(self)
-        if made is None or made.dissolved or patched_forward_is_off() or not _traceable(x):
+        if made is None or made.dissolved or zero3.hooked(self) or patched_forward_is_off() or not _traceable(x):
             return super().forward(x, *args, **kwargs)
         y = None
         if made.members[0]() is self:
@@ -175,7 +175,7 @@ def _together(made: _Group, x: Tensor) -> Tensor | None:
 def _simple_parts(layer: Any, x: Tensor) -> Parts | None:
     """The parts of a layer that can run together with others: a dense weight, one adapter without a magnitude."""
     parts = plain_parts(layer)
-    if isinstance(parts, str) or why_not_input(parts, x) is not None:
+    if isinstance(parts, str) or parts.units or why_not_input(parts, x) is not None:
         return None
     alone = len(parts.adapters) > 1 or parts.adapters[0].magnitude is not None or isinstance(parts.weight, FrozenWeight)
     return None if alone else parts

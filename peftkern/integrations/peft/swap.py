@@ -15,6 +15,7 @@ from torch import nn
 
 from peftkern import _env
 from peftkern.call import Problem
+from peftkern.integrations.peft import units, zero3
 from peftkern.integrations.peft.experts import ParameterParts, ParamWrapper, PeftParamWrapper, parameter_parts
 from peftkern.integrations.peft.layer import PeftkernLoraLinear
 from peftkern.integrations.peft.read import Parts, is_replaced, plain_parts, why_not_dtypes
@@ -152,11 +153,12 @@ def _enter(report: PatchReport, name: str, layer: Any, reason: str | None) -> No
     tally = tally_of(layer)
     if tally is not None:
         report.tallies.append(tally)
-        reason = reason or tally.of_last_input
+        reason = reason or (tally.of_last_call if units.is_managed(layer) else tally.of_last_input)
     if reason is not None:
         report.skipped[name] = reason
         return
-    report.backends[name] = _expected_backend(layer)
+    with zero3.as_gathered(layer):
+        report.backends[name] = _expected_backend(layer)
     report.fast.append(name)
 
 
@@ -182,10 +184,9 @@ def _why_not(layer: Any) -> str | None:
     if isinstance(layer, ParamWrapper):
         stacked = parameter_parts(layer)
         return stacked if isinstance(stacked, str) else None
-    parts = plain_parts(layer)
-    if isinstance(parts, str):
-        return parts
-    return why_not_dtypes(_compute(parts), _compute(parts), parts.adapters)
+    with zero3.as_gathered(layer):
+        parts = plain_parts(layer, seen=units.between)
+        return parts if isinstance(parts, str) else why_not_dtypes(_compute(parts), _compute(parts), parts.adapters)
 
 
 def _fast_class(kind: type, share: bool) -> type | None:
@@ -234,7 +235,7 @@ def _expected_backend(layer: Any, M: int = 1024) -> str:
         experts = W.shape[0] if W.ndim == 3 else 1
         K, N, R = A.shape[1], B.shape[0], A.shape[0] // experts
         return dispatch.select(Problem(W.device.type, M, K, N, R, W.dtype, A.dtype), "").name
-    parts = plain_parts(layer)
+    parts = plain_parts(layer, seen=units.between)
     assert isinstance(parts, Parts)  # the caller has just seen to it
     N, K = parts.weight.shape
     first, weight = parts.adapters[0], parts.weight

@@ -38,7 +38,7 @@ class Tally:
         self.memo: Any = None
         self.fallbacks: dict[str, int] = {}
         self.traced: dict[str, int] = {}
-        self._input: tuple[int, str] | None = None  # of the last call refused for its x: ``fused`` then, and why
+        self._refused: tuple[int, str, bool] | None = None  # the last such call: ``fused`` then, why, whether for its x
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tally, (self.name, self.reported)
@@ -47,7 +47,7 @@ class Tally:
         """Count a call that PEFT runs, and say so where it is news."""
         before = self.fallbacks.get(reason, 0)
         self.fallbacks[reason] = before + 1
-        self._input = (self.fused, reason) if of_input else None
+        self._refused = None if reason in _ASKED_FOR else (self.fused, reason, of_input)
         if not before:
             self._tell(reason)
 
@@ -63,9 +63,14 @@ class Tally:
             logger.warning("peftkern: layer %s runs PEFT's own forward: %s", self.name, reason)
 
     @property
+    def of_last_call(self) -> str | None:
+        """Why the last call was refused; None where it was fused, or PEFT's because somebody asked for that."""
+        return self._refused[1] if self._refused is not None and self._refused[0] == self.fused else None
+
+    @property
     def of_last_input(self) -> str | None:
-        """Why the last call was refused, where that was for its x; None where it was fused or not for that."""
-        return self._input[1] if self._input is not None and self._input[0] == self.fused else None
+        """The same, where it was for its x: None also where it was not for that."""
+        return self.of_last_call if self._refused is not None and self._refused[2] else None
 
 
 def attach(layer: Any, name: str, reason: str | None) -> None:
