@@ -194,13 +194,10 @@ _complained: set[str] = set()
 def tables(arch: Arch) -> tuple[Table, ...]:
     """The tables for a chip, the user's first; read once, by one thread. Never raises."""
     key = arch.name, arch.product
-    found = _loaded.get(key)
-    if found is None:
-        with _loading:
-            found = _loaded.get(key)
-            if found is None:
-                found = _loaded[key] = tuple(_load(arch))
-    return found
+    with _loading:
+        if key not in _loaded:
+            _loaded[key] = tuple(_load(arch))
+        return _loaded[key]
 
 
 def _load(arch: Arch) -> Iterator[Table]:
