@@ -18,6 +18,7 @@ from peftkern.adapters.files import (
     LoRATensors,
     check_base_weight,
     check_complete,
+    check_tensor,
     key_of,
     keys_of,
     read_adapter,
@@ -211,13 +212,9 @@ def _check_fit(
         raise ValueError(f"{key_of(name, 'bias')} ({N},) is missing, but bias='lora_only'")
     shapes = shapes_of(r, K, N)
     for field, tensor in found._asdict().items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shapes[field]:
-            raise ValueError(f"{key_of(name, field)} has shape {tuple(tensor.shape)}; expected is {shapes[field]}")
-        dtype = bias.dtype if field == "bias" and bias is not None else adapter_dtype
-        if not tensor.to(dtype).isfinite().all():
-            raise ValueError(f"{key_of(name, field)} {shapes[field]} has a value that {dtype} cannot hold")
+        if tensor is not None:
+            dtype = bias.dtype if field == "bias" and bias is not None else adapter_dtype
+            check_tensor(name, field, tensor, shapes[field], dtype)
     check_base_weight(name, found, weight)
 
 

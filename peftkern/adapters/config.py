@@ -73,7 +73,7 @@ class LoRAConfig:
                 raise TypeError(f"{name} is a dict, not {patterns!r}")
             for pattern, value in patterns.items():
                 check(f"{name}[{pattern!r}]", value)
-                _compile(name, pattern)
+                compiled(name, pattern)
 
     def rank(self, name: str) -> int:
         """The rank of the layer of that name."""
@@ -161,7 +161,8 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} is finite, got {value}")
 
 
-def _compile(name: str, pattern: str) -> re.Pattern[str]:
+def compiled(name: str, pattern: str) -> re.Pattern[str]:
+    """A pattern of the field ``name``, which matches the end of a layer's name at a dot. Raises: ValueError."""
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
@@ -180,7 +181,7 @@ def _refuse_slow(name: str, pattern: str) -> None:
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches the name's end, as PEFT."""
     for pattern, value in patterns.items():
-        if _compile("pattern", pattern).match(name):
+        if compiled("pattern", pattern).match(name):
             return value
     return default
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peftkern._files import beside
 from peftkern.adapters.config import LoRAConfig, matches
+from peftkern.ops.check import naming
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -83,6 +84,19 @@ def check_base_weight(name: str, layer: LoRATensors, weight: Tensor) -> None:
         raise ValueError(f"{key_of(name, 'weight')} is not the model's weight, and base weights are not loaded")
 
 
+def check_tensor(
+    name: str, field: str, tensor: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, why: str = ""
+) -> None:
+    """Raise ValueError, naming the key, for another shape, and for a value that is not finite, also not in a dtype."""
+    key = key_of(name, field)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{key} has shape {tuple(tensor.shape)}; expected is {shape}{why}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{key} {shape} holds a NaN or an Inf; every value is finite")
+    if tensor.dtype != dtype and not tensor.to(dtype).isfinite().all():
+        raise ValueError(f"{key} {shape} has a value that {dtype} cannot hold")
+
+
 def keys_of(names: Sequence[str]) -> str:
     """The keys of some layers' lora_A, the first few of them."""
     more = f" (and {len(names) - 4} more layers)" if len(names) > 4 else ""
@@ -108,15 +122,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
             f"{folder} holds a pickled adapter_model.bin, which could run code and is not read: convert it to "
             f"{WEIGHTS_NAME} with PEFT's save_pretrained"
         )
-    text = _read_regular(config_path, _CONFIG_LIMIT)
-    try:
-        config = LoRAConfig.from_json(text)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise type(error)(f"{config_path}: {error}") from None
-    try:
-        return AdapterFile(config, _validated(config, _parsed(_read_regular(weights_path))))
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{weights_path}: {error}") from None
+    config = naming(str(config_path), LoRAConfig.from_json, _read_regular(config_path, _CONFIG_LIMIT))
+    tensors = naming(str(weights_path), _parsed, _read_regular(weights_path))
+    return AdapterFile(config, naming(str(weights_path), _validated, config, tensors))
 
 
 def write_adapter(
@@ -231,10 +239,5 @@ def _check_layer(name: str, layer: LoRATensors, r: int) -> None:
     N = layer.lora_B.shape[0] if layer.lora_B.ndim == 2 else "out_features"
     expected = shapes_of(r, K, N)
     for field, tensor in layer._asdict().items():
-        if tensor is None:
-            continue
-        key = key_of(name, field)
-        if tuple(tensor.shape) != expected[field]:
-            raise ValueError(f"{key} has shape {tuple(tensor.shape)}; expected is {expected[field]}, with r={r}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{key} {tuple(tensor.shape)} holds a NaN or an Inf; every value is finite")
+        if tensor is not None:
+            check_tensor(name, field, tensor, expected[field], tensor.dtype, f", with r={r}")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftkern.adapters.config import LoRAConfig, matches, some
+from peftkern.adapters.config import LoRAConfig, compiled, matches, some
 from peftkern.nn.lora_linear import LoRALinear, why_not_linear
 
 
@@ -49,7 +49,7 @@ def find_targets(
         raise ValueError(f"no layer is left: target_modules={targets!r}, exclude_modules={config.exclude_modules!r}")
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in chosen):
+            if not any(map(compiled(field, pattern).match, chosen)):
                 raise ValueError(f"{field}: {pattern!r} matches no adapted layer; they are {some(chosen)}")
     wrong = {name: why_not(modules[name]) for name in chosen}
     reasons = [f"{name}: {why}" for name, why in wrong.items() if why]

@@ -5,32 +5,19 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftkern.adapters.config import LoRAConfig, matches, some
-from peftkern.adapters.files import AdapterFile, LoRATensors, check_base_weight, check_complete, key_of
+from peftkern.adapters.files import AdapterFile, LoRATensors, check_base_weight, check_complete, check_tensor, key_of
 from peftkern.nn import initialization
 
+if TYPE_CHECKING:
+    from peftkern.bank.linear import MultiLoRALinear
+
 lock = threading.RLock()  # held while a table changes or is looked through, never during a forward
-
-
-class Layer(Protocol):
-    """A layer that an adapter covers, as it needs one: a ``MultiLoRALinear``."""
-
-    in_features: int
-    out_features: int
-
-    @property
-    def weight(self) -> Tensor | None: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def adapter_dtype(self) -> torch.dtype: ...
 
 
 class Factors(NamedTuple):
@@ -73,7 +60,7 @@ class Adapter:
         return [parameter for _, parameter in self.named_parameters()]
 
 
-def initialised(layers: Mapping[str, Layer], config: LoRAConfig) -> dict[str, Factors]:
+def initialised(layers: Mapping[str, MultiLoRALinear], config: LoRAConfig) -> dict[str, Factors]:
     """New factors for the layers that config.target_modules names. Raises: ValueError where there is none."""
     rule = config.target_modules
     everything = isinstance(rule, str) and rule.lower() == "all-linear"
@@ -92,7 +79,9 @@ def initialised(layers: Mapping[str, Layer], config: LoRAConfig) -> dict[str, Fa
     return factors
 
 
-def copied(layers: Mapping[str, Layer], config: LoRAConfig, tensors: Mapping[str, LoRATensors]) -> dict[str, Factors]:
+def copied(
+    layers: Mapping[str, MultiLoRALinear], config: LoRAConfig, tensors: Mapping[str, LoRATensors]
+) -> dict[str, Factors]:
     """Copies of an adapter's tensors. Raises: ValueError or NotImplementedError naming the key."""
     if not tensors:
         raise ValueError("an adapter has tensors for at least one layer")
@@ -119,7 +108,7 @@ def quoted(names: Iterable[str]) -> str:
     return some([repr(name) for name in names])
 
 
-def _fitted(name: str, given: LoRATensors, layer: Layer, config: LoRAConfig) -> Factors:
+def _fitted(name: str, given: LoRATensors, layer: MultiLoRALinear, config: LoRAConfig) -> Factors:
     """A copy of a layer's tensors, in a dtype that the layer computes with."""
     N, K, weight = layer.out_features, layer.in_features, layer.weight
     r = config.rank(name)
@@ -129,14 +118,9 @@ def _fitted(name: str, given: LoRATensors, layer: Layer, config: LoRAConfig) -> 
     if weight is not None:
         check_base_weight(name, given, weight)
     own = layer.adapter_dtype if weight is None else weight.dtype
+    dtype = own if given.lora_A.dtype == given.lora_B.dtype == own else layer.adapter_dtype
     copies = []
     for field, tensor, shape in (("lora_A", given.lora_A, (r, K)), ("lora_B", given.lora_B, (N, r))):
-        key = key_of(name, field)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{key} has shape {tuple(tensor.shape)}; expected is {shape}")
-        dtype = own if given.lora_A.dtype == given.lora_B.dtype == own else layer.adapter_dtype
-        copy = tensor.detach().to(layer.device, dtype, copy=True).contiguous()
-        if not copy.isfinite().all():
-            raise ValueError(f"{key} {shape} holds a NaN, an Inf or a value that {dtype} cannot hold")
-        copies.append(nn.Parameter(copy))
+        check_tensor(name, field, tensor, shape, dtype)
+        copies.append(nn.Parameter(tensor.detach().to(layer.device, dtype, copy=True).contiguous()))
     return Factors(copies[0], copies[1], config.scaling(name))

@@ -69,16 +69,15 @@ def dtypes(x, weight, lora_A, lora_B, bias, lora_bias, name: str = "x") -> None:
 
 def rng_state(state: Tensor, device: torch.device) -> None:
     """Raise ValueError unless it is int64 [2] on ``device``."""
-    if state.dtype != torch.int64 or state.shape != (2,) or state.device != device:
-        found = f"{state.dtype} {tuple(state.shape)} on {state.device}"
-        raise ValueError(f"rng_state is int64 [2] on {device}, got {found}")
+    if not _is(state, torch.int64, (2,), device):
+        raise ValueError(f"rng_state is int64 [2] on {device}, got {_described(state)}")
 
 
-def naming(label: str, check: Callable[..., None], *arguments: Any) -> None:
-    """Run a check; what it raises begins with ``label``, where there is one."""
+def naming(label: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function; what it raises begins with ``label``, where there is one."""
     try:
-        check(*arguments)
-    except (ValueError, TypeError, NotImplementedError) as error:
+        return function(*arguments)
+    except (ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
         raise type(error)(f"{label}: {error}" if label else str(error)) from None
 
 
