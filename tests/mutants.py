@@ -106,10 +106,10 @@ MUTANTS = [
 
     host("c is not held", "autograd.py", "None if scaling_tensor is None else scaling_tensor.detach().clone()",
         "None if scaling_tensor is None else scaling_tensor.detach()", "test_products.py -k scaling"),
-    host("x is saved for a frozen A", "autograd.py", "rows if keep_x else None, *(s if keep",
+    host("x is saved for a frozen A", "autograd.py", "rows if True in needs.lora_A else None, *(s if keep",
         "rows, *(s if keep", "test_products.py -k 'saved or may_change'"),
     host("dlora_bias by way of dy's dtype", "backends/base.py",
-        "scaled(total.clone(), pair).to(pair.lora_bias.dtype)", "scaled(total.clone(), pair).to(dy.dtype)",
+        "scaled(_total(dy), pair).to(pair.lora_bias.dtype)", "scaled(_total(dy), pair).to(dy.dtype)",
         "test_products.py -k not_rounded"),
     host("dropout's scale in DoRA's magnitude", "dora.py", "total = total * scale + (update.lora_B",
         "total = total + (update.lora_B",

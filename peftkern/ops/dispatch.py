@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,9 +73,7 @@ def _select(requested: str, keys: tuple[tuple, ...]) -> Backend:
     if requested != "auto":
         backend = backend_named(requested)
         for problem in problems:
-            reason = refusal(backend, problem)
-            if reason is not None:
-                raise RuntimeError(f"backend {requested!r} was requested and cannot run this call: {reason}")
+            _require(backend, refusal(backend, problem))
         return backend
     for backend in candidates(problems[0].device_type):
         if all(refusal(backend, problem) is None for problem in problems):
@@ -101,9 +100,12 @@ def autocasting(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+_NOTHING = contextlib.nullcontext()
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """A region in which operators take their operands as they are."""
-    return torch.autocast(device_type, enabled=False) if autocasting(device_type) else contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocasting(device_type) else _NOTHING
 
 
 def forward(call: Call, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -117,10 +119,8 @@ def forward(call: Call, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return ys, [x.new_empty(size, dtype=wide) for size in sizes]
     device_type = x.device.type
     backend = backend_of(call, M, device_type, x.dtype)
-    if autocasting(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return backend.forward(call, x)
-    return backend.forward(call, x)
+    with without_autocast(device_type):
+        return backend.forward(call, x)
 
 
 def backward(
@@ -131,10 +131,8 @@ def backward(
     if M == 0:
         return _zero_gradients(call, dys[0], needs)
     backend = backend_of(call, M, device_type, dtype)
-    if autocasting(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return backend.backward(call, dys, x, thin, needs)
-    return backend.backward(call, dys, x, thin, needs)
+    with without_autocast(device_type):
+        return backend.backward(call, dys, x, thin, needs)
 
 
 def pair(backend: Backend, pair: Pair, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,10 +171,13 @@ def _available(device_type: str, requested: str) -> Backend:
     if requested == "auto":
         return next(backend for backend in candidates(device_type) if backend.unavailable() is None)
     backend = backend_named(requested)
-    reason = backend.unavailable()
-    if reason is not None:
-        raise RuntimeError(f"backend {requested!r} was requested and cannot run this call: {reason}")
+    _require(backend, backend.unavailable())
     return backend
+
+
+def _require(backend: Backend, refused: str | None) -> None:
+    if refused is not None:
+        raise RuntimeError(f"backend {backend.name!r} was requested and cannot run this call: {refused}")
 
 
 def _zero_gradients(call: Call, dy: Tensor, needs: Needs) -> Gradients:
