@@ -27,7 +27,7 @@ _START_SECONDS = 90.0  # that a worker may take to import and to find its tasks,
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop, on the monotonic clock: no task begins after ``begin``, none is waited for after ``end``."""
+    """When a part stops, on the monotonic clock: no task begins after ``begin``, none is waited for after ``end``."""
 
     begin: float
     end: float
@@ -182,7 +182,7 @@ def _serve(
         if result is None:
             worker.end()
             if time.monotonic() >= limits.end:
-                return  # the run is over, which says nothing of the task
+                return  # the part is over, which says nothing of the task
             result = {"status": HANG, "error": f"no answer within {task.limit:.0f} s", "output": worker.said()}
         if result["status"] == CRASH or result.pop("fatal", False):
             result["status"] = result["status"] if result["status"] == OK else CRASH
@@ -190,6 +190,8 @@ def _serve(
         if task.about is not None:
             result.setdefault("about", dict(task.about))
         store.put(task.key, result)
+        if result["status"] == CRASH:
+            store.flush()  # the next process leaves out what has ended this one
         progress(task.key, result)
 
 
