@@ -91,7 +91,7 @@ def test_nothing_is_left_to_compile_for_a_call_nor_for_the_tuner(tmp_path):
     """The binaries are those of calls that are timed, whatever is tuned, where streams fork and where they do not."""
     at, arch = Bench(plan.dry(), tmp_path), ARCHES["sm_90"]
     cell = at.plan.cell(Layer("narrow", 64, 64), 2**18, r=24)  # as much as a large one, by tiles that compile sooner
-    split = next(one for one in search.candidates(_pass(cell, True), arch) if one.schedule == SPLIT)
+    *_, split = (one for one in search.candidates(_pass(cell, True), arch) if one.schedule == SPLIT)
     tasks = compilation.tasks(at, [Task(f"cell {plan.key_of(cell)}", lambda: {}, about=plan.about(cell))])
     tasks.append(Task("split", lambda: compilation._every(at.plan, cell, split, True)))
     with stand_in.gpu("sm_90"):

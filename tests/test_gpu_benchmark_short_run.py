@@ -115,13 +115,13 @@ def test_what_cannot_be_asked_for(option, says, tmp_path, capsys):
      ("60", ("--without", "peft,compiled"), ("peft", "compiled"))],
 )  # fmt: skip
 def test_a_short_run_has_no_time_for_the_compiler(minutes, more, left_out, tmp_path):
-    options = command.parse(["--minutes", minutes, "--out", str(tmp_path), *more])
-    run = command.Run(options)
+    words = ["--minutes", minutes, "--out", str(tmp_path), "--parts", "models,tests", "--only=-m gpu|layer"]
+    run = command.Run(command.parse([*words, *more]))
     assert run.plan.without == left_out
     words = run._command("products", supervise.Limits(0.0, time.monotonic() + 60))
     told = worker.parse(words[words.index("benchmarks.gpu.worker") + 1 :])
     assert asked.plan(told, asked.without(told, 1e9)) == run.plan and asked.of(told) == run.bench.asked
-    assert 50 < told.seconds <= 60
+    assert run.bench.asked == Asked(("models", "tests"), "-m gpu|layer") and 50 < told.seconds <= 60
 
 
 def test_variants_that_are_left_out_are_neither_checked_nor_timed(tmp_path):

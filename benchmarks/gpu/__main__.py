@@ -110,8 +110,9 @@ class Run:
         limits = Limits(min(begin, self.end), min(begin + _GRACE, self.end))
         self.bench.end = limits.end
         done = sum(task.key in store.results for task in tasks)
-        left = max(0.0, limits.begin - time.monotonic()) / 60
-        print(f"\n{part}: {len(tasks)} tasks, {done} done before, at most {left:.1f} minutes", flush=True)
+        started = time.monotonic()
+        left = max(0.0, limits.end - started)
+        print(f"\n{part}: {len(tasks)} tasks, {done} done before, at most {left:.0f} seconds", flush=True)
         try:
             if self.options.in_process:
                 supervise.inline(tasks, store, limits, self._progress)
@@ -122,7 +123,8 @@ class Run:
             report.write(self.options.out)
             self.pack(archive.results)
         count = sum(task.key in store.results for task in tasks)
-        print(f"{part}: {count} of {len(tasks)} tasks are done; {self._elapsed()}", flush=True)
+        took = time.monotonic() - started
+        print(f"{part}: {count} of {len(tasks)} tasks are done in {took:.0f} s; {self._elapsed()}", flush=True)
 
     def _command(self, part: str, limits: Limits) -> list[str]:
         found = [sys.executable, "-m", "benchmarks.gpu.worker", "--part", part, "--out", str(self.options.out)]

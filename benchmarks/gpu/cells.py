@@ -26,10 +26,11 @@ def tasks(bench: Bench) -> list[Task]:
     plan = bench.plan
     first = plane(plan, 0.05, BF16)
     head, rest = first[: len(plan.layers)], first[len(plan.layers) :]
+    limit = 180.0 if plan.compiled else 60.0
 
     def cells(found: list[Cell]) -> list[Task]:
         return [
-            Task(f"cell {key_of(cell)}", functools.partial(measure_cell, bench, cell), 180.0, about(cell))
+            Task(f"cell {key_of(cell)}", functools.partial(measure_cell, bench, cell), limit, about(cell))
             for cell in found
         ]
 

@@ -25,7 +25,7 @@ from peftkern.backends.triton.tune import command, search
 from peftkern.ops import dispatch
 
 _MINUTES = 0.3  # that a layer at one M may take, both directions
-_LIMIT = 120.0
+_LIMIT = 60.0
 _ROWS = (8192, 2048, 4096, 16, 16384, 1024, 1, 256, 64, 4)
 
 
