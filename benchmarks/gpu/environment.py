@@ -22,10 +22,10 @@ _QUERY = (
 
 
 def tasks(bench: Bench) -> list[Task]:
-    """The card's ceilings, and what it says of itself."""
+    """What the card says of itself, which takes no time and without which no figure says anything, and its ceilings."""
     return [
-        Task("ceilings", lambda: ceilings(bench), 120.0),
         Task("card", card, 60.0),
+        Task("ceilings", lambda: ceilings(bench), 120.0),
         Task("packages", packages, 60.0),
     ]
 
@@ -41,14 +41,18 @@ def card() -> Result:
         }  # fmt: skip
     tool = shutil.which("nvidia-smi")
     if tool is not None:
-        for name in _QUERY:  # one by one: an older driver does not know them all
-            done = _run([tool, f"--query-gpu={name}", "--format=csv,noheader"])
+        at_once = (_query(tool, ",".join(_QUERY)) or "").split(", ")
+        if len(at_once) == len(_QUERY):
+            return found | dict(zip(_QUERY, at_once, strict=True))
+        for name in _QUERY:  # an older driver does not know them all
+            done = _query(tool, name)
             if done is not None:
                 found[name] = done
     return found
 
 
-def _run(command: list[str]) -> str | None:
+def _query(tool: str, names: str) -> str | None:
+    command = [tool, f"--query-gpu={names}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
