@@ -77,7 +77,7 @@ def _pair_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         A, B = pair.lora_A if A is None else A, pair.lora_B if B is None else B
         pair = pair._replace(lora_A=A, lora_B=B, rng_state=state)
     x, dy = None if x is None else flattened(x), flattened(dy)
-    if eager.taken(dy, ()):
+    if eager.watched(dy):
         call = Call((Base(pair.weight, pair.bias),), (pair.update(),), pair.precision)
         wanted = Needs(need_x, [need_bias], [need_A], [need_B], [need_lora_bias])
         dx, (dbias,), (dA,), (dB,), (dlora_bias,) = eager.backward(call, [dy], x, [s], wanted)

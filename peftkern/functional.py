@@ -101,7 +101,7 @@ def run_pair(x: Tensor, pair: Pair, backends: dict[Any, Backend] | None = None) 
     ``backends`` is the caller's, who keeps it: what has been chosen for the pair, by number of rows.
     """
     M = x.shape[:-1].numel()
-    if M == 0 or eager.taken(x, ()):
+    if M == 0 or eager.watched(x):
         return run(x, Call((Base(pair.weight, pair.bias),), (pair.update(),), pair.precision))[0]
     key = M, _env.settings()
     backend = None if backends is None else backends.get(key)

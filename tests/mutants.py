@@ -138,7 +138,7 @@ MUTANTS = [
         "+ K * (need_x or A) + N * B)", "test_flops.py -k hand_counts"),
     host("the last of the layers gives dx", "backends/base.py", "return dx.addmm_(dy, weight.materialize(dy.dtype))",
         "return torch.mm(dy, weight.materialize(dy.dtype), out=dx)", "test_shared_input_operators.py -k fp64"),
-    host("dtype of a fake s", "ops/schema.py", "x.new_empty(M, update.R, dtype=wide) for",
+    host("dtype of a fake s", "ops/dispatch.py", "x.new_empty(M, update.R, dtype=wide) for",
         "x.new_empty(M, update.R) for", "test_torch_integration.py -k fake"),
     host("two counters too many", "backends/triton/tiles.py", "if blocks > COUNTERS - 2:", "if blocks > COUNTERS:",
         "test_triton_compile.py -k 'together or illegal'"),

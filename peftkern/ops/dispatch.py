@@ -112,11 +112,7 @@ def forward(call: Call, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Every y [M, N_b] and s [M, R_u]; with rows one s, the spans' [count, R] one behind the other."""
     M = x.shape[0]
     if M == 0:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        ranks = [update.R for update in call.updates]
-        sizes: list[tuple[int, ...]] = [(0, R) for R in ranks] if call.rows is None else [(0,)]
-        ys = [x.new_empty(0, weight.shape[0]) for weight, _ in call.bases]
-        return ys, [x.new_empty(size, dtype=wide) for size in sizes]
+        return empty_results(call, x)
     device_type = x.device.type
     backend = backend_of(call, M, device_type, x.dtype)
     with without_autocast(device_type):
@@ -129,7 +125,7 @@ def backward(
     """The gradients that are needed."""
     M, device_type, dtype = dys[0].shape[0], dys[0].device.type, dys[0].dtype
     if M == 0:
-        return _zero_gradients(call, dys[0], needs)
+        return zero_gradients(call, dys[0], needs)
     backend = backend_of(call, M, device_type, dtype)
     with without_autocast(device_type):
         return backend.backward(call, dys, x, thin, needs)
@@ -180,15 +176,24 @@ def _require(backend: Backend, refused: str | None) -> None:
         raise RuntimeError(f"backend {backend.name!r} was requested and cannot run this call: {refused}")
 
 
-def _zero_gradients(call: Call, dy: Tensor, needs: Needs) -> Gradients:
-    """No tokens: an empty dx and exact zeros for the parameters, without a launch."""
+def empty_results(call: Call, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What ``forward`` returns, without its values: all of it where there are no tokens."""
+    wide, M = torch.promote_types(x.dtype, torch.float32), x.shape[0]
+    ys = [x.new_empty(M, weight.shape[0]) for weight, _ in call.bases]
+    if call.rows is not None:
+        return ys, [x.new_empty(call.thin_size, dtype=wide)]
+    return ys, [x.new_empty(M, update.R, dtype=wide) for update in call.updates]
+
+
+def zero_gradients(call: Call, dy: Tensor, needs: Needs) -> Gradients:
+    """What ``backward`` returns where there are no tokens: exact zeros for the parameters; dx without its values."""
 
     def zeros(parameter: Tensor | None, need: bool) -> Tensor | None:
         if parameter is None or not need:
             return None
         return torch.zeros_like(parameter, memory_format=torch.contiguous_format)
 
-    dx = dy.new_empty(0, call.bases[0].weight.shape[1]) if needs.x else None
+    dx = dy.new_empty(dy.shape[0], call.bases[0].weight.shape[1]) if needs.x else None
     _, *each = needs
     return Gradients(
         dx, *(list(map(zeros, column, needed)) for column, needed in zip(call.parameters(), each, strict=True))

@@ -69,11 +69,8 @@ def _forward(call: Call, x: Tensor) -> list[Tensor]:
 
 
 def _forward_fake(call: Call, x: Tensor) -> list[Tensor]:
-    wide, M = torch.promote_types(x.dtype, torch.float32), x.shape[0]
-    ys = [x.new_empty(M, weight.shape[0]) for weight, _ in call.bases]
-    if call.rows is not None:
-        return [*ys, x.new_empty(call.thin_size, dtype=wide)]
-    return ys + [x.new_empty(M, update.R, dtype=wide) for update in call.updates]
+    ys, thin = dispatch.empty_results(call, x)
+    return [*ys, *thin]
 
 
 def _given_backward(dys, x, thin, *arguments: Any) -> tuple[Any, ...]:
@@ -89,11 +86,7 @@ def _backward(call: Call, dys: list[Tensor], x: Tensor | None, thin: list[Tensor
 
 
 def _backward_fake(call: Call, dys: list[Tensor], x: Any, thin: Any, needs: Needs) -> list[Tensor]:
-    shapes = [dys[0].new_empty(dys[0].shape[0], call.bases[0].weight.shape[1])] if needs.x else []
-    _, *each = needs
-    for parameters, needed in zip(call.parameters(), each, strict=True):
-        shapes += [p.new_empty(p.shape) for p, need in zip(parameters, needed, strict=True) if need and p is not None]
-    return shapes
+    return dispatch.zero_gradients(call, dys[0], needs).asked_for()
 
 
 forward = _define(f"forward(Tensor x, {calls.SCHEMA}) -> Tensor[]", _given_forward, _forward, _forward_fake)
