@@ -34,7 +34,7 @@ from benchmarks.gpu import (
     worker,
 )
 from benchmarks.gpu.asked import Asked
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.bench import Bench, Wrong
 from benchmarks.gpu.measure import FakeTimer
 from benchmarks.gpu.task import CRASH, HANG, OK, Task
 from peftkern.backends.triton import select, tiles
@@ -87,7 +87,7 @@ def test_only_takes_the_tasks_whose_key_has_a_match(tmp_path):
         )
         == 0
     )
-    assert results(tmp_path, "environment").keys() == {"card", "ceilings", "packages"}
+    assert results(tmp_path, "environment").keys() == {"card", "ceilings", "one call", "packages"}
     grid, products = results(tmp_path, "correctness"), results(tmp_path, "products")
     assert grid and all(key.startswith("grid split ") for key in grid)
     assert products and all(key.startswith("cell tiny.up M=8 r=16 ") for key in products)
@@ -132,7 +132,19 @@ def test_variants_that_are_left_out_are_neither_checked_nor_timed(tmp_path):
 
 
 def test_the_card_comes_first(tmp_path):
-    assert [task.key for task in environment.tasks(Bench(plan.dry(), tmp_path))] == ["card", "ceilings", "packages"]
+    assert [task.key for task in environment.tasks(Bench(plan.dry(), tmp_path))] == [
+        "card", "ceilings", "one call", "packages",
+    ]  # fmt: skip
+
+
+def test_the_first_call_is_judged_and_explained(tmp_path, monkeypatch):
+    at = Bench(plan.dry(), tmp_path)
+    result = environment.one_call(at)
+    assert result["errors"]["reference"][3] < 5e-3 and "backend" in result["explained"]
+    genuine = environment.peftkern.lora_linear
+    monkeypatch.setattr(environment.peftkern, "lora_linear", lambda *a, **k: genuine(*a, **k) * 1.05)
+    with pytest.raises(Wrong, match="reference: y has error"):
+        environment.one_call(at)
 
 
 # --------------------------------------------------------------------------------------------------------- deadlines
