@@ -1,4 +1,4 @@
-"""Every environment variable that peftkern reads at run time, parsed once and typed. What each means, the README says.
+"""Every environment variable that peftkern reads at run time, parsed once and typed; docs/tuning.md explains each.
 
 An explicit backend or schedule that cannot run a problem raises with the reason; ``auto`` falls back.
 """

@@ -1,4 +1,4 @@
-"""How a model is launched, whether its layers are fused, and that 32 steps are plain PEFT's: the README's table.
+"""How a model is launched, whether its layers are fused, and that 32 steps are plain PEFT's: docs/launching.md's table.
 
 ``PYTHONPATH=tests python tests/test_launches.py`` prints it. What one process can do is done here; ``SHOWN``
 names the tests of the rest.
@@ -20,6 +20,7 @@ import torch
 from conftest import ALL_LINEAR, ROOT, adapted, llama, randomise
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from quantised_models import quantise
+from test_readme import written
 from test_trainer import options
 from torch import nn
 from zero3_stand_in import ZeRO3
@@ -236,11 +237,11 @@ def test_the_readme_says_so(name):
         pytest.importorskip(LAUNCHES[name].needs, reason=f"{LAUNCHES[name].needs} is not installed")
     else:
         assert any(f"def {SHOWN[name].test}(" in file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
-    assert row(name) in (ROOT / "README.md").read_text().splitlines()
+    assert row(name) in written().splitlines()
 
 
 def test_the_readme_has_no_other_rows():
-    text = (ROOT / "README.md").read_text().split(f"| {' | '.join(HEADS)} |")[1].split("\n\n")[0]
+    text = written().split(f"| {' | '.join(HEADS)} |")[1].split("\n\n")[0]
     names = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()[2:]]
     assert names == [*LAUNCHES, *SHOWN]
 

@@ -1,4 +1,4 @@
-"""A state that ends is fast again: every reason of the README's table, begun and ended between calls of a layer."""
+"""A state that ends is fast again: every reason of docs/fallbacks.md, begun and ended between calls of a layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from quantised_models import quantised_linear
 from test_peft_memo import assert_same, outcome
 from test_peft_states import STATES
-from test_readme import README
+from test_readme import written
 from torch import Tensor, nn
 
 import peftkern
@@ -303,5 +303,5 @@ def test_a_layer_that_is_no_linear_leaves_the_others_fused():
 
 
 def test_these_are_the_reasons_of_the_readme():
-    table = README.read_text().split("| reason | example |\n|---|---|\n")[1].split("\n\n")[0]
+    table = written().split("| reason | example |\n|---|---|\n")[1].split("\n\n")[0]
     assert {line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()} == {*ROWS, ENDLESS}
