@@ -269,6 +269,12 @@ def test_the_gpu_tests_are_one_task_of_the_files_that_have_some(tmp_path, monkey
     assert "tests" not in Asked().parts
 
 
+def test_programs_that_wait_for_each_other_are_not_watched_for_races(tmp_path, monkeypatch):
+    monkeypatch.setattr(external.shutil, "which", lambda tool: f"/bin/{tool}")
+    keys = {task.key for task in external.sanitizers(Bench(plan.Plan(), tmp_path))}
+    assert {"sanitizer memcheck one_pass/shared", "sanitizer racecheck split"} < keys and len(keys) == 7
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Python's own handler of Ctrl-C, which a process started in the background does without."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.task import HANG, OK, WRONG, Result, Task, without_folders
+from peftkern.backends.triton.tiles import SHARED
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _TEST_SECONDS, _SANITIZER_SECONDS = 3600.0, 150.0
@@ -47,7 +48,7 @@ def _pytest(files: list[Path], end: float) -> Result:
 
 
 def sanitizers(bench: Bench) -> list[Task]:
-    """memcheck and racecheck, for each schedule, where the tool exists."""
+    """memcheck and racecheck, for each schedule, where the tool exists; no racecheck of programs that spin."""
     tool = shutil.which("compute-sanitizer")
     if bench.plan.dry or tool is None:
         return []
@@ -55,6 +56,7 @@ def sanitizers(bench: Bench) -> list[Task]:
         Task(f"sanitizer {name} {schedule}", lambda a=(tool, name, schedule): _sanitize(*a), _SANITIZER_SECONDS + 20)
         for name in _TOOLS
         for schedule in bench.plan.schedules
+        if (name, schedule) != ("racecheck", SHARED)
     ]
 
 
