@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import distributed
-import pytest
 import torch
 import torch.distributed as dist
-from conftest import adapted
+from conftest import ALL_LINEAR, adapted, llama, randomise
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import peftkern
@@ -105,41 +102,27 @@ def patched(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextlib.contextmanager
-def accelerate_on_cpus() -> Iterator[None]:
-    """accelerate does not look at its plugin for FSDP, which the Trainer and its launcher make, where it has no GPU."""
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    made = AcceleratorState.__init__
-
-    def init(self, *args, fsdp_plugin=None, **options) -> None:
-        made(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None:
-            shared = {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
-            PartialState._shared_state.update(shared)
-            self.__dict__.update(shared, fsdp_plugin=fsdp_plugin)
-            if self.mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self.mixed_precision)
-
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(AcceleratorState, "__init__", init)
-        yield
-        AcceleratorState._reset_state(reset_partial_state=True)
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def by_the_trainer(model: nn.Module, config: dict, callbacks: Sequence = (), **options) -> Tensor:
-    """The loss of each of 32 steps."""
-    from transformers import Trainer, TrainingArguments
+def quantised(kind: str, storage: torch.dtype | None = None, compute: torch.dtype = torch.float32) -> nn.Module:
+    """PEFT over bitsandbytes' layers."""
+    import bitsandbytes as bnb
+    from peft import LoraConfig, get_peft_model
 
-    rows = [{"input_ids": row, "labels": row} for row in torch.cat(TOKENS)] * 16
-    settings = dict(
-        use_cpu=True, max_steps=32, per_device_train_batch_size=1, learning_rate=1e-2, logging_steps=1, seed=3,
-        save_strategy="no", report_to=[], disable_tqdm=True, fsdp=True, fsdp_config=dict(config),
-    )  # fmt: skip
-    with accelerate_on_cpus(), tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(folder, **settings, **options)
-        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
-        trainer.train()
-    assert isinstance(trainer.model, FSDPModule if config["version"] == 2 else FullyShardedDataParallel)
-    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    model = llama(compute, widths=(64, 128)).train()
+    del model.model.layers[1:]
+    for parent in list(model.model.layers.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear:
+                N, K = linear.weight.shape
+                if kind == "int8":
+                    layer: nn.Module = bnb.nn.Linear8bitLt(K, N, False, has_fp16_weights=False)
+                else:
+                    layer = bnb.nn.Linear4bit(K, N, False, compute, quant_type=kind, quant_storage=storage)
+                layer.weight.data = linear.weight.data
+                setattr(parent, name, layer.to("cpu"))
+    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=ALL_LINEAR, task_type="CAUSAL_LM")
+    return randomise(get_peft_model(model, config)).train()

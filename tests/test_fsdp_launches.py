@@ -1,4 +1,4 @@
-"""Two processes: FSDP2 and FSDP1 as accelerate, the Trainer and LlamaFactory set them up."""
+"""Two processes: FSDP2 and FSDP1, whatever their units are."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from fsdp_training import (
     assert_fused,
     assert_same,
     blocks,
-    by_the_trainer,
     lora_layers,
     mesh,
     patched,
     sharded,
     small,
     trained,
-)  # fmt: skip
+)
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -184,32 +183,6 @@ def check_fsdp1_units_of_frozen_and_trained_parameters() -> None:
         torch.testing.assert_close(trained(model, 2)[0], expected, rtol=2e-5, atol=2e-5)
         report = peftkern.report(model)
         assert list(report.skipped.values()) == ["its base weight requires grad"] * LAYERS, str(report)
-
-
-# --------------------------------------------------------------------------------------------- accelerate, the Trainer
-
-FSDP1 = {"version": 1, "sync_module_states": False}
-CONFIGS: list[tuple[dict, bool]] = [
-    ({"version": 2}, False),
-    ({"version": 2, "cpu_ram_efficient_loading": True, "activation_checkpointing": True}, True),
-    (FSDP1 | {"use_orig_params": True}, True),
-    (FSDP1 | {"use_orig_params": False}, False),
-]  # by PEFT's policy FSDP1 has a unit for each leaf that trains
-
-
-def check_the_trainer_over_32_steps() -> None:
-    """Patched before its model is sharded, and by the callback after that too."""
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    from peftkern.integrations.transformers import PeftkernCallback
-
-    for config, bf16 in CONFIGS:
-        expected = by_the_trainer(small(), config, bf16=bf16)
-        assert len(expected) == 32 and expected[-1] < expected[0] - 0.1
-        for callbacks in ([], [PeftkernCallback()]):
-            model = small() if callbacks else patched(small())
-            found = by_the_trainer(model, config, callbacks, bf16=bf16)
-            assert_fused(model, 64 if "activation_checkpointing" in config else 32)
-            torch.testing.assert_close(found, expected, rtol=1e-2 if bf16 else 2e-5, atol=1e-2 if bf16 else 2e-5)
 
 
 CHECKS = {name: check for name, check in globals().items() if name.startswith("check_")}

@@ -9,9 +9,8 @@ from typing import Any
 import distributed
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from conftest import ALL_LINEAR, llama, randomise
+from conftest import llama, randomise
 from fsdp_training import (
     LAYERS,
     TOKENS,
@@ -20,27 +19,23 @@ from fsdp_training import (
     assert_fused,
     assert_same,
     blocks,
-    by_the_trainer,
+    local,
     lora_layers,
     mesh,
     patched,
+    quantised,
     sharded,
     trained,
-)  # fmt: skip
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 import peftkern
 from peftkern.nn import LoRALinear
 
 STEPS = {"nf4": 32}  # of the others 3
 BYTES = (torch.uint8, torch.int8)
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def live(dtypes: tuple[torch.dtype, ...] = BYTES) -> int:
@@ -128,28 +123,6 @@ def check_lora_linear_saved_and_loaded() -> None:
 # ------------------------------------------------------------------------------------------------------- bitsandbytes
 
 
-def quantised(kind: str, storage: torch.dtype | None = None, compute: torch.dtype = torch.float32) -> nn.Module:
-    """PEFT over bitsandbytes' layers."""
-    import bitsandbytes as bnb
-    from peft import LoraConfig, get_peft_model
-
-    model = llama(compute, widths=(64, 128)).train()
-    del model.model.layers[1:]
-    for parent in list(model.model.layers.modules()):
-        for name, linear in list(parent.named_children()):
-            if type(linear) is nn.Linear:
-                N, K = linear.weight.shape
-                if kind == "int8":
-                    layer: nn.Module = bnb.nn.Linear8bitLt(K, N, False, has_fp16_weights=False)
-                else:
-                    layer = bnb.nn.Linear4bit(K, N, False, compute, quant_type=kind, quant_storage=storage)
-                layer.weight.data = linear.weight.data
-                setattr(parent, name, layer.to("cpu"))
-    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=ALL_LINEAR, task_type="CAUSAL_LM")
-    return randomise(get_peft_model(model, config)).train()
-
-
 def check_bitsandbytes_in_parts() -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     for kind, storage in (("fp4", torch.bfloat16), ("nf4", torch.uint8), ("nf4", torch.bfloat16), ("int8", None)):
@@ -175,29 +148,14 @@ def check_bitsandbytes_in_bf16() -> None:
     """As QLoRA is set up for FSDP: bytes stored as bf16, computed in it, every unit's policy of it too."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    options = ("nf4", torch.bfloat16, torch.bfloat16)
-    model, plain = (
-        sharded(each, UNITS["leaves and bases"], mp_policy=policy)
-        for each in (patched(quantised(*options)), quantised(*options))
-    )
-    found, expected = (trained(each, 8)[0] for each in (model, plain))
-    assert_fused(model, 8)
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
-
-
-def check_qlora_by_the_trainer() -> None:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    options = ("nf4", torch.bfloat16, torch.bfloat16)
-    for config in ({"version": 2}, {"version": 1, "use_orig_params": True, "sync_module_states": False}):
-        model = patched(quantised(*options))
-        size = sum(layer.base_layer.weight.numel() for layer in lora_layers(model))
-        found = by_the_trainer(model, config, bf16=True)
-        held = torch.tensor(sum(local(layer.base_layer.weight).numel() for layer in lora_layers(model)))
-        dist.all_reduce(held)
-        assert held == size, config  # the ranks have each weight once, together
-        assert_fused(model, 32)
-        expected = by_the_trainer(quantised(*options), config, bf16=True)
+    for kind, storage in (("nf4", torch.bfloat16), ("int8", None)):
+        model, plain = (quantised(kind, storage, torch.bfloat16) for _ in range(2))
+        peftkern.patch(model)
+        for each in (model, plain):
+            peftkern.shardable(each)
+            sharded(each, UNITS["leaves and bases"], mp_policy=policy)
+        found, expected = (trained(each, 8)[0] for each in (model, plain))
+        assert_fused(model, 8)
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
