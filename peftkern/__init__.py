@@ -14,22 +14,11 @@ from peftkern.functional import Explanation, explain, lora_linear
 from peftkern.multi_lora import multi_lora_linear
 
 if TYPE_CHECKING:
-    from peftkern.adapters import InjectReport as InjectReport
-    from peftkern.adapters import eject as eject
-    from peftkern.adapters import inject as inject
-    from peftkern.adapters import load_adapter as load_adapter
-    from peftkern.adapters import save_adapter as save_adapter
-    from peftkern.bank import route as route
-    from peftkern.bank import serve as serve
-    from peftkern.bank import unserve as unserve
-    from peftkern.environment import env_report as env_report
-    from peftkern.integrations.peft import PatchReport as PatchReport
-    from peftkern.integrations.peft import disabled as disabled
-    from peftkern.integrations.peft import patch as patch
-    from peftkern.integrations.peft import report as report
-    from peftkern.integrations.peft import shared_inputs as shared_inputs
-    from peftkern.integrations.peft import unpatch as unpatch
-    from peftkern.integrations.sharded import shardable as shardable
+    from peftkern.adapters import InjectReport, eject, inject, load_adapter, save_adapter
+    from peftkern.bank import route, serve, unserve
+    from peftkern.environment import env_report
+    from peftkern.integrations.peft import PatchReport, disabled, patch, report, shared_inputs, unpatch
+    from peftkern.integrations.sharded import shardable
 
 __all__ = [
     "Explanation",
@@ -57,27 +46,18 @@ __all__ = [
 
 # Loaded on first use: they import what the core does not need (PEFT takes seconds).
 _LAZY = {
-    "PatchReport": "peftkern.integrations.peft",
-    "disabled": "peftkern.integrations.peft",
-    "patch": "peftkern.integrations.peft",
-    "report": "peftkern.integrations.peft",
-    "shared_inputs": "peftkern.integrations.peft",
-    "unpatch": "peftkern.integrations.peft",
-    "shardable": "peftkern.integrations.sharded",
-    "env_report": "peftkern.environment",
-    "InjectReport": "peftkern.adapters",
-    "eject": "peftkern.adapters",
-    "inject": "peftkern.adapters",
-    "load_adapter": "peftkern.adapters",
-    "route": "peftkern.bank",
-    "save_adapter": "peftkern.adapters",
-    "serve": "peftkern.bank",
-    "unserve": "peftkern.bank",
-    "adapters": "peftkern.adapters",
-    "bank": "peftkern.bank",
-    "nn": "peftkern.nn",
-    "testing": "peftkern.testing",
-    "weights": "peftkern.weights",
+    name: module
+    for module, names in {
+        "peftkern.adapters": "adapters InjectReport eject inject load_adapter save_adapter",
+        "peftkern.bank": "bank route serve unserve",
+        "peftkern.environment": "env_report",
+        "peftkern.integrations.peft": "PatchReport disabled patch report shared_inputs unpatch",
+        "peftkern.integrations.sharded": "shardable",
+        "peftkern.nn": "nn",
+        "peftkern.testing": "testing",
+        "peftkern.weights": "weights",
+    }.items()
+    for name in names.split()
 }
 
 

@@ -45,10 +45,6 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
     command.add_options(parser)
 
 
-def _no_options(parser: argparse.ArgumentParser) -> None:
-    pass
-
-
 def _env(options: argparse.Namespace) -> str:
     from peftkern.environment import env_report
 
@@ -68,10 +64,10 @@ def _lines(report: dict[str, object], indent: str = "") -> list[str]:
 
 
 # name: (what it does, its function, its own options); each takes --json.
-COMMANDS: dict[str, tuple[str, Command, Options]] = {
-    "env": ("versions, devices and each backend's state", _env, _no_options),
+COMMANDS: dict[str, tuple[str, Command, Options | None]] = {
+    "env": ("versions, devices and each backend's state", _env, None),
     "kernels": (
-        "registers, stack, shared memory and MMA kind of every Triton kernel on every target", _kernels, _no_options,
+        "registers, stack, shared memory and MMA kind of every Triton kernel on every target", _kernels, None,
     ),
     "tune": ("measure the schedules and tiles of the Triton kernels on this GPU", _tune, _tune_options),
 }  # fmt: skip
@@ -88,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, (meaning, _, add_options) in COMMANDS.items():
         command = commands.add_parser(name, help=meaning)
         command.add_argument("--json", action="store_true", help="print JSON")
-        add_options(command)
+        if add_options is not None:
+            add_options(command)
     options = parser.parse_args(arguments)
     try:
         print(COMMANDS[options.command][1](options))

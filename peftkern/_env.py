@@ -1,25 +1,6 @@
-"""Every environment variable that peftkern reads at run time, parsed once and typed.
+"""Every environment variable that peftkern reads at run time, parsed once and typed; docs/tuning.md explains each.
 
-========================  =======================================  ========
-variable                  values                                   default
-========================  =======================================  ========
-``PEFTKERN_BACKEND``      ``auto | triton | cpp | reference``       ``auto``
-``PEFTKERN_SCHEDULE``     ``auto | one_pass/recompute |             ``auto``
-                          one_pass/shared | split | library``
-``PEFTKERN_BATCH_INVARIANT``  ``0 | 1``: a row's result does not   ``0``
-                          depend on the number of rows
-``PEFTKERN_OVERLAP``      ``0 | 1``: large gradients of A and B   ``1``
-                          run beside dx, on a second stream
-``PEFTKERN_CHECK_IDS``    ``0 | 1``: adapter ids on a device     ``0``
-                          are read, and refused out of range
-``PEFTKERN_MAX_ISA``      ``auto | baseline | avx2 | avx512 |      ``auto``
-                          avx512bf16``: C++ uses no instruction
-                          set above it, read when it is loaded
-``PEFTKERN_CACHE``        a folder: the user's tuned tables         ``~/.cache/peftkern``
-========================  =======================================  ========
-
-An explicit backend or schedule that cannot run a problem raises with the reason;
-``auto`` falls back. The README carries the same table.
+An explicit backend or schedule that cannot run a problem raises with the reason; ``auto`` falls back.
 """
 
 from __future__ import annotations
@@ -54,10 +35,7 @@ def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
 
 
 def _switch(name: str, default: str) -> bool:
-    value = os.environ.get(name, "").strip() or default
-    if value not in ("0", "1"):
-        raise ValueError(f"{name}={value!r} is not 0 or 1")
-    return value == "1"
+    return _choice(name, default, ("0", "1")) == "1"
 
 
 @functools.cache

@@ -56,7 +56,7 @@ def _backward(ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:
 
 def _pair_forward(ctx: Any, x: Tensor, held: Bound) -> Tensor:
     pair, shape = held.pair, x.shape
-    y, s = dispatch.pair(held.backend, pair, x if len(shape) == 2 else flattened(x))
+    y, s = dispatch.pair(held.backend, pair, flattened(x))
     need_x, _, _, _, need_A, need_B, _ = ctx.needs_input_grad
     # In the order of _call_forward: a checkpoint compares what forward and recomputation save.
     ctx.save_for_backward(
@@ -64,7 +64,7 @@ def _pair_forward(ctx: Any, x: Tensor, held: Bound) -> Tensor:
         pair.lora_B if need_x or need_A else None, pair.rng_state, *(pair.weight.tensors if need_x else ()),
     )  # fmt: skip
     ctx.held, ctx.shape = held, shape
-    return y if len(shape) == 2 else unflattened(y, shape[:-1])
+    return unflattened(y, shape)
 
 
 def _pair_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -72,23 +72,19 @@ def _pair_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, s, A, B, state, *weight = saved_tensors(ctx)
     need_x, _, _, need_bias, need_A, need_B, need_lora_bias = ctx.needs_input_grad
     if need_x and any(one is not other for one, other in zip(weight, pair.weight.tensors, strict=True)):
-        pair = pair._replace(
-            weight=pair.weight.holding(weight)
-        )  # hooks on saved tensors have put others in their place
+        pair = pair._replace(weight=pair.weight.holding(weight))  # hooks have put others in their place
     if state is not pair.rng_state or A is not pair.lora_A or B is not pair.lora_B:
         A, B = pair.lora_A if A is None else A, pair.lora_B if B is None else B
         pair = pair._replace(lora_A=A, lora_B=B, rng_state=state)
-    flat = len(shape) == 2
-    if not flat:
-        x, dy = None if x is None else flattened(x), flattened(dy)
-    if eager.taken(dy, ()):
+    x, dy = None if x is None else flattened(x), flattened(dy)
+    if eager.watched(dy):
         call = Call((Base(pair.weight, pair.bias),), (pair.update(),), pair.precision)
         wanted = Needs(need_x, [need_bias], [need_A], [need_B], [need_lora_bias])
         dx, (dbias,), (dA,), (dB,), (dlora_bias,) = eager.backward(call, [dy], x, [s], wanted)
     else:
         needs = PairNeeds(need_x, need_A, need_B, need_bias, need_lora_bias)
         dx, dA, dB, dbias, dlora_bias = dispatch.pair_backward(backend, pair, dy, x, s, needs)
-    return (dx if flat or dx is None else dx.view(shape)), None, None, dbias, dA, dB, dlora_bias
+    return (dx if len(shape) == 2 or dx is None else dx.view(shape)), None, None, dbias, dA, dB, dlora_bias
 
 
 def _call_forward(ctx: Any, x: Tensor, half: bool, layout: Layout, tensors: Sequence[Any]) -> Any:
@@ -97,7 +93,7 @@ def _call_forward(ctx: Any, x: Tensor, half: bool, layout: Layout, tensors: Sequ
         updates = tuple(u._replace(scaling_tensor=snapshot(u.scaling_tensor)) for u in call.updates)
         call = call._replace(updates=updates)
     rows = x.to(torch.float16) if half else x
-    ys, thin = eager.forward(call, rows if rows.ndim == 2 else flattened(rows))
+    ys, thin = eager.forward(call, flattened(rows))
     needs = _needs(call, ctx.needs_input_grad)
     keep_s = [any(needs.lora_B)] if call.rows is not None else needs.lora_B
     tensors, read = (*call.flat_parameters(), *others(call)), _read(call, needs)
@@ -108,7 +104,7 @@ def _call_forward(ctx: Any, x: Tensor, half: bool, layout: Layout, tensors: Sequ
     ctx.unread = [None if reads or t is None else t.detach() for t, reads in zip(tensors, read, strict=True)]
     ctx.held, ctx.facts = layout, (needs, half, len(thin), x.shape)
     ys = [y.to(x.dtype) for y in ys] if half else ys
-    ys = ys if x.ndim == 2 else [unflattened(y, x.shape[:-1]) for y in ys]
+    ys = [unflattened(y, x.shape) for y in ys]
     if len(ys) == 1:
         return ys[0]
     ctx.set_materialize_grads(False)
@@ -126,8 +122,7 @@ def _call_backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
     if not used:
         return (None,) * len(wanted)
     given: list[Any] = [dys[b] for b in used]
-    if len(shape) != 2:
-        x, given = None if x is None else flattened(x), list(map(flattened, given))
+    x, given = None if x is None else flattened(x), list(map(flattened, given))
     if half:
         power, dtype = _power_of(given[0]), given[0].dtype
         given = [(given[0] * power).to(torch.float16)]
@@ -169,13 +164,16 @@ def lora_pair(x: Tensor, pair: Pair, backend: Backend) -> Tensor:
 
 
 def flattened(rows: Tensor) -> Tensor:
-    """Rows without their leading dimensions, [M, ...]."""
-    return rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])
+    """Rows [..., C] as [M, C]."""
+    return rows if rows.ndim == 2 else rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])
 
 
-def unflattened(y: Tensor, lead: Sequence[int]) -> Tensor:
-    """y with leading dimensions. No view: autograd lets none be modified in place behind a reentrant checkpoint."""
-    return torch.ops.aten._unsafe_view.default(y, (*lead, y.shape[-1]))
+def unflattened(y: Tensor, shape: torch.Size) -> Tensor:
+    """y [M, N] with the leading dimensions of an x of this shape.
+
+    No view: autograd lets none be modified in place behind a reentrant checkpoint.
+    """
+    return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[-1]))
 
 
 def snapshot(scaling_tensor: Tensor | None) -> Tensor | None:

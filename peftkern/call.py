@@ -309,22 +309,15 @@ def others(call: Call) -> list[Tensor | None]:
 
 def join(layout: Layout, tensors: Sequence[Any]) -> Call:
     """The opposite of ``split``."""
-    b, E = len(layout.bases), len(layout.updates)
-    biases, A, B, lora_bias = (
-        tensors[:b],
-        tensors[b : b + E],
-        tensors[b + E : b + 2 * E],
-        tensors[b + 2 * E : b + 3 * E],
-    )
-    bases, updates, at = [], [], b + 3 * E
+    each, E = iter(tensors), len(layout.updates)
+    biases, A, B, lora_bias = (list(itertools.islice(each, count)) for count in (len(layout.bases), E, E, E))
+    bases, updates = [], []
     for bias, (format, group_size, shape, tables) in zip(biases, layout.bases, strict=True):
-        data, scale, *rest = tensors[at : at + 2 + tables]
+        data, scale, *rest = itertools.islice(each, 2 + tables)
         bases.append(Base(FrozenWeight.from_operands(format, data, scale, group_size, tuple(rest), shape), bias))
-        at += 2 + tables
     for i, facts in enumerate(layout.updates):
-        updates.append(Update(A[i], B[i], lora_bias[i], tensors[at], tensors[at + 1], *facts))
-        at += 2
-    rows = Rows(*tensors[at:]) if layout.rows else None
+        updates.append(Update(A[i], B[i], lora_bias[i], next(each), next(each), *facts))
+    rows = Rows(*each) if layout.rows else None
     return Call(tuple(bases), tuple(updates), layout.precision, layout.backend, rows)
 
 

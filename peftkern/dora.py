@@ -81,9 +81,8 @@ class DoRAFunction(torch.autograd.Function):
         need_G = need_B or (need_magnitude and drops)
         need_lora_B = need_x or need_A or (need_magnitude and drops)
         _, held = split(_without_bias(call))
-        weight_tensors = (
-            len(held) - 6
-        )  # bias, A, B and lora_bias stand before them, scaling_tensor and rng_state behind
+        # bias, A, B and lora_bias stand before them, scaling_tensor and rng_state behind.
+        weight_tensors = len(held) - 6
         read = [False, need_x, need_lora_B, False, *[need_x] * weight_tensors, True, True]
         ctx.save_for_backward(
             x if need_A else None, s if need_G else None, h if need_magnitude else None, norm, gain,

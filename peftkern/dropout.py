@@ -53,9 +53,13 @@ def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
 
 
 def keep_mask(M: int, K: int, p: float, rng_state: Tensor) -> Tensor:
-    """Bool [M, K], True where an element survives; on ``rng_state``'s device.
+    """The keep mask that every backend applies to an x of M rows and K columns.
 
-    Formula: see the module's docstring. Deterministic: the same bits for the same arguments on every device.
+    Formula: element (row, col) is kept iff its 16-bit Philox4x32-10 lane is at least round(65536 p); kept elements are
+        scaled by 65536 / (65536 - round(65536 p)). The module's docstring defines it in full.
+    Args: M, K: shape of the flattened x; p: probability; rng_state: int64 [2] (seed, offset).
+    Returns: bool [M, K] on rng_state's device, True where kept.
+    Deterministic: the same bits for the same arguments on every device.
     """
     device = rng_state.device
     seed, offset = rng_state.unbind()

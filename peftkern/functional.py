@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from peftkern import _env, autograd, dora, dropout
-from peftkern.autograd import unflattened
+from peftkern.autograd import flattened, unflattened
 from peftkern.backends.base import Backend
 from peftkern.backends.reference import formula
 from peftkern.call import Base, Call, Pair, Update
@@ -86,13 +86,13 @@ def run(x: Tensor, call: Call, half: bool = False) -> list[Tensor]:
     if not looked_through() and trains(x, call):
         y = autograd.lora(x, call, half)
         return [y] if len(call.bases) == 1 else list(y)
-    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    flat = flattened(x)
     if looked_through():
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # promote_types would be a node of a graph
         ys: Sequence[Tensor] = [y.to(x.dtype) for y in formula.forward_call(call, flat.to(wide))]
     else:
         ys = eager.forward(call, flat)[0]
-    return [y if x.ndim == 2 else unflattened(y, x.shape[:-1]) for y in ys]
+    return [unflattened(y, x.shape) for y in ys]
 
 
 def run_pair(x: Tensor, pair: Pair, backends: dict[Any, Backend] | None = None) -> Tensor:
@@ -101,7 +101,7 @@ def run_pair(x: Tensor, pair: Pair, backends: dict[Any, Backend] | None = None) 
     ``backends`` is the caller's, who keeps it: what has been chosen for the pair, by number of rows.
     """
     M = x.shape[:-1].numel()
-    if M == 0 or eager.taken(x, ()):
+    if M == 0 or eager.watched(x):
         return run(x, Call((Base(pair.weight, pair.bias),), (pair.update(),), pair.precision))[0]
     key = M, _env.settings()
     backend = None if backends is None else backends.get(key)
@@ -111,17 +111,9 @@ def run_pair(x: Tensor, pair: Pair, backends: dict[Any, Backend] | None = None) 
             if len(backends) >= _KEPT:
                 backends.clear()
             backends[key] = backend
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or pair.lora_A.requires_grad
-        or pair.lora_B.requires_grad
-        or (pair.bias is not None and pair.bias.requires_grad)
-        or (pair.lora_bias is not None and pair.lora_bias.requires_grad)
-    ):
+    if torch.is_grad_enabled() and (x.requires_grad or _require_grad(pair[1:5])):  # its parameters
         return autograd.lora_pair(x, pair, backend)
-    if x.ndim == 2:
-        return dispatch.pair(backend, pair, x)[0]
-    return unflattened(dispatch.pair(backend, pair, x.reshape(M, x.shape[-1]))[0], x.shape[:-1])
+    return unflattened(dispatch.pair(backend, pair, flattened(x))[0], x.shape)
 
 
 def run_in(x: Tensor, call: Call, compute: torch.dtype) -> Tensor:
@@ -137,12 +129,12 @@ def run_dora(x: Tensor, call: Call, magnitude: Tensor) -> Tensor:
     """y of a call of one base and one update, without lora_bias, its rows scaled to ``magnitude``: see ``dora``."""
     if call.updates[0].lora_bias is not None:
         raise NotImplementedError("DoRA has no lora_bias")
-    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    flat = flattened(x)
     if looked_through() or trains(flat, call) or (torch.is_grad_enabled() and magnitude.requires_grad):
         y = dora.dora(flat, call, magnitude)
     else:
         y = dora.products(flat, call, magnitude)[0]
-    return y if x.ndim == 2 else unflattened(y, x.shape[:-1])
+    return unflattened(y, x.shape)
 
 
 def looked_through() -> bool:
@@ -160,17 +152,11 @@ def looked_through() -> bool:
 
 def trains(x: Tensor, call: Call) -> bool:
     """Whether autograd wants anything of a call."""
-    if not torch.is_grad_enabled():
-        return False
-    if x.requires_grad:
-        return True
-    for _, bias in call.bases:
-        if bias is not None and bias.requires_grad:
-            return True
-    for A, B, lora_bias, *_ in call.updates:
-        if A.requires_grad or B.requires_grad or (lora_bias is not None and lora_bias.requires_grad):
-            return True
-    return False
+    return torch.is_grad_enabled() and (x.requires_grad or _require_grad(call.flat_parameters()))
+
+
+def _require_grad(parameters: Iterable[Any]) -> bool:
+    return any(parameter is not None and parameter.requires_grad for parameter in parameters)
 
 
 def _prepare(

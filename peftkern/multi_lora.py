@@ -111,10 +111,8 @@ def run_rows(
         raise ValueError("weight requires grad, but only adapters are trained: call weight.requires_grad_(False)")
     x, weight, bias = functional.autocast(x, weight, bias)
     call = Call((Base(weight, bias),), tuple(updates), precision, backend, rows)
-    flat = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    check.forward(call, flat)
-    y = functional.run(flat, call)[0]
-    return y if x.ndim == 2 else functional.unflattened(y, x.shape[:-1])
+    check.forward(call, functional.flattened(x))
+    return functional.run(x, call)[0]
 
 
 def _plan(ids: Tensor, x: Tensor, E: int) -> Routing:

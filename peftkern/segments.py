@@ -35,6 +35,12 @@ class Routing(NamedTuple):
     inside: Tensor | None = None
 
 
+def check_dtype(ids: Tensor) -> None:
+    """Raise TypeError for ids of another dtype than int64 or int32."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"adapter ids are int64 or int32, not {ids.dtype}")
+
+
 def plan_rows(ids: Tensor, device: torch.device | str = "cpu") -> Routing:
     """Sort the rows of a batch by adapter.
 
@@ -44,8 +50,7 @@ def plan_rows(ids: Tensor, device: torch.device | str = "cpu") -> Routing:
     Raises: TypeError or ValueError for ids of another dtype, shape or device, or below -1.
     Deterministic: yes; the sort is stable.
     """
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"adapter ids are int64 or int32, not {ids.dtype}")
+    check_dtype(ids)
     if ids.ndim != 1 or ids.device.type != "cpu":
         raise ValueError(f"adapter ids are [M] on the CPU, got {tuple(ids.shape)} on {ids.device}")
     order = torch.argsort(ids, stable=True)
@@ -75,8 +80,7 @@ def plan_on_device(ids: Tensor, adapters: Sequence[int]) -> Routing:
     Raises: TypeError or ValueError for ids of another dtype or shape; ValueError for an unknown id, if checked.
     Deterministic: yes.
     """
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"adapter ids are int64 or int32, not {ids.dtype}")
+    check_dtype(ids)
     if ids.ndim != 1:
         raise ValueError(f"adapter ids are [M], got {tuple(ids.shape)}")
     if _env.settings().check_ids:

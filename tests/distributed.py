@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 
 WORLD = 2
-SECONDS = 120
+SECONDS = 240
 SKIPPED = "skipped: "
 
 

@@ -50,6 +50,9 @@ class Subject:
         self.layer(self.x)
         assert self.memo.holds(self.x)
 
+    def call(self, x: Tensor) -> Any:
+        return self.layer(x)
+
     @property
     def base(self) -> Any:
         return self.layer.base_layer

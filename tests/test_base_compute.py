@@ -223,7 +223,7 @@ def test_no_rows(target: Target):
 
 
 def test_the_error_beside_the_plain_fp8_weight(target: Target):
-    """The figures of the docstring and the README: 2.65 % of y and of dx, of normal numbers, for every scaling."""
+    """The figures of docstring and docs/measured.md: 2.65 % of y and of dx, of normal numbers, for every scaling."""
     if refused(BF16, target):
         return
     case = Case(256, 1024, 1024, 8, BF16)

@@ -1,6 +1,6 @@
 """torch.compile over checkpoints, dropout, autocast and quantised bases: one graph, the same bits, as few compilations.
 
-PYTHONPATH=tests python tests/test_compiled_checkpoints.py      prints the table that README has
+PYTHONPATH=tests python tests/test_compiled_checkpoints.py      prints the table of docs/launching.md
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, randomise
+from conftest import randomise
 from pairwise import pairwise
 from peft import LoraConfig, get_peft_model
 from quantised_models import quantised_linear
+from test_readme import written
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -252,7 +253,7 @@ def table() -> list[str]:
 
 @pytest.mark.long
 def test_the_readme_has_the_table():
-    assert "\n".join(table()) in (ROOT / "README.md").read_text()
+    assert "\n".join(table()) in written()
 
 
 if __name__ == "__main__":

@@ -20,28 +20,29 @@ from torch import nn
 import peftkern
 
 F32, BF16 = torch.float32, torch.bfloat16
-STEPS, LAYERS = 3, 14
+STEPS, MANY, LAYERS = 3, 32, 14
 # Nothing is kept longer than a module needs it, and what comes next is fetched ahead, or not.
 STAGE3 = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 Trained = tuple[list[torch.Tensor], dict[str, torch.Tensor], peftkern.PatchReport]
 
 
-def engine_of(model: nn.Module, stage: int, dtype: torch.dtype, prefetch: int = 0):
+def engine_of(model: nn.Module, stage: int, dtype: torch.dtype, prefetch: int, rate: float):
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     zero = {"stage": stage} | (STAGE3 | {"stage3_prefetch_bucket_size": prefetch} if stage == 3 else {})
     config = {
         "train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, "bf16": {"enabled": dtype == BF16},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": rate, "torch_adam": True}},
     }  # fmt: skip
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
 
 
 def train(
-    patch: str, stage: int = 3, dtype: torch.dtype = F32, reentrant: bool | None = None, prefetch: int = 0, **options
-) -> Trained:
+    patch: str, stage: int = 3, dtype: torch.dtype = F32, reentrant: bool | None = None, prefetch: int = 0,
+    steps: int = STEPS, **options,
+) -> Trained:  # fmt: skip
     """Losses, adapters and the report; ``patch``: "before" or "after" the engine is made, "later" after a step, ""."""
     import deepspeed
 
@@ -52,11 +53,11 @@ def train(
         model.config.use_cache = False
     if patch == "before":
         peftkern.patch(model, **options)
-    engine = engine_of(model, stage, dtype, prefetch)
+    engine = engine_of(model, stage, dtype, prefetch, rate=1e-2 if steps == STEPS else 1e-3)
     if patch == "after":
         peftkern.patch(model, **options)
     losses, tokens = [], TOKENS.roll(dist.get_rank(), 1)
-    for step in range(STEPS):
+    for step in range(steps):
         if patch == "later" and step == 1:
             peftkern.patch(model, **options)
         loss = engine(input_ids=tokens, labels=tokens).loss
@@ -87,6 +88,11 @@ def assert_trains_as_pefts(patch: str, calls: int = STEPS, dtype: torch.dtype = 
 def check_zero2() -> None:
     for patch in ("before", "after"):
         assert_trains_as_pefts(patch, stage=2)
+
+
+def check_zero2_and_zero3_over_32_steps() -> None:
+    for stage in (2, 3):
+        assert_trains_as_pefts("before", calls=MANY, stage=stage, steps=MANY)
 
 
 def check_zero3() -> None:

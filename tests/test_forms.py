@@ -1,6 +1,6 @@
 """One computation in five forms, and what goes with each: a generated matrix, of which every cell works or is refused.
 
-PYTHONPATH=tests python tests/test_forms.py      prints it; README has it too
+PYTHONPATH=tests python tests/test_forms.py      prints it; docs/design.md has it too
 """
 
 from __future__ import annotations

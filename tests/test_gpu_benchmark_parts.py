@@ -77,6 +77,12 @@ def test_a_worker_that_does_not_start_leaves_its_tasks(tmp_path, capsys):
     assert "no driver" in capsys.readouterr().err
 
 
+def test_a_worker_that_starts_for_longer_than_there_is_time_is_not_waited_for(tmp_path, capsys):
+    began = time.monotonic()
+    assert _serve(tmp_path, ["a", "b"], limits=(30.0, 0.5), script="import time; time.sleep(60)") == {}
+    assert time.monotonic() - began < 20 and capsys.readouterr().err == ""
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Python's own handler of Ctrl-C, which a process started in the background does without."""

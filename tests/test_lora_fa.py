@@ -12,7 +12,7 @@ from conftest import step as llama_step
 from pairwise import pairwise
 from peft import LoraConfig, get_peft_model
 from quantised_models import quantised_linear
-from test_readme import README
+from test_readme import written
 from test_weight_formats import QUANTISED
 from torch import Tensor, nn
 
@@ -196,4 +196,4 @@ def test_the_readmes_figure():
         kept_bytes["peftkern"] += kept(lambda m=model, x=x: m(x), model.parameters())
     assert kept_bytes["peftkern"] == len(widths) * s_alone(512, 0.05, rank=16)
     figure = f"{kept_bytes['peftkern'] / MIB:.2f} MiB where PEFT's own keep {kept_bytes['PEFT'] / MIB:.1f}"
-    assert figure in " ".join(README.read_text().split())
+    assert figure in " ".join(written().split())

@@ -37,7 +37,7 @@ def outcome(subject: Subject) -> dict[str, Any]:
     leaves = {name: p for name, p in (parameters | {"x": x}).items() if p.requires_grad}
     torch.manual_seed(1)
     try:
-        y = subject.layer(x)
+        y = subject.call(x)
         wanted = list(leaves.values()) if y.requires_grad and torch.is_grad_enabled() else []
         found = torch.autograd.grad(y.sum(), wanted, allow_unused=True) if wanted else ()
     except Exception as error:  # noqa: BLE001 - whatever it is

@@ -1,4 +1,4 @@
-"""Every Python snippet of the README, run as it stands on a tiny model."""
+"""The README and the pages of docs/: every Python snippet run as it stands on a tiny model, every link followed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from torch import nn
 import peftkern
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
+PAGES = {page.stem: page for page in (README, *sorted(README.parent.glob("docs/*.md")))}
 ROWS = [{"input_ids": row, "labels": row} for row in torch.arange(32).view(4, 8)]
+
+
+def written() -> str:
+    """All pages, one after the other."""
+    return "\n".join(page.read_text() for page in PAGES.values())
 
 
 def snippets() -> dict[str, str]:
     """Heading, or heading and number, of each Python snippet."""
     found: dict[str, str] = {}
-    for section in re.split(r"^##+ ", README.read_text(), flags=re.MULTILINE):
+    for section in re.split(r"^##+ ", written(), flags=re.MULTILINE):
         heading = section.split("\n", 1)[0]
         for i, code in enumerate(re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)):
             found[heading if i == 0 else f"{heading} {i + 1}"] = code
@@ -54,11 +60,11 @@ def fused(names: dict[str, Any]) -> None:
     assert len(peftkern.patch(names["model"]).fast) == 14
 
 
-def use_it() -> dict[str, Any]:
+def a_model() -> dict[str, Any]:
     return {"model": llama()}
 
 
-def use_it_2() -> dict[str, Any]:
+def operands() -> dict[str, Any]:
     linear, x = nn.Linear(8, 6), torch.randn(3, 8)
     return {
         "linear": linear, "x": x, "weight": linear.weight.detach(), "bias": linear.bias, "scaling": 2.0,
@@ -122,9 +128,9 @@ def an_mlp() -> dict[str, Any]:
 
 
 GIVEN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None] | None]] = {
-    "Use it": (use_it, fused),
-    "Use it 2": (use_it_2, None),
-    "Use it 3": (two_adapters, None),
+    "With PEFT: one line": (a_model, fused),
+    "Without PEFT": (operands, None),
+    "Many adapters, one model, one batch": (two_adapters, None),
     "the Hugging Face Trainer": (the_trainer, fused),
     "TRL": (trl, lambda names: fused({"model": names["trainer"].model})),
     "accelerate": (accelerate, None),
@@ -135,6 +141,25 @@ GIVEN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], 
     "no PEFT at all": (plain_models, None),
     "tensor parallelism": (an_mlp, lambda names: names["mlp"](torch.randn(2, 8)).sum().backward()),
 }
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """What a link into a page may end with."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_short_and_its_links_lead_somewhere(name: str):
+    page = PAGES[name]
+    text = page.read_text()
+    assert len(text.splitlines()) <= (150 if page == README else 200)
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 def test_every_snippet_is_run_by_a_test():
@@ -153,6 +178,6 @@ def test_snippet(heading, tmp_path, monkeypatch, request):
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     given, check = GIVEN[heading]
     names = given()
-    exec(compile(snippets()[heading], f"README: {heading}", "exec"), names)
+    exec(compile(snippets()[heading], heading, "exec"), names)
     if check is not None:
         check(names)

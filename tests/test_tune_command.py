@@ -119,14 +119,14 @@ def test_the_cache_is_flushed_before_each_timing(memory: int, monkeypatch):
             assert (self.name, end.name) == ("start", "end")
             return 2.5
 
-    def empty(size: int, dtype: torch.dtype, device: torch.device) -> SimpleNamespace:
-        sizes.append(size * dtype.itemsize)
-        return SimpleNamespace(zero_=lambda: diary.append("flush"))
+    def zeros(size: int, device: torch.device) -> SimpleNamespace:
+        sizes.append(size * torch.float32.itemsize)
+        return SimpleNamespace(sum=lambda: diary.append("flush"))  # it reads, and has nothing that writes
 
     properties = SimpleNamespace(L2_cache_size=L2, total_memory=memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "zeros", zeros)
     timer = EventTimer(torch.device("cuda"))
     assert [timer(lambda: diary.append("run")) for _ in range(2)] == [pytest.approx(2.5e-3)] * 2
     assert diary == ["flush", "start", "run", "end", "wait for end"] * 2

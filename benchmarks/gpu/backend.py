@@ -75,7 +75,7 @@ def chosen(cell: Cell) -> dict[str, str]:
 
 
 def exclusions(results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """What the correctness part found wrong, as {schedule, dtype, rank, tile}; a None there stands for all.
+    """What correctness found wrong and what broke the tuner's device, as {schedule, dtype, rank, tile}; None is all.
 
     A wrong, hung or crashed run of a schedule's y, s or dx excludes the schedule for that dtype; one that only raised,
     for that rank; a tile of the sweep, the tile. Wrong parameter gradients exclude no schedule: they are not its work,
@@ -83,8 +83,8 @@ def exclusions(results: Mapping[str, Result]) -> list[dict[str, Any]]:
     """
     found = []
     for result in results.values():
-        status, about = result.get("status"), result.get("about")
-        if about is None or status in (OK, REFUSED, OUT_OF_MEMORY):
+        status, about = result.get("status"), result.get("failed") or result.get("about") or {}
+        if "schedule" not in about or status in (OK, REFUSED, OUT_OF_MEMORY):
             continue
         wrong = {failure["name"] for failure in result.get("failures", ())}
         if wrong and not wrong & {"y", "s", "dx", "repeat y", "repeat dx"}:

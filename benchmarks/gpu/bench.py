@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import measure, store
+from benchmarks.gpu.asked import Asked
 from benchmarks.gpu.measure import Rounds, Timer
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.roofline import Ceilings
@@ -18,10 +20,12 @@ from benchmarks.gpu.task import ERROR, OK, OUT_OF_MEMORY, WRONG, Result, Task, w
 
 @dataclass
 class Bench:
-    """The plan, the folder of the results, and a timer that is made when it is first needed."""
+    """The plan, the folder of the results, what was asked for, and a timer that is made when it is first needed."""
 
     plan: Plan
     folder: Path
+    asked: Asked = field(default_factory=Asked)
+    end: float = math.inf  # of the part, on the monotonic clock
     _timer: Timer | None = None
     _ceilings: Ceilings | None = field(default=None)
 
@@ -49,9 +53,10 @@ class Bench:
             self._ceilings = ceilings_in(found["results"] if found else {}) or Ceilings({"bfloat16": 790e12}, 3e12)
         return self._ceilings
 
-    def time(self, runs: dict[str, Any]) -> dict[str, list[float]]:
-        """Interleaved samples of calls."""
-        return measure.interleaved(self.timer, runs, self.rounds)
+    def time(self, runs: dict[str, Any], baseline: str = "frozen") -> dict[str, list[float]]:
+        """Interleaved samples of calls; the baseline's, where there is one, are taken twice in each round."""
+        twice = {measure.again(baseline): runs[baseline]} if baseline in runs else {}
+        return measure.interleaved(self.timer, runs | twice, self.rounds)
 
 
 def ceilings_in(results: dict[str, Result]) -> Ceilings | None:

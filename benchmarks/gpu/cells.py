@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from benchmarks.gpu import backend, banks, measure, roofline, studies
 from benchmarks.gpu.bench import Bench, Wrong
-from benchmarks.gpu.plan import BF16, F32, NAMES, Plan, about, key_of, plane, sampled
+from benchmarks.gpu.plan import BF16, F32, Plan, about, cell_of, key_of, plane, sampled
 from benchmarks.gpu.store import Store
 from benchmarks.gpu.task import OUT_OF_MEMORY, WRONG, Result, Task
 from benchmarks.gpu.variants import RESULTS, Linear
 from benchmarks.linear import Cell
-from peftkern.testing.problems import Layer
 
-_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 PHASES = ("forward", "forward+backward")
 _HOST_ROWS = 2048  # up to here the host's own time is measured too
 _BYTES_FREE = 0.85  # of the memory that a cell may need, by a generous count
@@ -29,10 +26,11 @@ def tasks(bench: Bench) -> list[Task]:
     plan = bench.plan
     first = plane(plan, 0.05, BF16)
     head, rest = first[: len(plan.layers)], first[len(plan.layers) :]
+    limit = 180.0 if plan.compiled else 60.0
 
     def cells(found: list[Cell]) -> list[Task]:
         return [
-            Task(f"cell {key_of(cell)}", functools.partial(measure_cell, bench, cell), 180.0, about(cell))
+            Task(f"cell {key_of(cell)}", functools.partial(measure_cell, bench, cell), limit, about(cell))
             for cell in found
         ]
 
@@ -54,10 +52,7 @@ def forget_stale(results: Store, plan: Plan) -> None:
     """Drop what ran by a choice that is no longer made, as after more tuning, so that it is measured again."""
     for key, result in list(results.results.items()):
         if "choice" in result and "about" in result:
-            a = result["about"]
-            cell = plan.cell(Layer(a["layer"], a["K"], a["N"]), a["M"], a["r"], a["p"])
-            cell = replace(cell, dtype=_DTYPES[a["dtype"]], adapter_dtype=_DTYPES[a["adapter"]])
-            if backend.chosen(cell) != result["choice"]:
+            if backend.chosen(cell_of(plan, result["about"])) != result["choice"]:
                 del results.results[key]
 
 
@@ -140,7 +135,7 @@ def _runs(one: Linear, phase: str, failed: dict[str, str]) -> dict[str, Any]:
 
 def _losses(samples: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Eager against all that is not a graph, and graph against graph."""
-    ours = ("frozen", "peftkern")
+    ours = ("frozen", measure.again("frozen"), "peftkern")
     others = [name for name in samples if name.removesuffix(" graph") not in ours]
     plain = [name for name in others if not name.endswith(" graph")]
     found = measure.losses(samples, "peftkern", plain)

@@ -10,10 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import peftkern
 from benchmarks.gpu import measure
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.bench import Bench, Wrong
 from benchmarks.gpu.roofline import name_of
 from benchmarks.gpu.task import Result, Task
+from benchmarks.gpu.variants import Linear
+from benchmarks.linear import SCALING
+from peftkern.testing.problems import Layer
 
 _QUERY = (
     "name", "driver_version", "vbios_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
@@ -22,10 +26,11 @@ _QUERY = (
 
 
 def tasks(bench: Bench) -> list[Task]:
-    """The card's ceilings, and what it says of itself."""
+    """What the card says of itself, without which no figure says anything, its ceilings, and a first sign of life."""
     return [
-        Task("ceilings", lambda: ceilings(bench), 120.0),
         Task("card", card, 60.0),
+        Task("ceilings", lambda: ceilings(bench), 120.0),
+        Task("one call", lambda: one_call(bench), 60.0),
         Task("packages", packages, 60.0),
     ]
 
@@ -41,14 +46,18 @@ def card() -> Result:
         }  # fmt: skip
     tool = shutil.which("nvidia-smi")
     if tool is not None:
-        for name in _QUERY:  # one by one: an older driver does not know them all
-            done = _run([tool, f"--query-gpu={name}", "--format=csv,noheader"])
+        at_once = (_query(tool, ",".join(_QUERY)) or "").split(", ")
+        if len(at_once) == len(_QUERY):
+            return found | dict(zip(_QUERY, at_once, strict=True))
+        for name in _QUERY:  # an older driver does not know them all
+            done = _query(tool, name)
             if done is not None:
                 found[name] = done
     return found
 
 
-def _run(command: list[str]) -> str | None:
+def _query(tool: str, names: str) -> str | None:
+    command = [tool, f"--query-gpu={names}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -62,6 +71,23 @@ def packages() -> Result:
 
     names = ("peft", "transformers", "unsloth", "liger_kernel", "matplotlib", "triton")
     return {"importable": {name: importlib.util.find_spec(name) is not None for name in names}}
+
+
+def one_call(bench: Bench) -> Result:
+    """A small call with its gradients, by plain PyTorch and by the backend that is judged, and how it is explained."""
+    one, found = Linear(bench.plan.cell(Layer("small", 576, 576), 128), bench.plan), {}
+    x, W, A, B, dy = one.o
+    rest = {"dropout_p": one.cell.p, "rng_state": one.rng_state}
+    for name in ("reference", bench.plan.backend):
+
+        def run(name: str = name) -> tuple[torch.Tensor, ...]:
+            y = peftkern.lora_linear(x, W, A, B, SCALING, **rest, backend=name)
+            return (y.detach(), *torch.autograd.grad(y, one.inputs, dy))
+
+        found[name], reason = one.check("peftkern", run)
+        if reason is not None:
+            raise Wrong(f"{name}: {reason}")
+    return {"errors": found, "explained": str(peftkern.explain(x, W, A, B, SCALING, **rest))}
 
 
 def ceilings(bench: Bench) -> Result:

@@ -1,49 +1,54 @@
-"""What runs in a process of its own: the GPU tests, file by file, and compute-sanitizer over small shapes."""
+"""What runs in a process of its own: the GPU tests, and compute-sanitizer over small shapes."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.task import HANG, OK, WRONG, Result, Task, without_folders
+from peftkern.backends.triton.tiles import SHARED
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
-_TEST_SECONDS, _SANITIZER_SECONDS = 240.0, 150.0
+_TEST_SECONDS, _SANITIZER_SECONDS = 3600.0, 150.0
+_LAST_WORDS = 10.0  # seconds that a process has to say how far it came
 _TOOLS = ("memcheck", "racecheck")
-_NO_TESTS = 5  # pytest's exit status where it collected nothing
 _SANITIZED = "benchmarks.gpu.sanitized"
+_GPU_TEST = re.compile(r"\bmark\.gpu\b|\btarget: Target\b|^from conftest import .*\bTARGETS\b", re.MULTILINE)
 
 
 def tests(bench: Bench) -> list[Task]:
-    """One task a test file that has GPU tests; none where tests or pytest are not here."""
+    """All GPU tests of the repository at once, spread over processes; none where tests or pytest are not here."""
     folder = _ROOT / "tests"
     if bench.plan.dry or not folder.is_dir() or importlib.util.find_spec("pytest") is None:
         return []
-    files = [path for path in sorted(folder.glob("test_*.py")) if _may_use_gpu(path)]
-    return [Task(f"pytest {path.name}", lambda path=path: _pytest(path), _TEST_SECONDS + 20) for path in files]
+    return [Task("pytest -m gpu", lambda: _pytest(with_gpu_tests(folder), bench.end), _TEST_SECONDS)]
 
 
-def _may_use_gpu(path: Path) -> bool:
-    text = path.read_text(encoding="utf-8")
-    return any(word in text for word in ("target", "gpu", "cuda"))
+def with_gpu_tests(folder: Path) -> list[Path]:
+    """The files with a test that is marked so, or that runs on each of conftest's targets."""
+    return [path for path in sorted(folder.glob("test_*.py")) if _GPU_TEST.search(path.read_text(encoding="utf-8"))]
 
 
-def _pytest(path: Path) -> Result:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short", "-q", "--maxfail=20", str(path)]
-    result = run(command, _TEST_SECONDS)
-    if result.pop("rc", 0) == _NO_TESTS:
-        return {"status": OK, "note": "no GPU tests in this file"}
-    return result
+def _pytest(files: list[Path], end: float) -> Result:
+    """Interrupted ``_LAST_WORDS`` before the end of the part, as by Ctrl-C, pytest says what has failed by then."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short", "-q", "--maxfail=20", *map(str, files)]
+    if importlib.util.find_spec("xdist") is not None:
+        workers = max(1, min(14, (os.cpu_count() or 2) - 2))
+        command += ["-n", str(workers), "--dist", "worksteal"]
+    return run(command, min(_TEST_SECONDS, end - time.monotonic()) - _LAST_WORDS - 3)
 
 
 def sanitizers(bench: Bench) -> list[Task]:
-    """memcheck and racecheck, for each schedule, where the tool exists."""
+    """memcheck and racecheck, for each schedule, where the tool exists; no racecheck of programs that spin."""
     tool = shutil.which("compute-sanitizer")
     if bench.plan.dry or tool is None:
         return []
@@ -51,6 +56,7 @@ def sanitizers(bench: Bench) -> list[Task]:
         Task(f"sanitizer {name} {schedule}", lambda a=(tool, name, schedule): _sanitize(*a), _SANITIZER_SECONDS + 20)
         for name in _TOOLS
         for schedule in bench.plan.schedules
+        if (name, schedule) != ("racecheck", SHARED)
     ]
 
 
@@ -64,15 +70,22 @@ def run(command: list[str], seconds: float, variables: dict[str, str] | None = N
     """A process's exit status and the end of what it said, bounded in time."""
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
     environment: dict[str, Any] = os.environ | {"PYTHONPATH": path} | (variables or {})
+    process = subprocess.Popen(
+        command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            command, cwd=_ROOT, env=environment, timeout=seconds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        return {"status": HANG, "error": f"no end within {seconds:.0f} s", "output": tail(error.stdout)}
-    result: Result = {"status": OK if done.returncode == 0 else WRONG, "rc": done.returncode}
-    return result | {"output": tail(done.stdout)}
+        said, _ = process.communicate(timeout=max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        try:
+            said, _ = process.communicate(timeout=_LAST_WORDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, _ = process.communicate()
+        return {"status": HANG, "error": f"no end within {seconds:.0f} s", "output": tail(said)}
+    result: Result = {"status": OK if process.returncode == 0 else WRONG, "rc": process.returncode}
+    return result | {"output": tail(said)}
 
 
 def tail(output: bytes | str | None, most: int = 3000) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.gpu import measure
 from benchmarks.gpu.plan import SAMPLE
 from benchmarks.gpu.task import OK, Result
 
@@ -130,6 +131,8 @@ def _no_loss(name: str, found: list[Result], expected: int) -> Goal:
     absent = sum(bool(cell.get("excluded")) for cell in found)
     met = None if not found else not losers and not graphs
     note = f"and {graphs} as CUDA graphs; {absent} lack a competitor"
+    noises = [noise for cell in found for times in cell["times"].values() if (noise := measure.noise(times))]
+    note += f"; frozen over itself up to {max(noises):.3f}, and no smaller loss counts" if noises else ""
     return Goal(name, "0", losers if found else None, met, len(found), expected, note)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from peftkern.testing.problems import Layer
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", F16: "fp16", F32: "fp32"}
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 Dtypes = tuple[torch.dtype, torch.dtype]  # of x and W; of the adapter
 
 # The order in which rows are worth their time: training sizes, then decode, then what lies between.
@@ -37,7 +39,8 @@ class Plan:
         dry: a rehearsal: few cells, times that mean nothing.
         layers, rows: of the products; ``telling``: layer and M where schedules are compared.
         sample: how many other cells.
-        compare_graphs: whether CUDA graphs are captured; compiled: whether torch.compile is a competitor.
+        compare_graphs: whether CUDA graphs are captured; without: variants that are left out.
+        stand_in: without a GPU, the chip that the part "compile" compiles for, in front of the tests' stand-in.
         shapes: M, K, N of the correctness grid; ``medium``: of its sweep over tiles.
         repeats: runs with the same operands, whose results must not differ by a bit.
         hidden, blocks, tokens: of the small Llama.
@@ -52,7 +55,8 @@ class Plan:
     telling: tuple[tuple[str, int], ...] = _TELLING
     sample: int = SAMPLE
     compare_graphs: bool = True
-    compiled: bool = True
+    without: tuple[str, ...] = ()
+    stand_in: str | None = None
     schedules: tuple[str, ...] = SCHEDULES
     dtypes: tuple[Dtypes, ...] = ((BF16, F32), (BF16, BF16), (F16, F32), (F16, F16), (F32, F32))
     ranks: tuple[int, ...] = (16, 64, 8, 128, 24, 1, 256)
@@ -69,6 +73,11 @@ class Plan:
     seconds: float = 0.5
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
 
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile is a competitor: it takes minutes."""
+        return "compiled" not in self.without
+
     def layer(self, name: str) -> Layer:
         """One of the plan's layers, or of all."""
         return next((layer for layer in self.layers if layer.name == name), None) or problems.layer(name)
@@ -79,7 +88,10 @@ class Plan:
 
 
 # The share of the minutes after which a part stops beginning tasks; what one leaves over goes to those after it.
-SHARES = {"environment": 0.05, "correctness": 0.27, "tuning": 0.18, "products": 0.33, "models": 0.17}
+SHARES = {
+    "environment": 0.05, "correctness": 0.24, "compile": 0.09, "tuning": 0.16, "products": 0.31, "models": 0.15,
+    "tests": 0.35,
+}  # fmt: skip
 
 
 def dry(plan: Plan | None = None) -> Plan:
@@ -87,7 +99,7 @@ def dry(plan: Plan | None = None) -> Plan:
     return replace(
         plan or Plan(), device="cpu", backend="reference", dry=True,
         layers=(Layer("tiny.square", 48, 48), Layer("tiny.up", 48, 80)), rows=(8, 2), telling=(("tiny.up", 8),),
-        sample=2, compare_graphs=False, compiled=False, schedules=("split", "library"),
+        sample=2, compare_graphs=False, without=("compiled",), stand_in="sm_90", schedules=("split", "library"),
         dtypes=((BF16, F32), (F32, F32)), ranks=(4,), dropout=(0.05,), shapes=((5, 33, 17),), medium=((12, 40, 24),),
         repeats=2, hidden=(32, 48), blocks=1, vocabulary=64, tokens=16, min_rounds=3, max_rounds=3, seconds=0.0,
     )  # fmt: skip
@@ -122,3 +134,9 @@ def about(cell: Cell) -> dict[str, Any]:
     """A cell as plain values."""
     dtypes = {"dtype": NAMES[cell.dtype], "adapter": NAMES[cell.adapter_dtype]}
     return {"layer": cell.layer, "M": cell.M, "K": cell.K, "N": cell.N, "r": cell.r, "p": cell.p} | dtypes
+
+
+def cell_of(plan: Plan, found: Mapping[str, Any]) -> Cell:
+    """The cell that ``about`` has told of."""
+    dtype, adapter = _DTYPES[found["dtype"]], _DTYPES[found["adapter"]]
+    return Cell(found["layer"], found["M"], found["K"], found["N"], found["r"], found["p"], dtype, adapter, plan.device)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.gpu import correctness, goals, store
+from benchmarks.gpu import correctness, goals, measure, store, tuning
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.task import OK, Result
 
 MOST_CHARACTERS = 11_000
 _SHORT = 14  # lines of a table in the summary
+_AGAIN = measure.again("frozen")
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -73,6 +74,7 @@ def _head(found: Mapping[str, Mapping[str, Any]]) -> str:
     if machine.get("rehearsal"):
         lines.append("A REHEARSAL: every time in here is invented.")
     lines += [f"{part}: {correctness.spoken(content['results'])}" for part, content in found.items()]
+    lines += [tuning.spoken(found["tuning"]["results"])] if found["tuning"]["results"] else []
     return "\n".join(lines)
 
 
@@ -152,12 +154,16 @@ def _cells(products: goals.Results) -> list[dict[str, Any]]:
                 "adapter": about["adapter"],
             }
             row |= {"phase": phase.replace("forward+backward", "f+b"), "frozen us": f"{times['frozen']['us']:.1f}"}
-            row["interval"] = f"{own['low']:.3f}-{own['high']:.3f}" if own else ""
+            row["interval"], row["A/A"] = _interval(own), _interval(times.get(_AGAIN))
             row |= {"roofline": f"{roof['ratio']:.3f}", "overlapped": f"{roof['overlapped']:.3f}"}
-            row |= {name: f"{value['ratio']:.3f}" for name, value in times.items() if name != "frozen"}
+            row |= {name: f"{value['ratio']:.3f}" for name, value in times.items() if name not in ("frozen", _AGAIN)}
             row |= {"MiB": cell.get("peak_mib", {}).get("peftkern", ""), "choice": cell["choice"].get("forward", "")}
             rows.append(row)
     return rows
+
+
+def _interval(value: Mapping[str, Any] | None) -> str:
+    return "" if value is None else f"{value['low']:.3f}-{value['high']:.3f}"
 
 
 def _schedules(products: goals.Results) -> list[dict[str, Any]]:
@@ -170,7 +176,7 @@ def _schedules(products: goals.Results) -> list[dict[str, Any]]:
             best: dict[str, tuple[float, str]] = {}
             for label, value in result[direction]["times"].items():
                 schedule, _, tile = label.partition(" ")
-                if label != "frozen":
+                if label not in ("frozen", _AGAIN):
                     best[schedule] = min(best.get(schedule, (float("inf"), "")), (value["ratio"], tile))
             row = {"cell": goals.title(result["about"]), "direction": direction}
             rows.append(row | {name: f"{value:.3f} ({tile})" for name, (value, tile) in best.items()})

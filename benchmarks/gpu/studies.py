@@ -191,7 +191,7 @@ def decode_cell(bench: Bench, cell: Cell) -> Result:
                     runs[f"{name} graph"] = graphs.Captured(calls[name])
                 except Exception as error:  # noqa: BLE001 - said in the record
                     failed[f"{name} graph"] = f"{type(error).__name__}: {str(error)[:300]}"
-        samples = bench.time(runs)
+        samples = bench.time(runs, "merged")
         result: Result = {
             "choice": backend.chosen(cell), "times": measure.summary(samples, "merged"),
             "host": {name: round(bench.timer.host(run, 0.004) * 1e6, 2) for name, run in calls.items()},

@@ -27,7 +27,7 @@ _START_SECONDS = 90.0  # that a worker may take to import and to find its tasks,
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop, on the monotonic clock: no task begins after ``begin``, none is waited for after ``end``."""
+    """When a part stops, on the monotonic clock: no task begins after ``begin``, none is waited for after ``end``."""
 
     begin: float
     end: float
@@ -63,13 +63,13 @@ class _Worker:
         self.errors = tempfile.TemporaryFile()
         self.answers: queue.Queue[bytes | None] = queue.Queue()
 
-    def ask(self, key: str, seconds: float) -> Result | None:
-        """The result of a task; None where there is none within the seconds.
+    def ask(self, key: str, seconds: float, end: float) -> Result | None:
+        """The result of a task; None where there is none within the seconds, or by ``end``.
 
         Raises: EOFError where the worker ended; NoStart where it did not come up.
         """
         if self.process is None:
-            self._start()
+            self._start(end)
         process, answers = self.process, self.answers  # ``end`` may come from another thread
         if process is None or process.stdin is None:
             raise EOFError("it was ended")
@@ -79,14 +79,14 @@ class _Worker:
         except (OSError, ValueError) as error:
             raise EOFError(str(error)) from error
         try:
-            answer = answers.get(timeout=max(0.0, seconds))
+            answer = answers.get(timeout=max(0.0, min(seconds, end - time.monotonic())))
         except queue.Empty:
             return None
         if answer is None:
             raise EOFError(f"exit status {process.wait()}")
         return json.loads(answer)
 
-    def _start(self) -> None:
+    def _start(self, end: float) -> None:
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
         self.errors.seek(0)
         self.errors.truncate()
@@ -97,7 +97,7 @@ class _Worker:
         )  # fmt: skip
         threading.Thread(target=self._read, args=(self.process, self.answers), daemon=True).start()
         try:
-            ready = self.answers.get(timeout=_START_SECONDS)
+            ready = self.answers.get(timeout=max(0.0, min(_START_SECONDS, end - time.monotonic())))
         except queue.Empty:
             ready = None
         if ready is None:
@@ -171,9 +171,10 @@ def _serve(
         if stop.is_set() or time.monotonic() >= limits.begin:
             return
         try:
-            result = worker.ask(task.key, min(task.limit, limits.end - time.monotonic()))
+            result = worker.ask(task.key, task.limit, limits.end)
         except NoStart as error:
-            print(f"a worker does not start, so its tasks are left: {error}", file=sys.stderr, flush=True)
+            if time.monotonic() < limits.end:
+                print(f"a worker does not start, so its tasks are left: {error}", file=sys.stderr, flush=True)
             return
         except (EOFError, ValueError) as error:
             result = {"status": CRASH, "error": f"the process ended: {error}", "output": worker.said()}
@@ -182,7 +183,7 @@ def _serve(
         if result is None:
             worker.end()
             if time.monotonic() >= limits.end:
-                return  # the run is over, which says nothing of the task
+                return  # the part is over, which says nothing of the task
             result = {"status": HANG, "error": f"no answer within {task.limit:.0f} s", "output": worker.said()}
         if result["status"] == CRASH or result.pop("fatal", False):
             result["status"] = result["status"] if result["status"] == OK else CRASH
@@ -190,6 +191,8 @@ def _serve(
         if task.about is not None:
             result.setdefault("about", dict(task.about))
         store.put(task.key, result)
+        if result["status"] == CRASH:
+            store.flush()  # the next process leaves out what has ended this one
         progress(task.key, result)
 
 

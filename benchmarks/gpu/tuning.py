@@ -1,4 +1,4 @@
-"""The tuner as this command uses it: a thin adapter around ``peftkern.backends.triton.tune``, which may be absent.
+"""The tuner as this command uses it: a thin adapter around ``peftkern.backends.triton.tune``.
 
 The table is the user's cache of ``PEFTKERN_CACHE``, which a worker sets to the folder of the results: it comes back
 with them, and the parts after this one select by it.
@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.plan import BF16, F32, key_of
-from benchmarks.gpu.task import REFUSED, Result, Task
+from benchmarks.gpu.plan import BF16, F32, about, key_of
+from benchmarks.gpu.task import CRASH, REFUSED, Result, Task, without_folders
 from benchmarks.linear import Cell
+from peftkern.backends.triton import tiles
+from peftkern.backends.triton.tiles import Choice
+from peftkern.backends.triton.tune import command, search
 from peftkern.ops import dispatch
 
-_COMMAND = "peftkern.backends.triton.tune.command"
 _MINUTES = 0.3  # that a layer at one M may take, both directions
-_LIMIT = 120.0
+_LIMIT = 60.0
 _ROWS = (8192, 2048, 4096, 16, 16384, 1024, 1, 256, 64, 4)
 
 
@@ -33,8 +35,9 @@ def tasks(bench: Bench) -> list[Task]:
     rows = [M for M in _ROWS if M in plan.rows]
     cells = [plan.cell(layer, M, adapter=adapter) for M in rows for adapter in (BF16, F32) for layer in plan.layers]
     return [
-        Task(f"tune {key_of(cell)}", functools.partial(tune_shapes, [cell], _MINUTES), _LIMIT) for cell in cells
-    ]  # fmt: skip
+        Task(f"tune {key_of(cell)}", functools.partial(tune_shapes, [cell], _MINUTES), _LIMIT, about(cell))
+        for cell in cells
+    ]
 
 
 def tune_shapes(shapes: list[Cell], minutes: float) -> Result:
@@ -42,10 +45,6 @@ def tune_shapes(shapes: list[Cell], minutes: float) -> Result:
 
     The one place that knows the tuner's interface: its command's own options, and the JSON that it returns.
     """
-    try:
-        command = importlib.import_module(_COMMAND)
-    except ModuleNotFoundError as error:
-        return {"status": REFUSED, "error": f"this tree has no tuner, so the estimate chooses: {error}"}
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", action="store_true")
     command.add_options(parser)
@@ -58,6 +57,35 @@ def tune_shapes(shapes: list[Cell], minutes: float) -> Result:
         return {"status": REFUSED, "error": "tuning measures on a GPU, and there is none"}
     begin = time.monotonic()
     triton, reference = (dispatch.backend_named(name) for name in ("triton", "reference"))
-    said: Any = command.run(options, reference, triton.unavailable())
+    try:
+        said: Any = command.run(options, reference, triton.unavailable())
+    except search.DeviceLost as error:
+        failed = None if error.choice is None else _failed(error.choice, first)
+        return {"status": CRASH, "error": without_folders(str(error)), "failed": failed}
     torch.cuda.synchronize()
-    return {"seconds": round(time.monotonic() - begin, 1), "found": json.loads(said)}
+    found = json.loads(said)
+    whole = len(found) == 2 * len(shapes) and all(map(_whole, found))  # both directions
+    return {"seconds": round(time.monotonic() - begin, 1), "whole": whole, "found": found}
+
+
+def _whole(found: Mapping[str, Any]) -> bool:
+    """Whether every legal choice was timed, or is out for a reason, and not for want of time to compile it."""
+    return found["winner"] is not None and len(found["seconds"].keys() | found["rejected"].keys()) >= found["legal"]
+
+
+def _failed(choice: Choice, cell: Cell) -> dict[str, Any]:
+    """What broke the device, as ``backend.exclusions`` reads it: no later process runs it."""
+    dtype = str(cell.dtype).removeprefix("torch.")
+    return {"schedule": choice.schedule, "dtype": dtype, "padded": tiles.padded(cell.r), "tile": str(choice.tile)}
+
+
+def incomplete(results: Mapping[str, Result]) -> list[str]:
+    """The cells whose winners were found among some of the choices alone: those are no measured order."""
+    return [key for key, result in results.items() if not result.get("whole", False)]
+
+
+def spoken(results: Mapping[str, Result]) -> str:
+    """One line: in how many cells every choice was timed."""
+    partly = incomplete(results)
+    line = f"tuned with every choice timed: {len(results) - len(partly)} of {len(results)} cells"
+    return line + (f"; the table is NOT a measured one: {'; '.join(partly[:3])} ..." if partly else "")

@@ -29,6 +29,7 @@ from peftkern.testing.numerics import relative_error
 
 RESULTS = ("y", "dx", "dA", "dB")
 GRAPHS = ("frozen", "peftkern", "compiled")
+OTHERS = ("naive", "addmm_", "peft", "compiled")  # what a plan may leave out
 _RECOMPILES = 512
 _NOISE = 3.0  # times the deviation that one mask makes from none
 
@@ -69,8 +70,7 @@ class Linear:
         found = ["frozen", "peftkern", "naive", "addmm_"]
         if self.cell.adapter_dtype != self.cell.dtype:
             found.append("peft")
-        if self.plan.compiled:
-            found.append("compiled")
+        found = [name for name in (*found, "compiled") if name not in self.plan.without]
         if self.plan.compare_graphs:
             found += [f"{name} graph" for name in GRAPHS if name in found]
         return found

@@ -18,9 +18,11 @@ from peftkern.adapters.files import (
     LoRATensors,
     check_base_weight,
     check_complete,
+    check_tensor,
     key_of,
     keys_of,
     read_adapter,
+    shapes_of,
     write_adapter,
 )
 from peftkern.adapters.injection import InjectReport, adapted_layers, put_adapters, refuse_peft, report_on
@@ -208,15 +210,11 @@ def _check_fit(
         raise ValueError(f"{key_of(name, 'bias')} is there, but {name} has no bias")
     if found.bias is None and bias is not None and file.config.bias == "lora_only":
         raise ValueError(f"{key_of(name, 'bias')} ({N},) is missing, but bias='lora_only'")
-    shapes = {"lora_A": (r, K), "lora_B": (N, r), "lora_bias": (N,), "bias": (N,), "weight": (N, K)}
+    shapes = shapes_of(r, K, N)
     for field, tensor in found._asdict().items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shapes[field]:
-            raise ValueError(f"{key_of(name, field)} has shape {tuple(tensor.shape)}; expected is {shapes[field]}")
-        dtype = bias.dtype if field == "bias" and bias is not None else adapter_dtype
-        if not tensor.to(dtype).isfinite().all():
-            raise ValueError(f"{key_of(name, field)} {shapes[field]} has a value that {dtype} cannot hold")
+        if tensor is not None:
+            dtype = bias.dtype if field == "bias" and bias is not None else adapter_dtype
+            check_tensor(name, field, tensor, shapes[field], dtype)
     check_base_weight(name, found, weight)
 
 
@@ -231,6 +229,6 @@ def _copy(file: AdapterFile, layers: Mapping[str, LoRALinear]) -> None:
             if value is not None and field != "weight":  # which has been found to be the same
                 getattr(layer, field).copy_(value)
         layer.lora_alpha, layer.use_rslora = config.alpha(name), config.use_rslora
-        layer.scaling = layer.lora_alpha / (math.sqrt(layer.r) if layer.use_rslora else layer.r)
+        layer.scaling = config.scaling(name)
         if merged:
             layer.merge()

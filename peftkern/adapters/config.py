@@ -73,7 +73,7 @@ class LoRAConfig:
                 raise TypeError(f"{name} is a dict, not {patterns!r}")
             for pattern, value in patterns.items():
                 check(f"{name}[{pattern!r}]", value)
-                _compile(name, pattern)
+                compiled(name, pattern)
 
     def rank(self, name: str) -> int:
         """The rank of the layer of that name."""
@@ -82,6 +82,11 @@ class LoRAConfig:
     def alpha(self, name: str) -> float:
         """lora_alpha of the layer of that name."""
         return _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+
+    def scaling(self, name: str) -> float:
+        """The number that multiplies the update of the layer of that name."""
+        r = self.rank(name)
+        return self.alpha(name) / (math.sqrt(r) if self.use_rslora else r)
 
     def to_json(self, **extra: Any) -> str:
         """The text of ``adapter_config.json``; ``extra`` are keys that say nothing about layers (task_type, ...)."""
@@ -137,6 +142,11 @@ def matches(rule: Sequence[str] | str, name: str) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in rule)
 
 
+def some(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    return (", ".join(names[:8]) or "none") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
 def _check_rank(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} is an int, not {value!r}")
@@ -151,7 +161,8 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} is finite, got {value}")
 
 
-def _compile(name: str, pattern: str) -> re.Pattern[str]:
+def compiled(name: str, pattern: str) -> re.Pattern[str]:
+    """A pattern of the field ``name``, which matches the end of a layer's name at a dot. Raises: ValueError."""
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
@@ -170,7 +181,7 @@ def _refuse_slow(name: str, pattern: str) -> None:
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches the name's end, as PEFT."""
     for pattern, value in patterns.items():
-        if _compile("pattern", pattern).match(name):
+        if compiled("pattern", pattern).match(name):
             return value
     return default
 

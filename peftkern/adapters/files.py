@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftkern._files import beside
 from peftkern.adapters.config import LoRAConfig, matches
+from peftkern.ops.check import naming
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -59,6 +60,11 @@ def key_of(name: str, field: str) -> str:
     return f"{_PREFIX}{name}.{_ENDS[field]}"
 
 
+def shapes_of(r: int, K: Any, N: Any) -> dict[str, tuple[Any, ...]]:
+    """The shapes of the fields of LoRATensors for a base layer [N, K]."""
+    return {"lora_A": (r, K), "lora_B": (N, r), "lora_bias": (N,), "bias": (N,), "weight": (N, K)}
+
+
 def check_complete(names: Iterable[str], file: AdapterFile) -> None:
     """Raise ValueError for layers that the settings of an adapter name and its tensors lack.
 
@@ -76,6 +82,19 @@ def check_base_weight(name: str, layer: LoRATensors, weight: Tensor) -> None:
     """Raise ValueError where PEFT wrote a base weight beside the adapter that is not the model's."""
     if layer.weight is not None and not torch.equal(layer.weight.to(weight.device, weight.dtype), weight):
         raise ValueError(f"{key_of(name, 'weight')} is not the model's weight, and base weights are not loaded")
+
+
+def check_tensor(
+    name: str, field: str, tensor: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, why: str = ""
+) -> None:
+    """Raise ValueError, naming the key, for another shape, and for a value that is not finite, also not in a dtype."""
+    key = key_of(name, field)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{key} has shape {tuple(tensor.shape)}; expected is {shape}{why}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{key} {shape} holds a NaN or an Inf; every value is finite")
+    if tensor.dtype != dtype and not tensor.to(dtype).isfinite().all():
+        raise ValueError(f"{key} {shape} has a value that {dtype} cannot hold")
 
 
 def keys_of(names: Sequence[str]) -> str:
@@ -103,15 +122,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
             f"{folder} holds a pickled adapter_model.bin, which could run code and is not read: convert it to "
             f"{WEIGHTS_NAME} with PEFT's save_pretrained"
         )
-    text = _read_regular(config_path, _CONFIG_LIMIT)
-    try:
-        config = LoRAConfig.from_json(text)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise type(error)(f"{config_path}: {error}") from None
-    try:
-        return AdapterFile(config, _validated(config, _parsed(_read_regular(weights_path))))
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{weights_path}: {error}") from None
+    config = naming(str(config_path), LoRAConfig.from_json, _read_regular(config_path, _CONFIG_LIMIT))
+    tensors = naming(str(weights_path), _parsed, _read_regular(weights_path))
+    return AdapterFile(config, naming(str(weights_path), _validated, config, tensors))
 
 
 def write_adapter(
@@ -138,28 +151,13 @@ def write_adapter(
     text = config.to_json(**extra)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    waiting: list[tuple[Path, Path]] = []
-    try:
-        for name, content in ((CONFIG_NAME, text.encode()), (WEIGHTS_NAME, weights)):
-            temporary = folder / f".{name}.{secrets.token_hex(8)}.tmp"
-            waiting.append((temporary, folder / name))
-            _write_new(temporary, content)
-        for temporary, final in waiting:
+    with contextlib.ExitStack() as waiting:
+        paths = [(folder / CONFIG_NAME, text.encode()), (folder / WEIGHTS_NAME, weights)]
+        written = [(waiting.enter_context(beside(path, content)), path) for path, content in paths]
+        for temporary, final in written:
             os.replace(temporary, final)
-    except BaseException:
-        for temporary, _ in waiting:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        raise
     if os.name == "posix":
         _flush_folder(folder)
-
-
-def _write_new(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:  # "x" follows no link
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:
@@ -239,18 +237,7 @@ def _validated(config: LoRAConfig, tensors: Mapping[str, Tensor]) -> dict[str, L
 def _check_layer(name: str, layer: LoRATensors, r: int) -> None:
     K = layer.lora_A.shape[-1] if layer.lora_A.ndim == 2 else "in_features"
     N = layer.lora_B.shape[0] if layer.lora_B.ndim == 2 else "out_features"
-    expected: dict[str, tuple[Any, ...]] = {
-        "lora_A": (r, K),
-        "lora_B": (N, r),
-        "lora_bias": (N,),
-        "bias": (N,),
-        "weight": (N, K),
-    }
+    expected = shapes_of(r, K, N)
     for field, tensor in layer._asdict().items():
-        if tensor is None:
-            continue
-        key = key_of(name, field)
-        if tuple(tensor.shape) != expected[field]:
-            raise ValueError(f"{key} has shape {tuple(tensor.shape)}; expected is {expected[field]}, with r={r}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{key} {tuple(tensor.shape)} holds a NaN or an Inf; every value is finite")
+        if tensor is not None:
+            check_tensor(name, field, tensor, expected[field], tensor.dtype, f", with r={r}")

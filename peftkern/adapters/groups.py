@@ -28,28 +28,24 @@ def lora_plus_groups(
     for name, value in (("lr", lr), ("lr_ratio", lr_ratio), ("lr_embedding", lr_embedding)):
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} is positive and finite, got {value}")
-    matrices: list[nn.Parameter] = []
-    embeddings: list[nn.Parameter] = []
-    fast: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    rates = {"matrix": lr, "embedding": lr_embedding, "lora_B": lr * lr_ratio, "vector": lr * lr_ratio}
+    found: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        parts = name.split(".")
-        if "lora_embedding_A" in parts or "lora_embedding_B" in parts:
-            embeddings.append(parameter)
-        elif parameter.ndim == 1:
-            vectors.append(parameter)
-        elif "lora_B" in parts:
-            fast.append(parameter)
-        else:
-            matrices.append(parameter)
-    rates = ((matrices, lr), (embeddings, lr_embedding), (fast, lr * lr_ratio), (vectors, lr * lr_ratio))
+        if parameter.requires_grad:
+            found[_kind(name.split("."), parameter)].append(parameter)
     groups = [
-        {"params": params, "lr": rate, "weight_decay": 0.0 if params is vectors else weight_decay}
-        for params, rate in rates
-        if params
+        {"params": found[kind], "lr": rate, "weight_decay": 0.0 if kind == "vector" else weight_decay}
+        for kind, rate in rates.items()
+        if found[kind]
     ]
     if not groups:
         raise ValueError("no parameter of the model requires grad")
     return groups
+
+
+def _kind(parts: list[str], parameter: nn.Parameter) -> str:
+    if "lora_embedding_A" in parts or "lora_embedding_B" in parts:
+        return "embedding"
+    if parameter.ndim == 1:
+        return "vector"
+    return "lora_B" if "lora_B" in parts else "matrix"

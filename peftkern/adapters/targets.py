@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftkern.adapters.config import LoRAConfig, matches
+from peftkern.adapters.config import LoRAConfig, compiled, matches, some
 from peftkern.nn.lora_linear import LoRALinear, why_not_linear
 
 
@@ -43,18 +43,18 @@ def find_targets(
     else:
         found = [name for name in modules if matches(targets, name)]
         _check_used("target_modules", targets, modules, linear_names(model))
-    chosen = [name for name in found if not (config.exclude_modules and matches(config.exclude_modules, name))]
+    chosen = [name for name in found if not matches(config.exclude_modules, name)]
     _check_used("exclude_modules", config.exclude_modules, found, found)
     if not chosen:
         raise ValueError(f"no layer is left: target_modules={targets!r}, exclude_modules={config.exclude_modules!r}")
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in chosen):
-                raise ValueError(f"{field}: {pattern!r} matches no adapted layer; they are {_some(chosen)}")
+            if not any(map(compiled(field, pattern).match, chosen)):
+                raise ValueError(f"{field}: {pattern!r} matches no adapted layer; they are {some(chosen)}")
     wrong = {name: why_not(modules[name]) for name in chosen}
     reasons = [f"{name}: {why}" for name, why in wrong.items() if why]
     if reasons:
-        raise TypeError(f"{len(reasons)} target(s) cannot be adapted: {_some(reasons)}")
+        raise TypeError(f"{len(reasons)} target(s) cannot be adapted: {some(reasons)}")
     return {name: modules[name] for name in chosen}
 
 
@@ -65,11 +65,7 @@ def _check_used(field: str, rule: Sequence[str] | str, names: Iterable[str], kno
     ]
     if rule and unused:
         ends = sorted({name.rpartition(".")[2] for name in known})
-        raise ValueError(f"{field}: nothing is named {unused!r}; linear layers are named {_some(ends)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise ValueError(f"{field}: nothing is named {unused!r}; linear layers are named {some(ends)}")
 
 
 def short_targets(model: nn.Module, adapted: Sequence[str]) -> tuple[str, ...] | str:

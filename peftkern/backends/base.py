@@ -98,7 +98,7 @@ class Backend(ABC):
             if needs.x:
                 own = self.product(call.bases[b].weight, dys[b], True)
                 dx = own if dx is None else dx.add_(own)
-            found.bias[b] = bias_gradient(call.bases[b], dys[b], needs.bias[b])
+            found.bias[b] = bias_gradient(call.bases[b].bias, dys[b], needs.bias[b])
         return found._replace(x=dx)
 
     def product(self, weight: FrozenWeight, rows: Tensor, backward: bool) -> Tensor:
@@ -194,12 +194,11 @@ def add_lora_bias(call: Call, y: Tensor) -> None:
 
 def fill_rows(call: Call, dy: Tensor, needs: Needs, found: Gradients) -> None:
     """The gradients of a call with rows that are no products: of the biases, and zeros for an update without rows."""
-    found.bias[0] = bias_gradient(call.bases[0], dy, needs.bias[0])
-    wide = torch.promote_types(dy.dtype, torch.float32)
+    found.bias[0] = bias_gradient(call.bases[0].bias, dy, needs.bias[0])
     if any(needs.lora_bias):
         for i, update, _, rows, inside in spans(call):
             if needs.lora_bias[i] and update.lora_bias is not None:
-                total = only(dy[rows], inside).sum(0, dtype=wide) * update.scaling
+                total = _total(only(dy[rows], inside)) * update.scaling
                 found.lora_bias[i] = total.to(update.lora_bias.dtype)
     for place, (column, needed) in enumerate(zip(found[2:], needs[2:], strict=True)):
         for i, (gradient, need) in enumerate(zip(column, needed, strict=True)):
@@ -208,11 +207,14 @@ def fill_rows(call: Call, dy: Tensor, needs: Needs, found: Gradients) -> None:
                 column[i] = torch.zeros_like(like)
 
 
-def bias_gradient(base: Base, dy: Tensor, need: bool) -> Tensor | None:
-    """dbias = sum of dy over rows, from a wide accumulator, in the bias's dtype."""
-    if not need or base.bias is None:
-        return None
-    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(base.bias.dtype)
+def _total(dy: Tensor) -> Tensor:
+    """The sum over rows, from a wide accumulator and in its dtype."""
+    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
+def bias_gradient(bias: Tensor | None, dy: Tensor, need: bool) -> Tensor | None:
+    """dbias = sum of dy over rows, in the bias's dtype."""
+    return None if bias is None or not need else _total(dy).to(bias.dtype)
 
 
 def only(value: Tensor, inside: Tensor | None) -> Tensor:
@@ -233,11 +235,8 @@ def scaled(value: Tensor, pair: Pair) -> Tensor:
 
 
 def bias_gradients(pair: Pair, dy: Tensor, needs: PairNeeds) -> tuple[Tensor | None, Tensor | None]:
-    """dbias = sum dy and dlora_bias = c sum dy over rows, from a wide accumulator, in the parameters' dtypes."""
-    if not (needs.bias or needs.lora_bias):
-        return None, None
-    total = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
-    dbias = total.to(pair.bias.dtype) if needs.bias and pair.bias is not None else None
-    if not (needs.lora_bias and pair.lora_bias is not None):
+    """dbias = sum dy and dlora_bias = c sum dy over rows, in the parameters' dtypes."""
+    dbias = bias_gradient(pair.bias, dy, needs.bias)
+    if pair.lora_bias is None or not needs.lora_bias:
         return dbias, None
-    return dbias, scaled(total.clone(), pair).to(pair.lora_bias.dtype)
+    return dbias, scaled(_total(dy), pair).to(pair.lora_bias.dtype)

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from peftkern.adapters.config import LoRAConfig, matches
-from peftkern.adapters.files import AdapterFile, LoRATensors, check_base_weight, check_complete, key_of
+from peftkern.adapters.config import LoRAConfig, matches, some
+from peftkern.adapters.files import AdapterFile, LoRATensors, check_base_weight, check_complete, check_tensor, key_of
 from peftkern.nn import initialization
 
+if TYPE_CHECKING:
+    from peftkern.bank.linear import MultiLoRALinear
+
 lock = threading.RLock()  # held while a table changes or is looked through, never during a forward
-
-
-class Layer(Protocol):
-    """What an adapter asks of a layer that it covers: a ``MultiLoRALinear``."""
-
-    in_features: int
-    out_features: int
-
-    @property
-    def weight(self) -> Tensor | None: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def adapter_dtype(self) -> torch.dtype: ...
 
 
 class Factors(NamedTuple):
@@ -74,18 +60,14 @@ class Adapter:
         return [parameter for _, parameter in self.named_parameters()]
 
 
-def initialised(layers: Mapping[str, Layer], config: LoRAConfig) -> dict[str, Factors]:
+def initialised(layers: Mapping[str, MultiLoRALinear], config: LoRAConfig) -> dict[str, Factors]:
     """New factors for the layers that config.target_modules names. Raises: ValueError where there is none."""
     rule = config.target_modules
     everything = isinstance(rule, str) and rule.lower() == "all-linear"
-    chosen = [
-        layer
-        for layer in layers
-        if (everything or matches(rule, layer))
-        and not (config.exclude_modules and matches(config.exclude_modules, layer))
-    ]
+    named = [layer for layer in layers if everything or matches(rule, layer)]
+    chosen = [layer for layer in named if not matches(config.exclude_modules, layer)]
     if not chosen:
-        raise ValueError(f"target_modules={rule!r} names none of the bank's layers {some(layers)}")
+        raise ValueError(f"target_modules={rule!r} names none of the bank's layers {quoted(layers)}")
     factors = {}
     for layer in chosen:
         module, r = layers[layer], config.rank(layer)
@@ -93,17 +75,19 @@ def initialised(layers: Mapping[str, Layer], config: LoRAConfig) -> dict[str, Fa
         A = torch.empty(r, module.in_features, **like)
         B = torch.empty(module.out_features, r, **like)
         initialization.init_factors(A, B, config.init_lora_weights)
-        factors[layer] = Factors(nn.Parameter(A), nn.Parameter(B), _scaling(config, layer))
+        factors[layer] = Factors(nn.Parameter(A), nn.Parameter(B), config.scaling(layer))
     return factors
 
 
-def copied(layers: Mapping[str, Layer], config: LoRAConfig, tensors: Mapping[str, LoRATensors]) -> dict[str, Factors]:
+def copied(
+    layers: Mapping[str, MultiLoRALinear], config: LoRAConfig, tensors: Mapping[str, LoRATensors]
+) -> dict[str, Factors]:
     """Copies of an adapter's tensors. Raises: ValueError or NotImplementedError naming the key."""
     if not tensors:
         raise ValueError("an adapter has tensors for at least one layer")
     for name in tensors:
         if name not in layers:
-            raise ValueError(f"{key_of(name, 'lora_A')}: the bank has no layer {name!r}; it has {some(layers)}")
+            raise ValueError(f"{key_of(name, 'lora_A')}: the bank has no layer {name!r}; it has {quoted(layers)}")
     check_complete(layers, AdapterFile(config, dict(tensors)))
     return {name: _fitted(name, tensors[name], layer, config) for name, layer in layers.items() if name in tensors}
 
@@ -119,7 +103,12 @@ def check_plain(config: LoRAConfig) -> None:
         )
 
 
-def _fitted(name: str, given: LoRATensors, layer: Layer, config: LoRAConfig) -> Factors:
+def quoted(names: Iterable[str]) -> str:
+    """The first few names as they are in the source, for a message."""
+    return some([repr(name) for name in names])
+
+
+def _fitted(name: str, given: LoRATensors, layer: MultiLoRALinear, config: LoRAConfig) -> Factors:
     """A copy of a layer's tensors, in a dtype that the layer computes with."""
     N, K, weight = layer.out_features, layer.in_features, layer.weight
     r = config.rank(name)
@@ -129,25 +118,9 @@ def _fitted(name: str, given: LoRATensors, layer: Layer, config: LoRAConfig) -> 
     if weight is not None:
         check_base_weight(name, given, weight)
     own = layer.adapter_dtype if weight is None else weight.dtype
+    dtype = own if given.lora_A.dtype == given.lora_B.dtype == own else layer.adapter_dtype
     copies = []
     for field, tensor, shape in (("lora_A", given.lora_A, (r, K)), ("lora_B", given.lora_B, (N, r))):
-        key = key_of(name, field)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{key} has shape {tuple(tensor.shape)}; expected is {shape}")
-        dtype = own if given.lora_A.dtype == given.lora_B.dtype == own else layer.adapter_dtype
-        copy = tensor.detach().to(layer.device, dtype, copy=True).contiguous()
-        if not copy.isfinite().all():
-            raise ValueError(f"{key} {shape} holds a NaN, an Inf or a value that {dtype} cannot hold")
-        copies.append(nn.Parameter(copy))
-    return Factors(copies[0], copies[1], _scaling(config, name))
-
-
-def _scaling(config: LoRAConfig, layer: str) -> float:
-    r = config.rank(layer)
-    return config.alpha(layer) / (math.sqrt(r) if config.use_rslora else r)
-
-
-def some(names: Mapping[str, object]) -> str:
-    """The first names, for a message."""
-    shown = ", ".join(repr(name) for name in list(names)[:8])
-    return (shown or "none") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        check_tensor(name, field, tensor, shape, dtype)
+        copies.append(nn.Parameter(tensor.detach().to(layer.device, dtype, copy=True).contiguous()))
+    return Factors(copies[0], copies[1], config.scaling(name))

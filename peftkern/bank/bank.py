@@ -6,16 +6,19 @@ import gc
 import os
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peftkern.adapters.config import LoRAConfig
 from peftkern.adapters.files import AdapterFile, LoRATensors, read_adapter, write_adapter
-from peftkern.bank.adapter import Adapter, Layer, check_plain, copied, initialised, lock, some
+from peftkern.bank.adapter import Adapter, check_plain, copied, initialised, lock, quoted
 from peftkern.bank.routes import Ids, Route
-from peftkern.segments import on_device
+from peftkern.segments import check_dtype, on_device
+
+if TYPE_CHECKING:
+    from peftkern.bank.linear import MultiLoRALinear
 
 live_banks: weakref.WeakSet[AdapterBank] = weakref.WeakSet()
 
@@ -31,7 +34,7 @@ class AdapterBank:
     """
 
     def __init__(self) -> None:
-        self._layers: dict[str, Layer] = {}
+        self._layers: dict[str, MultiLoRALinear] = {}
         self._adapters: dict[str, Adapter] = {}
         self._next_id = 0
         self.served: Any = None  # what ``unserve`` undoes
@@ -61,7 +64,7 @@ class AdapterBank:
         """The adapter of that name. Raises: ValueError for an unknown one."""
         adapter = self._adapters.get(name)
         if adapter is None:
-            raise ValueError(f"there is no adapter {name!r}; the bank holds {some(self._adapters)}")
+            raise ValueError(f"there is no adapter {name!r}; the bank holds {quoted(self._adapters)}")
         return adapter
 
     def id_of(self, name: str) -> int:
@@ -76,7 +79,7 @@ class AdapterBank:
         """``peftkern.route(ids, bank)`` with this bank."""
         return route(ids, self)
 
-    def attach(self, name: str, layer: Layer) -> None:
+    def attach(self, name: str, layer: MultiLoRALinear) -> None:
         """Make a layer known under its name in the model. Raises: ValueError where there is one of that name."""
         if name in self._layers:
             raise ValueError(f"the bank has a layer {name!r} already")
@@ -172,7 +175,7 @@ class AdapterBank:
             if fresh and old is not None:
                 raise ValueError(f"the bank has an adapter {name!r} already: replace or remove it")
             if not fresh and old is None:
-                raise ValueError(f"there is no adapter {name!r} to replace; the bank holds {some(self._adapters)}")
+                raise ValueError(f"there is no adapter {name!r} to replace; the bank holds {quoted(self._adapters)}")
             adapter = Adapter(name, self._next_id if old is None else old.id, config, factors, seed)
             self._next_id += old is None
             self._adapters = self._adapters | {name: adapter}
@@ -188,7 +191,8 @@ class AdapterBank:
         with lock:
             table = {adapter.id: adapter for adapter in self._adapters.values()}
             if isinstance(ids, Tensor):
-                found = _tensor(ids)
+                check_dtype(ids)
+                found = ids.detach().to(torch.int64, copy=True)
             else:
                 found = torch.tensor(self._numbers(ids), dtype=torch.int64, device="cpu")
         if found.ndim not in (1, 2):
@@ -218,12 +222,6 @@ class AdapterBank:
         if isinstance(entry, int) and not isinstance(entry, bool):
             return entry
         raise TypeError(f"an adapter id is a name, a number or None, not {entry!r}")
-
-
-def _tensor(ids: Tensor) -> Tensor:
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"adapter ids are int64 or int32, not {ids.dtype}")
-    return ids.detach().to(torch.int64, copy=True)
 
 
 def route(ids: Ids, bank: AdapterBank | None = None) -> Route:

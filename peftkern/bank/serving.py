@@ -16,6 +16,7 @@ from peftkern.adapters.targets import find_targets
 from peftkern.bank.bank import AdapterBank
 from peftkern.bank.linear import MultiLoRALinear, why_not_served
 from peftkern.bank.routes import Route
+from peftkern.ops.check import naming
 
 
 def serve(
@@ -42,7 +43,7 @@ def serve(
     refuse_served(model)
     refuse_adapted(model)
     files = {
-        name: given if isinstance(given, AdapterFile) else _named(name, read_adapter, given)
+        name: given if isinstance(given, AdapterFile) else naming(f"adapter {name!r}", read_adapter, given)
         for name, given in (adapters or {}).items()
     }
     modules = {name: module for name, module in model.named_modules() if name}
@@ -54,7 +55,7 @@ def serve(
             if layer not in modules:
                 raise ValueError(f"adapter {name!r}: {key_of(layer, 'lora_A')}: the model has no such layer")
             targets[layer] = modules[layer]
-        _named(name, check_complete, modules, file)
+        naming(f"adapter {name!r}", check_complete, modules, file)
     if not targets:
         raise ValueError("serve needs adapters or target_modules")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -66,7 +67,7 @@ def serve(
                 raise ValueError(f"{layer} is a second name of a layer, which would have to carry two adapters")
             made[targets[layer]] = MultiLoRALinear(targets[layer], bank, layer)
         for name, file in files.items():
-            _named(name, bank.load, name, file)
+            naming(f"adapter {name!r}", bank.load, name, file)
     except BaseException:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -120,10 +121,3 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     _entered.set(tuple(before))
     if route is not None:
         route.__exit__()
-
-
-def _named(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return call(*arguments)
-    except (ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
-        raise type(error)(f"adapter {name!r}: {error}") from None

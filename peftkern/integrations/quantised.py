@@ -96,6 +96,11 @@ def _held(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     return entry[1], compute
 
 
+def forget(base: Any) -> None:
+    """Let go of what was taken of a base layer, which somebody may shard before its next call."""
+    _known.pop(base, None)
+
+
 def _taken(base: Any, weight: Any, bitsandbytes: bool, checked: bool) -> FrozenWeight:
     """The weight, of tensors that backward can save: whoever asks first may be evaluating, and the next one trains.
 

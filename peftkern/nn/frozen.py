@@ -45,7 +45,7 @@ class FrozenBuffers(nn.Module):
     format, shape and grouping of the one that is there.
 
     ``hold_bytes`` makes them one parameter of bytes, ``weight_bytes``, which FSDP2 shards. While it is sharded it is in
-    the state_dict under that name, like any other parameter.
+    the state_dict under that name, like any other parameter; whoever holds bytes loads either kind.
     """
 
     weight: nn.Parameter | None
@@ -131,7 +131,7 @@ class FrozenBuffers(nn.Module):
         unexpected: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)
         name = f"{prefix}weight"
-        if self.held is None or self._is_sharded():
+        if self.held is None or self._is_sharded() or (self.held.pieces and f"{name}_bytes" in state_dict):
             unexpected_keys += unexpected
             return
         if self.held.pieces:

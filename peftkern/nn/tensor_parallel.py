@@ -23,10 +23,18 @@ class _LoRAParallel(ParallelStyle):
     """The common part of the two styles: x comes in as ``input_layouts``, y leaves as ``output_layouts``."""
 
     shards: dict[str, Placement]  # of parameters; the others are whole on every rank
+    default_layouts: tuple[Placement, Placement]  # of x and y
 
-    def __init__(self, input_layouts: Placement, output_layouts: Placement, use_local_output: bool) -> None:
+    def __init__(
+        self,
+        *,
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ) -> None:
         super().__init__()
-        self.input_layouts, self.output_layouts = input_layouts, output_layouts
+        x, y = self.default_layouts
+        self.input_layouts, self.output_layouts = input_layouts or x, output_layouts or y
         self.use_local_output = use_local_output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -61,15 +69,7 @@ class ColwiseLoRALinear(_LoRAParallel):
     """
 
     shards = {"weight": Shard(0), "lora_B": Shard(0), "bias": Shard(0), "lora_bias": Shard(0)}
-
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__(input_layouts or Replicate(), output_layouts or Shard(-1), use_local_output)
+    default_layouts = Replicate(), Shard(-1)
 
 
 class RowwiseLoRALinear(_LoRAParallel):
@@ -83,12 +83,4 @@ class RowwiseLoRALinear(_LoRAParallel):
     """
 
     shards = {"weight": Shard(1), "lora_A": Shard(1)}
-
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__(input_layouts or Shard(-1), output_layouts or Replicate(), use_local_output)
+    default_layouts = Shard(-1), Replicate()

@@ -69,16 +69,15 @@ def dtypes(x, weight, lora_A, lora_B, bias, lora_bias, name: str = "x") -> None:
 
 def rng_state(state: Tensor, device: torch.device) -> None:
     """Raise ValueError unless it is int64 [2] on ``device``."""
-    if state.dtype != torch.int64 or state.shape != (2,) or state.device != device:
-        found = f"{state.dtype} {tuple(state.shape)} on {state.device}"
-        raise ValueError(f"rng_state is int64 [2] on {device}, got {found}")
+    if not _is(state, torch.int64, (2,), device):
+        raise ValueError(f"rng_state is int64 [2] on {device}, got {_described(state)}")
 
 
-def naming(label: str, check: Callable[..., None], *arguments: Any) -> None:
-    """Run a check; what it raises begins with ``label``, where there is one."""
+def naming(label: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function; what it raises begins with ``label``, where there is one."""
     try:
-        check(*arguments)
-    except (ValueError, TypeError, NotImplementedError) as error:
+        return function(*arguments)
+    except (ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
         raise type(error)(f"{label}: {error}" if label else str(error)) from None
 
 
@@ -257,6 +256,10 @@ def _is(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torc
     return tensor.dtype == dtype and tensor.shape == shape and tensor.device == device
 
 
+def _is_scaling(tensor: Tensor, device: torch.device) -> bool:
+    return tensor.ndim == 0 and tensor.dtype in _FLOATING and tensor.device == device
+
+
 def _described(tensor: Tensor) -> str:
     strides = "" if tensor.is_contiguous() else f" of stride {tensor.stride()}"
     return f"{tensor.dtype} {tuple(tensor.shape)}{strides} on {tensor.device}"
@@ -269,21 +272,11 @@ def _fits(update: Update, shape: tuple[int, int], rows: Tensor, by_rows: bool) -
     return (
         A.ndim == 2
         and A.shape[1] == K
-        and B.shape == (N, A.shape[0])
-        and B.dtype == thin
+        and _is(B, thin, (N, A.shape[0]), device)
         and (thin == dtype or (thin == torch.float32 and dtype in _NARROW))
         and A.device == device
-        and B.device == device
         and (lora_bias is None or _is(lora_bias, thin, (N,), device))
-        and (
-            scaling_tensor is None
-            or (
-                not by_rows
-                and scaling_tensor.ndim == 0
-                and scaling_tensor.dtype in _FLOATING
-                and scaling_tensor.device == device
-            )
-        )
+        and (scaling_tensor is None or (not by_rows and _is_scaling(scaling_tensor, device)))
         and 0.0 <= dropout_p <= 1.0
         and (
             (dropout_p == 0.0 or by_rows)
@@ -304,6 +297,6 @@ def _explain(base: Base, update: Update, rows: Tensor, name: str, by_rows: bool)
     dtypes(rows, weight, A, B, bias, lora_bias, name)
     if scaling_tensor is not None and by_rows:
         raise NotImplementedError("the scaling of an update of some rows is a number, not a tensor")
-    if scaling_tensor is not None and (scaling_tensor.ndim != 0 or scaling_tensor.dtype not in _FLOATING):
+    if scaling_tensor is not None and not _is_scaling(scaling_tensor, rows.device):
         raise ValueError(f"scaling_tensor is 0-d and floating, got {_described(scaling_tensor)}")
     _dropout(dropout_p, state, rows.device, by_rows)

@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,9 +73,7 @@ def _select(requested: str, keys: tuple[tuple, ...]) -> Backend:
     if requested != "auto":
         backend = backend_named(requested)
         for problem in problems:
-            reason = refusal(backend, problem)
-            if reason is not None:
-                raise RuntimeError(f"backend {requested!r} was requested and cannot run this call: {reason}")
+            _require(backend, refusal(backend, problem))
         return backend
     for backend in candidates(problems[0].device_type):
         if all(refusal(backend, problem) is None for problem in problems):
@@ -101,26 +100,23 @@ def autocasting(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+_NOTHING = contextlib.nullcontext()
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """A region in which operators take their operands as they are."""
-    return torch.autocast(device_type, enabled=False) if autocasting(device_type) else contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocasting(device_type) else _NOTHING
 
 
 def forward(call: Call, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Every y [M, N_b] and s [M, R_u]; with rows one s, the spans' [count, R] one behind the other."""
     M = x.shape[0]
     if M == 0:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        ranks = [update.R for update in call.updates]
-        sizes: list[tuple[int, ...]] = [(0, R) for R in ranks] if call.rows is None else [(0,)]
-        ys = [x.new_empty(0, weight.shape[0]) for weight, _ in call.bases]
-        return ys, [x.new_empty(size, dtype=wide) for size in sizes]
+        return empty_results(call, x)
     device_type = x.device.type
     backend = backend_of(call, M, device_type, x.dtype)
-    if autocasting(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return backend.forward(call, x)
-    return backend.forward(call, x)
+    with without_autocast(device_type):
+        return backend.forward(call, x)
 
 
 def backward(
@@ -129,12 +125,10 @@ def backward(
     """The gradients that are needed."""
     M, device_type, dtype = dys[0].shape[0], dys[0].device.type, dys[0].dtype
     if M == 0:
-        return _zero_gradients(call, dys[0], needs)
+        return zero_gradients(call, dys[0], needs)
     backend = backend_of(call, M, device_type, dtype)
-    if autocasting(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return backend.backward(call, dys, x, thin, needs)
-    return backend.backward(call, dys, x, thin, needs)
+    with without_autocast(device_type):
+        return backend.backward(call, dys, x, thin, needs)
 
 
 def pair(backend: Backend, pair: Pair, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,21 +167,33 @@ def _available(device_type: str, requested: str) -> Backend:
     if requested == "auto":
         return next(backend for backend in candidates(device_type) if backend.unavailable() is None)
     backend = backend_named(requested)
-    reason = backend.unavailable()
-    if reason is not None:
-        raise RuntimeError(f"backend {requested!r} was requested and cannot run this call: {reason}")
+    _require(backend, backend.unavailable())
     return backend
 
 
-def _zero_gradients(call: Call, dy: Tensor, needs: Needs) -> Gradients:
-    """No tokens: an empty dx and exact zeros for the parameters, without a launch."""
+def _require(backend: Backend, refused: str | None) -> None:
+    if refused is not None:
+        raise RuntimeError(f"backend {backend.name!r} was requested and cannot run this call: {refused}")
+
+
+def empty_results(call: Call, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What ``forward`` returns, without its values: all of it where there are no tokens."""
+    wide, M = torch.promote_types(x.dtype, torch.float32), x.shape[0]
+    ys = [x.new_empty(M, weight.shape[0]) for weight, _ in call.bases]
+    if call.rows is not None:
+        return ys, [x.new_empty(call.thin_size, dtype=wide)]
+    return ys, [x.new_empty(M, update.R, dtype=wide) for update in call.updates]
+
+
+def zero_gradients(call: Call, dy: Tensor, needs: Needs) -> Gradients:
+    """What ``backward`` returns where there are no tokens: exact zeros for the parameters; dx without its values."""
 
     def zeros(parameter: Tensor | None, need: bool) -> Tensor | None:
         if parameter is None or not need:
             return None
         return torch.zeros_like(parameter, memory_format=torch.contiguous_format)
 
-    dx = dy.new_empty(0, call.bases[0].weight.shape[1]) if needs.x else None
+    dx = dy.new_empty(dy.shape[0], call.bases[0].weight.shape[1]) if needs.x else None
     _, *each = needs
     return Gradients(
         dx, *(list(map(zeros, column, needed)) for column, needed in zip(call.parameters(), each, strict=True))

@@ -23,7 +23,7 @@ _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 _told: set[str] = set()  # of whom ``_tell`` has told what the operators are
 
 
-def _watched(first: Tensor) -> bool:
+def watched(first: Tensor) -> bool:
     """True where a compiler, a mode (FLOP counter, selective checkpoint), the profiler or ``first`` itself, an operand
     without data of its own (on meta, batched by vmap or by is_grads_batched), wants the operator.
     """
@@ -40,24 +40,10 @@ def _watched(first: Tensor) -> bool:
 
 def taken(first: Tensor, tensors: Iterable[Any], call: Call | None = None) -> bool:
     """True where the operator is taken: somebody watches, or an operand is one that has operators of its own."""
-    return _watched(first) or not _plain(tensors) or not (call is None or _plain_call(call))
-
-
-def _plain(tensors: Iterable[Any]) -> bool:
-    for tensor in tensors:
-        if tensor.__class__ not in _PLAIN:
-            return False
-    return True
-
-
-def _plain_call(call: Call) -> bool:
-    for weight, bias in call.bases:
-        if bias.__class__ not in _PLAIN or not _plain(weight.tensors):
-            return False
-    for update in call.updates:
-        if not _plain(update[: calls.UPDATE]):
-            return False
-    return True
+    if watched(first):
+        return True
+    held = () if call is None else (*call.flat_parameters(), *calls.others(call))
+    return not _PLAIN.issuperset(map(type, (*tensors, *held)))
 
 
 def _tell() -> None:

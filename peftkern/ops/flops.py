@@ -1,4 +1,4 @@
-"""FLOPs of the operators for ``torch.utils.flop_counter``: the products of the README's table, 2 per multiply-add.
+"""FLOPs of the operators for ``torch.utils.flop_counter``: the products of docs/numerics.md, 2 per multiply-add.
 
 What a schedule computes twice counts once, and so do products that no gradient asks for: not at all. An update of some
 rows counts its own; where their number is known to the device alone, as many as its span has room for.

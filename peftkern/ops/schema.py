@@ -10,7 +10,6 @@ They are opaque to the compiler and return fresh, contiguous tensors. Every one 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,10 +26,13 @@ _WEIGHT = "Tensor w_data, Tensor? w_scale, Tensor[] w_tables, str w_format, int[
 _library = torch.library.Library("peftkern", "DEF")
 
 
-def _define(schema: str, real: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _define(
+    schema: str, given: Callable[..., tuple[Any, ...]], real: Callable[..., Any], fake: Callable[..., Any]
+) -> Any:
     """``peftkern::name`` with its implementation for every device, and its fake one.
 
-    The dispatcher takes None where a schema says ``Tensor``: here that is a TypeError, in both.
+    ``given`` checks the operator's arguments and makes of them what both take. The dispatcher takes None where a schema
+    says ``Tensor``: here that is a TypeError.
     """
     _library.define(schema)
     name = schema.partition("(")[0]
@@ -40,13 +42,12 @@ def _define(schema: str, real: Callable[..., Any], fake: Callable[..., Any]) -> 
     ]
 
     def complete(implementation: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(implementation)
         def call(*arguments: Any) -> Any:
             for i, argument in positions:
                 value = arguments[i]
                 if value is None or (value.__class__ is list and any(entry is None for entry in value)):
                     raise TypeError(f"{name}: {argument} is missing")
-            return implementation(*arguments)
+            return implementation(*given(*arguments))
 
         return call
 
@@ -55,53 +56,45 @@ def _define(schema: str, real: Callable[..., Any], fake: Callable[..., Any]) -> 
     return operator
 
 
-def _given_forward(x: Tensor, *arguments: Any) -> Call:
+def _given_forward(x: Tensor, *arguments: Any) -> tuple[Call, Tensor]:
     call = calls.from_arguments(*arguments)
     check.forward(call, x)
-    return call
+    return call, x
 
 
-def _forward(x: Tensor, *arguments: Any) -> list[Tensor]:
-    call = _given_forward(x, *arguments)
+def _forward(call: Call, x: Tensor) -> list[Tensor]:
     check.values_of_rows(call, x.shape[0])
     ys, thin = dispatch.forward(call, x)
     return [*ys, *thin]
 
 
-def _forward_fake(x: Tensor, *arguments: Any) -> list[Tensor]:
-    call = _given_forward(x, *arguments)
-    wide, M = torch.promote_types(x.dtype, torch.float32), x.shape[0]
-    ys = [x.new_empty(M, weight.shape[0]) for weight, _ in call.bases]
-    if call.rows is not None:
-        return [*ys, x.new_empty(call.thin_size, dtype=wide)]
-    return ys + [x.new_empty(M, update.R, dtype=wide) for update in call.updates]
+def _forward_fake(call: Call, x: Tensor) -> list[Tensor]:
+    ys, thin = dispatch.empty_results(call, x)
+    return [*ys, *thin]
 
 
-def _given_backward(dys, x, thin, *arguments: Any) -> tuple[Call, Needs]:
+def _given_backward(dys, x, thin, *arguments: Any) -> tuple[Any, ...]:
     *fields, need_x, need_bias, need_A, need_B, need_lora_bias = arguments
     call, needs = calls.from_arguments(*fields), Needs(need_x, need_bias, need_A, need_B, need_lora_bias)
     check.backward(call, dys, x, thin, needs)
-    return call, needs
+    return call, dys, x, thin, needs
 
 
-def _backward(dys: list[Tensor], x: Tensor | None, thin: list[Tensor | None], *arguments: Any) -> list[Tensor]:
-    call, needs = _given_backward(dys, x, thin, *arguments)
+def _backward(call: Call, dys: list[Tensor], x: Tensor | None, thin: list[Tensor | None], needs: Needs) -> list[Tensor]:
     check.values_of_rows(call, dys[0].shape[0])
     return dispatch.backward(call, dys, x, thin, needs).asked_for()
 
 
-def _backward_fake(dys: list[Tensor], x, thin, *arguments: Any) -> list[Tensor]:
-    call, needs = _given_backward(dys, x, thin, *arguments)
-    shapes = [dys[0].new_empty(dys[0].shape[0], call.bases[0].weight.shape[1])] if needs.x else []
-    _, *each = needs
-    for parameters, needed in zip(call.parameters(), each, strict=True):
-        shapes += [p.new_empty(p.shape) for p, need in zip(parameters, needed, strict=True) if need and p is not None]
-    return shapes
+def _backward_fake(call: Call, dys: list[Tensor], x: Any, thin: Any, needs: Needs) -> list[Tensor]:
+    return dispatch.zero_gradients(call, dys[0], needs).asked_for()
 
 
-forward = _define(f"forward(Tensor x, {calls.SCHEMA}) -> Tensor[]", _forward, _forward_fake)
+forward = _define(f"forward(Tensor x, {calls.SCHEMA}) -> Tensor[]", _given_forward, _forward, _forward_fake)
 backward = _define(
-    f"backward(Tensor[] dy, Tensor? x, Tensor?[] s, {calls.SCHEMA}, {_NEEDS}) -> Tensor[]", _backward, _backward_fake
+    f"backward(Tensor[] dy, Tensor? x, Tensor?[] s, {calls.SCHEMA}, {_NEEDS}) -> Tensor[]",
+    _given_backward,
+    _backward,
+    _backward_fake,
 )
 
 
@@ -111,51 +104,40 @@ def weight_arguments(weight: FrozenWeight) -> tuple[Any, ...]:
     return weight.data, weight.scale, list(weight.tables), weight.format, facts
 
 
-def _given_norm(*arguments: Any) -> FrozenWeight:
-    *fields, lora_A, lora_B, scaling_tensor = arguments
+def _given_norm(*arguments: Any) -> tuple[Any, ...]:
+    *fields, lora_A, lora_B, scaling, scaling_tensor = arguments
     weight = calls.weight_of(*fields)
     check.norm(weight, lora_A, lora_B, scaling_tensor)
-    return weight
+    return weight, lora_A, lora_B, scaling, scaling_tensor
 
 
-def _row_norm(*arguments: Any) -> Tensor:
-    *fields, lora_A, lora_B, scaling, scaling_tensor = arguments
-    weight = _given_norm(*fields, lora_A, lora_B, scaling_tensor)
-    return norm.row_norm(weight, lora_A, lora_B, scaling, scaling_tensor)
-
-
-def _row_norm_fake(*arguments: Any) -> Tensor:
-    *fields, lora_A, lora_B, _, scaling_tensor = arguments
-    weight = _given_norm(*fields, lora_A, lora_B, scaling_tensor)
+def _row_norm_fake(weight: FrozenWeight, lora_A: Tensor, *unused: Any) -> Tensor:
     wide = torch.promote_types(weight.compute_dtype or lora_A.dtype, torch.float32)
     return lora_A.new_empty(weight.shape[0], dtype=wide)
 
 
 row_norm = _define(
     f"row_norm({_WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? scaling_tensor) -> Tensor",
-    _row_norm,
+    _given_norm,
+    norm.row_norm,
     _row_norm_fake,
 )
 
 
-def _given_product(rows: Tensor, *arguments: Any) -> FrozenWeight:
-    *fields, dropout_p, rng_state, backward, _ = arguments
+def _given_product(rows: Tensor, *arguments: Any) -> tuple[Any, ...]:
+    *fields, dropout_p, rng_state, backward, backend = arguments
     weight = calls.weight_of(*fields)
     check.product(weight, rows, dropout_p, rng_state, backward)
-    return weight
+    return weight, rows, dropout_p, rng_state, backward, backend
 
 
-def _dropped_product(rows: Tensor, *arguments: Any) -> Tensor:
-    return dispatch.dropped_product(_given_product(rows, *arguments), rows, *arguments[5:])
-
-
-def _dropped_product_fake(rows: Tensor, *arguments: Any) -> Tensor:
-    weight = _given_product(rows, *arguments)
-    return rows.new_empty(rows.shape[0], weight.shape[1 if arguments[-2] else 0])
+def _dropped_product_fake(weight: FrozenWeight, rows: Tensor, p: Any, state: Any, backward: bool, _: str) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1 if backward else 0])
 
 
 dropped_product = _define(
     f"dropped_product(Tensor rows, {_WEIGHT}, float dropout_p, Tensor rng_state, bool backward, str backend) -> Tensor",
-    _dropped_product,
+    _given_product,
+    dispatch.dropped_product,
     _dropped_product_fake,
 )

@@ -99,12 +99,9 @@ class _Sharded:
         """This rank's part of an argument in the layouts' placements."""
         value, wanted = self.named[name], [getattr(layout, field or name) for layout in self.layouts]
         if isinstance(value, DTensor):
-            # A sum is never asked for, only kept: s of a row layout.
-            return (
-                value.redistribute(placements=wanted).to_local()
-                if list(value.placements) != wanted
-                else value.to_local()
-            )
+            if list(value.placements) != wanted:  # a sum is never asked for, only kept: s of a row layout
+                value = value.redistribute(placements=wanted)
+            return value.to_local()
         if value is not None and any(placement != WHOLE for placement in wanted):
             raise TypeError(f"{name} must be a DTensor where the frozen weight or x is sharded along {wanted}")
         return value

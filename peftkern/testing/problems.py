@@ -36,12 +36,9 @@ LAYERS = (
 SMALL_LAYERS = (Layer("small.65", 65, 33), Layer("small.129", 129, 257))
 
 ROWS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192, 16384)
-SMALL_ROWS = (1, 4, 17, 64)
 RANKS = (1, 4, 8, 16, 24, 32, 64, 128, 256, 512)
 SMALL_RANKS = (1, 2, 3, 7, 16, 24, 64, 512)
 DROPOUT = (0.0, 0.05, 0.1)
-# Qwen2.5 has a bias on these.
-BIASED = ("qwen2.5-7b.qo", "qwen2.5-7b.kv")
 # A CPU is asked for no more than this many multiplications.
 CPU_LIMIT = 2**30
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from peftkern.backends.triton.arch import ARCHES, Arch
-from peftkern.backends.triton.launch import Parted
 from peftkern.backends.triton.schedule import Step, backward, produce
 from peftkern.call import Pair, PairNeeds, Problem
 from peftkern.weights import DenseWeight
@@ -32,16 +31,8 @@ class Traffic:
         """Read and written."""
         return self.read + self.written
 
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            self.launches + other.launches,
-            self.read + other.read,
-            self.written + other.written,
-            self.flops + other.flops,
-        )
 
-
-def count(steps: Sequence[Step | Parted]) -> Traffic:
+def count(steps: Sequence[Step]) -> Traffic:
     """The traffic of some steps."""
 
     def size(tensors: tuple[Tensor, ...]) -> int:

@@ -68,9 +68,10 @@ class FrozenWeight(ABC):
     def check_layout(self, name: str) -> None:
         """The half of ``validate`` that reads no value: dtypes, sizes, devices. The operators ask at every call."""
 
-    @abstractmethod
     def check_values(self, name: str) -> None:
-        """The other half: scales that are finite and not negative, codes in range."""
+        """The other half: scales that are finite and not negative; a format with more to check says so itself."""
+        if self.scale is not None:
+            saved.require_finite(f"{name}.scale", self.scale)
 
     @abstractmethod
     def materialize(self, dtype: torch.dtype) -> Tensor:
@@ -92,10 +93,7 @@ class FrozenWeight(ABC):
         if not found:
             text = f"base_compute={base_compute!r} of a weight of format {self.stored!r}"
             raise ValueError(f"{text}: it is None, or 'fp8' of an 'fp8' weight")
-        held = (self.data, self.scale, self.group_size, self.tables, self.shape)
-        weight = self.from_operands(found[0].format, *held)
-        weight.dtype = self.dtype
-        return weight
+        return self._of_like(found[0].format, self.data, self.scale, self.tables)
 
     @classmethod
     @abstractmethod
@@ -178,8 +176,10 @@ class FrozenWeight(ABC):
     def mapped(self, function: Callable[[Tensor], Tensor]) -> FrozenWeight:
         """The weight with every tensor replaced by ``function`` of it, which keeps dtypes and shapes."""
         scale = None if self.scale is None else function(self.scale)
-        tables = tuple(map(function, self.tables))
-        weight = self.from_operands(self.format, function(self.data), scale, self.group_size, tables, self.shape)
+        return self._of_like(self.format, function(self.data), scale, tuple(map(function, self.tables)))
+
+    def _of_like(self, format: str, data: Tensor, scale: Tensor | None, tables: tuple[Tensor, ...]) -> FrozenWeight:
+        weight = self.from_operands(format, data, scale, self.group_size, tables, self.shape)
         weight.dtype = self.dtype
         return weight
 

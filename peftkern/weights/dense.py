@@ -17,9 +17,6 @@ class DenseWeight(FrozenWeight):
         if self.data.ndim != 2 or self.shape != self.data.shape:
             raise ValueError(f"{name} is 2-D [N, K], got shape {tuple(self.data.shape)}")
 
-    def check_values(self, name: str) -> None:
-        """Every value is valid."""
-
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.data.dtype

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peftkern.weights.base import FrozenWeight
-from peftkern.weights.saved import require, require_finite
+from peftkern.weights.saved import require
 
 _LARGEST = 448.0
 _SMALLEST = -117  # the exponent with which e4m3's smallest, 2^-9, is fp32's and bf16's smallest that is not subnormal
@@ -33,9 +33,6 @@ class FP8Weight(FrozenWeight):
         if not self.group_size and self.scale is not None and self.scale.shape == (1,):
             shape = (1,)
         require(f"{name}.scale", self.scale, torch.float32, shape, self.data.device)
-
-    def check_values(self, name: str) -> None:
-        require_finite(f"{name}.scale", self.scale)
 
     def materialize(self, dtype: torch.dtype) -> Tensor:
         assert self.scale is not None  # validate() has seen to it

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftkern.weights.base import FrozenWeight
 from peftkern.weights.groups import grouped, pack_nibbles, spread
-from peftkern.weights.saved import require, require_finite, require_group
+from peftkern.weights.saved import require, require_group
 
 
 class Int4Weight(FrozenWeight):
@@ -34,7 +34,7 @@ class Int4Weight(FrozenWeight):
         require(f"{name}.zero_point", self.tables[0], torch.uint8, shape, device)
 
     def check_values(self, name: str) -> None:
-        require_finite(f"{name}.scale", self.scale)
+        super().check_values(name)
         if (self.tables[0] > 15).any():
             raise ValueError(f"{name}.zero_point is beyond 15")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftkern.weights.base import FrozenWeight
 from peftkern.weights.groups import grouped, spread
-from peftkern.weights.saved import require, require_finite, require_group
+from peftkern.weights.saved import require, require_group
 
 
 class Int8Weight(FrozenWeight):
@@ -26,9 +26,6 @@ class Int8Weight(FrozenWeight):
             require_group(name, "group_size", self.group_size)
         shape = (N, -(-K // self.group_size)) if self.group_size else (N,)
         require(f"{name}.scale", self.scale, torch.float32, shape, self.data.device)
-
-    def check_values(self, name: str) -> None:
-        require_finite(f"{name}.scale", self.scale)
 
     def materialize(self, dtype: torch.dtype) -> Tensor:
         assert self.scale is not None  # validate() has seen to it

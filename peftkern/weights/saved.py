@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LONGEST = 64 * 1024  # bytes of facts
 
 
@@ -69,35 +65,30 @@ class Saved:
 
     def integer(self, fact: str) -> int:
         """A fact that is a whole number, zero or more."""
-        value = self.facts.get(fact)
-        if type(value) is not int or not 0 <= value < 2**63:
-            raise ValueError(f"{self.key}: {fact} is a whole number, not {value!r}")
-        return value
+        return self._fact(fact, "a whole number", lambda v: type(v) is int and 0 <= v < 2**63)
 
     def number(self, fact: str) -> float:
         """A fact that is a finite number."""
-        value = self.facts.get(fact)
-        if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-            raise ValueError(f"{self.key}: {fact} is a finite number, not {value!r}")
-        return float(value)  # type: ignore[arg-type]
+        return float(self._fact(fact, "a finite number", lambda v: type(v) in (int, float) and math.isfinite(v)))
 
     def shape(self) -> tuple[int, int]:
         """The fact that is the weight's shape."""
-        value = self.facts.get("shape")
-        if (
-            not isinstance(value, list)
-            or len(value) != 2
-            or any(type(n) is not int or not 0 < n < 2**40 for n in value)
-        ):
-            raise ValueError(f"{self.key}: shape is [N, K], not {value!r}")
-        return value[0], value[1]
+        sizes = self._fact("shape", "[N, K]", lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_size, v)))
+        return sizes[0], sizes[1]
 
     def dtype(self, fact: str = "dtype") -> torch.dtype:
         """A fact that is the name of a floating dtype."""
+        return DTYPES[self._fact(fact, f"one of {', '.join(DTYPES)}", lambda v: isinstance(v, str) and v in DTYPES)]
+
+    def _fact(self, fact: str, what: str, fits: Callable[[Any], bool]) -> Any:
         value = self.facts.get(fact)
-        if not isinstance(value, str) or value not in DTYPES:
-            raise ValueError(f"{self.key}: {fact} is one of {', '.join(DTYPES)}, not {value!r}")
-        return DTYPES[value]
+        if not fits(value):
+            raise ValueError(f"{self.key}: {fact} is {what}, not {value!r}")
+        return value
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**40
 
 
 def require(
@@ -111,9 +102,8 @@ def require(
     return tensor
 
 
-def require_finite(name: str, tensor: Tensor | None, negative: bool = False) -> None:
+def require_finite(name: str, tensor: Tensor, negative: bool = False) -> None:
     """Raise ValueError for NaN or Inf, and for anything negative unless it is allowed."""
-    assert tensor is not None  # require() has seen to it
     if not tensor.isfinite().all():
         raise ValueError(f"{name} has NaN or Inf")
     if not negative and (tensor < 0).any():

@@ -13,7 +13,7 @@ from peftkern.backends.base import Backend, Plan, bias_gradients, rounding
 from peftkern.backends.cpp import call, quantised, rows
 from peftkern.backends.cpp.call import DTYPES, address, read_weight, unit_stride
 from peftkern.backends.cpp.extension import extension
-from peftkern.call import Call, Gradients, Needs, Pair, PairGradients, PairNeeds, Problem
+from peftkern.call import Base, Call, Gradients, Needs, Pair, PairGradients, PairNeeds, Problem
 from peftkern.weights import FrozenWeight, split_format
 
 
@@ -64,7 +64,7 @@ class CppBackend(Backend):
         if len(call.bases) == 1 or not _thin_products_together(call, x):
             return super().forward(call, x)
         x = unit_stride(x)
-        ys = [torch.nn.functional.linear(x, weight.materialize(x.dtype), bias) for weight, bias in call.bases]
+        ys = [self.beneath(base, x) for base in call.bases]
         made = [_forward_call(call.pair(i), x, y) for i, y in enumerate(ys)]
         extension()[0].forward_shared([one for one, _, _ in made])
         return ys, [s for _, s, _ in made]
@@ -77,24 +77,18 @@ class CppBackend(Backend):
         return super().backward(call, dys, x, thin, needs)
 
     def pair(self, pair: Pair, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        weight, A, B, bias, lora_bias = pair[:5]
-        x, M, dtype, whole = unit_stride(x), x.shape[0], x.dtype, False
-        if y is None:
-            whole = call.takes(weight, x)
-            if whole:
-                y, bias = x.new_empty(M, weight.shape[0]), None if bias is None else bias.contiguous()
-            elif weight.base_compute is not None:
-                y = self.product(weight, x, False)
-                y = y if bias is None else y.add_(bias)
-            else:
-                y = torch.nn.functional.linear(x, weight.materialize(dtype), bias)
-        s, A, B = x.new_empty(M, A.shape[0], dtype=torch.float32), A.contiguous(), B.contiguous()
-        lora_bias = None if lora_bias is None else lora_bias.contiguous()
+        x, weight, bias = unit_stride(x), pair.weight, pair.bias
+        whole = y is None and call.takes(weight, x)
+        if whole:
+            y, bias = x.new_empty(x.shape[0], weight.shape[0]), None if bias is None else bias.contiguous()
+        elif y is None:
+            y = self.beneath(Base(weight, bias), x)
+        s, A, B, lora_bias = _thin(pair, x)
         problem, *settings = call.of_pair(pair, x, whole)
         problem, _held = read_weight(problem, weight, x) if whole else (problem, None)
         extension()[0].forward(
-            problem, *settings, x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(),
-            0 if lora_bias is None else lora_bias.data_ptr(), address(bias) if whole else 0, s.data_ptr(), y.data_ptr(),
+            problem, *settings, x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(), address(lora_bias),
+            address(bias) if whole else 0, s.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return y, s
 
@@ -124,6 +118,14 @@ class CppBackend(Backend):
                 address(s), A.data_ptr(), B.data_ptr(), address(dx), onto and one_pass, address(dA), address(dB),
             )  # fmt: skip
         return PairGradients(dx, dA, dB, *bias_gradients(pair, dy, needs))
+
+    def beneath(self, base: Base, x: Tensor) -> Tensor:
+        """y of a base, in which the kernels then add the low-rank pair."""
+        weight, bias = base
+        if weight.base_compute is None:
+            return torch.nn.functional.linear(x, weight.materialize(x.dtype), bias)
+        y = self.product(weight, x, False)
+        return y if bias is None else y.add_(bias)
 
     def product(self, weight: FrozenWeight, rows: Tensor, backward: bool) -> Tensor:
         if weight.base_compute is not None:
@@ -164,14 +166,16 @@ def _thin_products_together(members: Call, x: Tensor) -> bool:
     return each and not fused and not rounded and len({update.lora_A.dtype for update in members.updates}) == 1
 
 
+def _thin(pair: Pair, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """An s to be filled, and lora_A, lora_B and lora_bias as the kernels read them."""
+    _, A, B, _, lora_bias, *_ = pair
+    s = x.new_empty(x.shape[0], A.shape[0], dtype=torch.float32)
+    return s, A.contiguous(), B.contiguous(), None if lora_bias is None else lora_bias.contiguous()
+
+
 def _forward_call(pair: Pair, x: Tensor, y: Tensor) -> tuple[Any, Tensor, tuple[Any, ...]]:
     """The extension's view of one forward on top of y, its s, and what has to live until it has run."""
-    s, A, B = (
-        x.new_empty(x.shape[0], pair.lora_A.shape[0], dtype=torch.float32),
-        pair.lora_A.contiguous(),
-        pair.lora_B.contiguous(),
-    )
-    lora_bias = None if pair.lora_bias is None else pair.lora_bias.contiguous()
+    s, A, B, lora_bias = _thin(pair, x)
     made = extension()[0].Forward(
         *call.of_pair(pair, x, False), x.data_ptr(), x.stride(0), A.data_ptr(), B.data_ptr(), address(lora_bias), 0,
         s.data_ptr(), y.data_ptr(),

@@ -83,7 +83,9 @@ def read_weight(problem: Any, frozen: FrozenWeight, rows: Tensor) -> tuple[Any, 
     """A problem in one pass that reads the frozen weight, and what must outlive the call."""
     if frozen.format != "dense":
         return quantised.read(problem, frozen)
-    weight = _unit_stride_somewhere(frozen.materialize(rows.dtype))
+    weight = frozen.materialize(rows.dtype)
+    if 1 not in weight.stride() and 1 not in weight.shape:  # neither its rows nor (Conv1D's view) its columns are
+        weight = weight.contiguous()
     transposed = weight.stride(1) != 1 and weight.shape[1] != 1
     return problem.read_dense(weight.data_ptr(), weight.stride(1 if transposed else 0), transposed), weight
 
@@ -96,8 +98,3 @@ def unit_stride(rows: Tensor) -> Tensor:
 def address(tensor: Tensor | None) -> int:
     """Where a tensor's data lies; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _unit_stride_somewhere(weight: Tensor) -> Tensor:
-    """A weight whose rows or columns (Conv1D's view) are contiguous: one copy where neither are."""
-    return weight if 1 in weight.stride() or 1 in weight.shape else weight.contiguous()

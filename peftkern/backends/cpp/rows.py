@@ -30,11 +30,8 @@ def forward(backend: CppBackend, call: Call, x: Tensor) -> tuple[list[Tensor], l
         problem, _held = read_weight(problem, weight, x)
         y = x.new_empty(x.shape[0], weight.shape[0])
         bias = None if bias is None else bias.contiguous()
-    elif weight.base_compute is not None:
-        y = backend.product(weight, x, False)
-        y = y if bias is None else y.add_(bias)
     else:
-        y = torch.nn.functional.linear(x, weight.materialize(x.dtype), bias)
+        y = backend.beneath(call.bases[0], x)
     s = x.new_empty(call.thin_size, dtype=torch.float32)
     factors = [_contiguous(update) for update in call.updates]
     entries = [_entry(update, pair, None) for update, pair in zip(call.updates, factors, strict=True)]

@@ -1,6 +1,6 @@
 """The mathematics, written to be read; in fp64 this is the truth that every kernel is judged against.
 
-The README's table in code. Nothing here is fast: masks are materialised, nothing is in place.
+The table of docs/numerics.md in code. Nothing here is fast: masks are materialised, nothing is in place.
 """
 
 from __future__ import annotations

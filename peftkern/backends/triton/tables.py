@@ -14,13 +14,11 @@ A table that cannot be read, is of another version or for another chip is ignore
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import os
 import re
-import secrets
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -29,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from peftkern import _env
+from peftkern._files import beside
 from peftkern.backends.triton.arch import Arch
 from peftkern.backends.triton.tiles import Choice, Pass, TileConfig, padded
+from peftkern.weights.saved import dtype_name
 
 logger = logging.getLogger("peftkern")
 
@@ -74,15 +74,11 @@ def bucket_of(M: int) -> int:
 def key_of(launch: Pass) -> str:
     """A direction's key: everything that a choice depends on except the rows."""
     p = launch.problem
-    dtypes = f"{_short(p.dtype)}/{_short(p.adapter_dtype)}/{p.precision}"
+    dtypes = f"{dtype_name(p.dtype)}/{dtype_name(p.adapter_dtype)}/{p.precision}"
     words = ["backward" if launch.backward else "forward", f"P{launch.P}", f"Q{launch.Q}", f"R{padded(p.R)}"]
     return " ".join(
         [*words, dtypes, p.weight_format, *(word for word in ("dropout", "scaled_steps") if getattr(p, word))]
     )
-
-
-def _short(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ----------------------------------------------------------------------------------------------------------- the text
@@ -198,13 +194,10 @@ _complained: set[str] = set()
 def tables(arch: Arch) -> tuple[Table, ...]:
     """The tables for a chip, the user's first; read once, by one thread. Never raises."""
     key = arch.name, arch.product
-    found = _loaded.get(key)
-    if found is None:
-        with _loading:
-            found = _loaded.get(key)
-            if found is None:
-                found = _loaded[key] = tuple(_load(arch))
-    return found
+    with _loading:
+        if key not in _loaded:
+            _loaded[key] = tuple(_load(arch))
+        return _loaded[key]
 
 
 def _load(arch: Arch) -> Iterator[Table]:
@@ -251,7 +244,7 @@ def merge(path: Path, update: Table, to_ship: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for last in (False, True):
         held = _content(path)
-        with _beside(path, _merged(path, held, update, to_ship)) as temporary:
+        with beside(path, _merged(path, held, update, to_ship).encode()) as temporary:
             if last or _content(path) == held:
                 os.replace(temporary, path)
                 return
@@ -278,17 +271,3 @@ def _merged(path: Path, held: bytes | None, update: Table, to_ship: bool) -> str
     if to_ship and len(text.encode()) > SHIPPED_LIMIT:
         raise ValueError(f"{path} would have {len(text.encode())} bytes; a shipped table has {SHIPPED_LIMIT} at most")
     return text
-
-
-@contextlib.contextmanager
-def _beside(path: Path, text: str) -> Iterator[Path]:
-    """A file of that text in the same folder, gone afterwards unless it has been moved."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from peftkern.call import Base, Call, Update
 from peftkern.functional import autocast, looked_through, run
-from peftkern.integrations.peft import tally, zero3
+from peftkern.integrations.peft import tally, units, zero3
 from peftkern.integrations.peft.layer import PeftkernLoraLinear, patched_forward_is_off, updates_of
 from peftkern.integrations.peft.read import Parts, plain_parts, why_not_input
 from peftkern.ops import dispatch
@@ -95,7 +95,7 @@ def group(layers: Mapping[str, nn.Module], share: Iterable[Sequence[str]]) -> di
         for name in list(layers):
             parent, dot, last = name.rpartition(".")
             members = [parent + dot + other for other in entry]
-            members = [member for member in members if type(layers.get(member)) is SharedInputLoraLinear]
+            members = [member for member in members if units.class_of(layers.get(member)) is SharedInputLoraLinear]
             if last == entry[0] and name in members and len(members) > 1:
                 made = _Group(members, [layers[member] for member in members])
                 for member in members:

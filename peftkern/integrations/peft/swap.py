@@ -15,6 +15,7 @@ from torch import nn
 
 from peftkern import _env
 from peftkern.call import Problem
+from peftkern.integrations import quantised
 from peftkern.integrations.peft import units, zero3
 from peftkern.integrations.peft.experts import ParameterParts, ParamWrapper, PeftParamWrapper, parameter_parts
 from peftkern.integrations.peft.layer import PeftkernLoraLinear
@@ -105,20 +106,22 @@ def patch(model: nn.Module, share: bool | Sequence[Sequence[str]] = False) -> Pa
     groups = _checked(share)
     found = PatchReport()
     done: list[nn.Module] = []
+    seen = units.between(model)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     for name, layer in layers.items():
         before = type(layer)
-        reason = _swap(layer, bool(groups))
+        reason = _swap(layer, bool(groups), seen)
         if type(layer) is not before:
             done.append(layer)
         if _class_before(layer) is not None:
             attach(layer, name, reason)
         try:
-            _enter(found, name, layer, reason)
+            _enter(found, name, layer, reason, seen)
         except RuntimeError as error:  # an explicitly requested backend that cannot: leave the model as it was
             for swapped in done:
                 unpatch(swapped)
             raise RuntimeError(f"layer {name}: {error}") from error
+        quantised.forget(layer.base_layer)
     group(layers, groups)
     if not found.fast:
         logger.warning("peftkern: no layer is fused: %s", found if found.skipped else "the model has no LoRA layer")
@@ -141,14 +144,15 @@ def report(model: nn.Module) -> PatchReport:
     Args: model: patched or not. A layer whose last call was refused for its x is among the skipped, with that reason.
     Returns: a PatchReport; ``calls`` has the calls by layer and reason, and printing it shows their sums.
     """
-    found = PatchReport()
+    found, seen = PatchReport(), units.between(model)
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            _enter(found, name, layer, "it is not patched" if _class_before(layer) is None else _why_not(layer))
+            reason = "it is not patched" if _class_before(layer) is None else _why_not(layer, seen)
+            _enter(found, name, layer, reason, seen)
     return found
 
 
-def _enter(report: PatchReport, name: str, layer: Any, reason: str | None) -> None:
+def _enter(report: PatchReport, name: str, layer: Any, reason: str | None, seen: units.Seen) -> None:
     """Write a layer into a report; ``reason`` is that of its state."""
     tally = tally_of(layer)
     if tally is not None:
@@ -158,13 +162,13 @@ def _enter(report: PatchReport, name: str, layer: Any, reason: str | None) -> No
         report.skipped[name] = reason
         return
     with zero3.as_gathered(layer):
-        report.backends[name] = _expected_backend(layer)
+        report.backends[name] = _expected_backend(layer, seen)
     report.fast.append(name)
 
 
-def _swap(layer: Any, share: bool) -> str | None:
+def _swap(layer: Any, share: bool, seen: units.Seen) -> str | None:
     """Swap the class where the fast path can ever apply; the reason why the layer is not fast now, or None."""
-    kind = type(layer)
+    kind = units.class_of(layer)
     fast = _fast_class(_class_before(layer) or kind, share)
     if fast is None:
         return f"{kind.__module__}.{kind.__name__} is not peft.tuners.lora.Linear"
@@ -173,11 +177,11 @@ def _swap(layer: Any, share: bool) -> str | None:
     forget(layer)
     if kind is not fast:
         layer.__dict__.pop("forward", None)
-        layer.__class__ = fast
-    return _why_not(layer)
+        units.set_class(layer, fast)
+    return _why_not(layer, seen)
 
 
-def _why_not(layer: Any) -> str | None:
+def _why_not(layer: Any, seen: units.Seen) -> str | None:
     """The reason why a patched layer is not fast in its present state, as far as it is known without x."""
     if is_replaced(layer):
         return _REPLACED
@@ -185,7 +189,7 @@ def _why_not(layer: Any) -> str | None:
         stacked = parameter_parts(layer)
         return stacked if isinstance(stacked, str) else None
     with zero3.as_gathered(layer):
-        parts = plain_parts(layer, seen=units.between)
+        parts = plain_parts(layer, seen=seen)
         return parts if isinstance(parts, str) else why_not_dtypes(_compute(parts), _compute(parts), parts.adapters)
 
 
@@ -210,7 +214,7 @@ def _fast_class(kind: type, share: bool) -> type | None:
 
 def _class_before(layer: Any) -> type | None:
     """The class that a patched layer had; None for any other."""
-    return type(layer).__dict__.get("peft") if isinstance(layer, LoraLayer) else None
+    return units.class_of(layer).__dict__.get("peft") if isinstance(layer, LoraLayer) else None
 
 
 def _compute(parts: Parts) -> torch.dtype:
@@ -226,7 +230,7 @@ def _rebind(layer: Any) -> None:
             layer.__dict__[name] = type(layer).forward.__get__(layer)
 
 
-def _expected_backend(layer: Any, M: int = 1024) -> str:
+def _expected_backend(layer: Any, seen: units.Seen, M: int = 1024) -> str:
     """The backend that a call of M rows would take in training."""
     if isinstance(layer, ParamWrapper):
         stacked = parameter_parts(layer)
@@ -235,7 +239,7 @@ def _expected_backend(layer: Any, M: int = 1024) -> str:
         experts = W.shape[0] if W.ndim == 3 else 1
         K, N, R = A.shape[1], B.shape[0], A.shape[0] // experts
         return dispatch.select(Problem(W.device.type, M, K, N, R, W.dtype, A.dtype), "").name
-    parts = plain_parts(layer, seen=units.between)
+    parts = plain_parts(layer, seen=seen)
     assert isinstance(parts, Parts)  # the caller has just seen to it
     N, K = parts.weight.shape
     first, weight = parts.adapters[0], parts.weight
@@ -252,5 +256,5 @@ def unpatch(model: nn.Module) -> None:
         if before is not None:
             forget(layer)
             detach(layer)
-            layer.__class__ = before
+            units.set_class(layer, before)
             _rebind(layer)

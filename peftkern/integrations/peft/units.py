@@ -33,6 +33,7 @@ if torch.distributed.is_available():
 Seen = Callable[[Any], Any]  # from a child of a layer to the plain module that is read in its place
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NAMES = ("weight", "bias")
+_kin: dict[type, dict[type, type]] = {}  # a unit's class, and those that swaps put in its place, by what they are of
 _MANAGED = "_is_fsdp_managed_module"  # FSDP's mark, for compilers, on every module whose parameters a unit may hold
 
 
@@ -44,6 +45,26 @@ def is_unit(child: Any) -> bool:
 def is_managed(child: Any) -> bool:
     """Whether a module's parameters are a unit's, which shows them in a forward alone."""
     return child.__dict__.get(_MANAGED, False) or is_unit(child)
+
+
+def class_of(module: Any) -> Any:
+    """A module's class, of which FSDP2 has given a unit a subclass."""
+    kind = type(module)
+    unit, *rest = kind.__bases__
+    return rest[0] if rest and issubclass(unit, _FSDP2) else kind
+
+
+def set_class(module: Any, kind: type) -> None:
+    """Swap a module's class; that of a unit for FSDP2's subclass of it."""
+    had, bare = type(module), class_of(module)
+    if bare is not had:
+        kin = _kin.setdefault(had, {bare: had})
+        if kind not in kin:
+            refused = {"__deepcopy__": had.__dict__["__deepcopy__"]}
+            made = type(f"FSDP{kind.__name__}", (had.__bases__[0], kind), refused)
+            kin[kind], _kin[made] = made, kin
+        kind = kin[kind]
+    module.__class__ = kind
 
 
 def of(modules: Mapping[str, Any], adapters: Sequence[str]) -> tuple[nn.Module, ...]:
@@ -68,9 +89,18 @@ def gathered(child: Any) -> Any:
     return _stand_in(child, _held) if is_unit(child) else ahead(child)
 
 
-def between(child: Any) -> Any:
-    """What the next call will read of a child, whose weights may be in a unit around the layer too."""
-    return _stand_in(child, _promised) if is_managed(child) else child
+def between(model: nn.Module) -> Seen:
+    """What the next call will read of a child in the model, whose weights may be those of a unit around its layer."""
+    around: dict[nn.Module, nn.Module] = {model: model}
+    for module in model.modules():
+        for child in module.children():
+            around[child] = child if is_unit(child) else around[module]
+
+    def seen(child: Any) -> Any:
+        read = functools.partial(_promised, unit=around.get(child, child))
+        return _stand_in(child, read) if is_managed(child) else child
+
+    return seen
 
 
 def why_not_whole(weight: Any) -> str | None:
@@ -125,7 +155,7 @@ def _stand_in(child: Any, read: Callable[[Any, str], Tensor | None]) -> Any:
     where it is none of a plain module.
     """
     inner = _inner(child)
-    kind: Any = type(child).__bases__[1] if isinstance(child, _FSDP2) else type(inner)
+    kind = class_of(inner)
     if kind not in (nn.Linear, Conv1D, DoraLinearLayer) and not quantised.is_bitsandbytes(kind):
         return child
     made = kind.__new__(kind)
@@ -155,23 +185,31 @@ def _held(child: Any, name: str) -> Tensor | None:
     return inner._parameters.get(name, inner.__dict__.get(name))
 
 
-def _promised(child: Any, name: str) -> Tensor | None:
-    """A tensor of no memory like the one that a unit gathers. What no unit gathers as a plain tensor is itself."""
+def _promised(child: Any, name: str, unit: Any = None) -> Tensor | None:
+    """A tensor of no memory like the one that a unit gathers, the child itself by default. What no unit gathers as a
+    plain tensor is itself.
+    """
+    unit = child if unit is None else unit
     inner, held = _inner(child), _held(child, name)
     if held is None:
         return None
-    shape, dtype, device = held.shape, held.dtype, held.device
+    shape, dtype, device = _whole_shape(unit, inner, name, held), held.dtype, held.device
     if isinstance(held, _DTENSOR):
         *others, last = held.placements
         if not last.is_shard() or not all(other.is_replicate() for other in others):
             return held  # of tensor parallelism: a DTensor where it is gathered, too
-    elif type(inner) is nn.Linear:
-        shape = torch.Size((inner.out_features, inner.in_features)[: 2 if name == "weight" else 1])
-    if is_unit(child):
-        dtype = _policy(child).param_dtype or dtype
-        device = child.compute_device if isinstance(child, _FSDP1) else child._get_fsdp_state()._device
+    if is_unit(unit):
+        dtype = (held.is_floating_point() and _policy(unit).param_dtype) or dtype
+        device = unit.compute_device if isinstance(unit, _FSDP1) else unit._get_fsdp_state()._device
     like = torch.empty((), dtype=dtype, device="meta" if held.is_meta else device).expand(shape)
     return like.requires_grad_(held.requires_grad)
+
+
+def _whole_shape(unit: Any, inner: Any, name: str, held: Tensor) -> torch.Size:
+    """A parameter's shape where FSDP1 shows the part of it that this rank has, flat."""
+    flat = unit._handle.flat_param if isinstance(unit, _FSDP1) and unit._handle is not None else None
+    known = () if flat is None else zip(flat._param_infos, flat._shapes, strict=True)
+    return next((shape for info, shape in known if info.module is inner and info.param_name == name), held.shape)
 
 
 def _policy(unit: Any) -> Any:

@@ -25,7 +25,7 @@ def hooked(module: Any) -> bool:
 
 def is_partitioned(parameter: Any) -> bool:
     """Whether DeepSpeed holds this parameter in parts."""
-    return "ds_id" in parameter.__dict__
+    return hasattr(parameter, "ds_id")  # not of its __dict__: a compiler that traces a packed weight cannot read that
 
 
 def is_own(hook: Any) -> bool:

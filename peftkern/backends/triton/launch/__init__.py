@@ -11,30 +11,3 @@ from peftkern.backends.triton.launch.operands import Direction, Launch, VendorPr
 from peftkern.backends.triton.launch.prepared import forget, keep, key, known, prepare
 from peftkern.backends.triton.launch.produce import bank, fused, shrink
 from peftkern.backends.triton.launch.quantise import Codes, quantise
-
-__all__ = [
-    "Codes",
-    "Direction",
-    "Gradient",
-    "Launch",
-    "Parted",
-    "VendorProduct",
-    "bank",
-    "bank_grad",
-    "decode",
-    "forget",
-    "fused",
-    "gathered",
-    "grad",
-    "keep",
-    "kept",
-    "key",
-    "known",
-    "loads",
-    "near",
-    "prepare",
-    "quantise",
-    "reduce",
-    "shrink",
-    "tf32",
-]

@@ -163,24 +163,14 @@ def reduce(
 class Parted:
     """Gradients that lie in one tensor, each into one of its own: what an operator returns may share no memory."""
 
-    together: list[Tensor]
-    own: list[Tensor]
+    reads: tuple[Tensor, ...]  # views of what ``bank_grad`` has written
+    writes: tuple[Tensor, ...]  # the gradients, in the dtypes of their factors
     name: ClassVar[str] = "part"
     flops: ClassVar[int] = 0
 
-    @property
-    def reads(self) -> tuple[Tensor, ...]:
-        """The tensors that ``bank_grad`` has written."""
-        return tuple(self.together)
-
-    @property
-    def writes(self) -> tuple[Tensor, ...]:
-        """The gradients, in the dtypes of their factors."""
-        return tuple(self.own)
-
     def run(self) -> None:
         """Start it on the current device and stream."""
-        torch._foreach_copy_(self.own, self.together)
+        torch._foreach_copy_(self.writes, self.reads)
 
 
 def bank_grad(
@@ -228,7 +218,7 @@ def bank_grad(
         reads=present(x, t, dy, s, partial), writes=present(out, partial), flops=flops,
         maxnreg=255 if call.precision == "fp32" and x.dtype != torch.float32 else None,
     )  # fmt: skip
-    return launch, Parted(together, own), list(zip(own[::2], own[1::2], strict=True))
+    return launch, Parted(tuple(together), tuple(own)), list(zip(own[::2], own[1::2], strict=True))
 
 
 def _fresh(factors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:

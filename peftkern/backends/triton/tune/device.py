@@ -25,21 +25,22 @@ _SCALING = 1.75
 
 
 class EventTimer:
-    """Seconds between two events on the current stream, after the L2 cache was overwritten.
+    """Seconds between two events on the current stream, after the L2 cache was filled with what nobody needs.
 
-    The buffer is at least twice the cache; where memory allows it is so large that the launches are queued behind its
-    writing, and what is timed is the device's time, not Python's.
+    By reading: what is written would be written back while the candidate runs. The buffer is at least twice the cache;
+    where memory allows it is so large that the launches are queued behind its sum, and what is timed is the device's
+    time, not Python's.
     """
 
     def __init__(self, device: torch.device) -> None:
         properties: Any = torch.cuda.get_device_properties(device)
         size = max(2 * properties.L2_cache_size, min(2**30, properties.total_memory // 32))
-        self.buffer = torch.empty(size, dtype=torch.int8, device=device)
+        self.buffer = torch.zeros(size // 4, device=device)
         self.events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def __call__(self, run: Callable[[], None]) -> float:
         start, end = self.events
-        self.buffer.zero_()
+        self.buffer.sum()
         start.record()
         run()
         end.record()
@@ -116,7 +117,8 @@ class DeviceBench:
             torch.cuda.synchronize(self.device)
         except Exception as error:
             tile = f"{choice.schedule} {choice.tile}"
-            raise DeviceLost(f"the device failed while {tile} ran, which should be reported: {error}") from error
+            text = f"the device failed while {tile} ran, which should be reported: {error}"
+            raise DeviceLost(text, choice) from error
 
 
 def _run(steps: list[schedule.Step]) -> None:

@@ -56,7 +56,11 @@ class Outcome:
 
 
 class DeviceLost(RuntimeError):
-    """The device cannot be used any more, so that nothing more can be measured."""
+    """The device cannot be used any more, so that nothing more can be measured. ``choice``: what ran when it failed."""
+
+    def __init__(self, text: str, choice: Choice | None = None) -> None:
+        super().__init__(text)
+        self.choice = choice
 
 
 class Bench(Protocol):
