@@ -203,6 +203,7 @@ SHOWN = {
         "no: its base weight requires grad", "2 steps, 2e-05", "check_fsdp1_units_of_frozen_and_trained_parameters"
     ),
     "ZeRO-2 and ZeRO-3 by DeepSpeed": Shown("14 of 14", "32 steps, 2e-05", "check_zero2_and_zero3_over_32_steps"),
+    "ZeRO-3 by DeepSpeed, bf16": Shown("14 of 14", "32 steps, 1e-02", "check_zero3_in_bf16_over_32_steps"),
     "tensor parallelism of PEFT's layers": Shown(
         "no: a weight of type DTensor", "1 forward", "check_a_patched_peft_layer_under_tensor_parallelism_is_pefts"
     ),
