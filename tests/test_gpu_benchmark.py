@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -241,6 +242,16 @@ def test_correctness_finds_a_wrong_result_and_excludes_its_schedule(tmp_path, mo
 
 def _problem(dtype: torch.dtype) -> Problem:
     return Problem("cuda", 4096, 4096, 4096, 16, dtype, dtype, dropout=True)
+
+
+def test_what_tensor_cores_cut_off_is_allowed_for_on_a_gpu_alone():
+    one = correctness.trial((64, 128, 192), (torch.bfloat16, torch.float32), 16, 0.0, "cpu")
+    assert correctness.cut_off(one, "y") == 0.0
+    here = {"is_cuda": True, "dtype": torch.bfloat16}
+    on_a_gpu = one._replace(x=SimpleNamespace(shape=(64, 4096), **here), dy=SimpleNamespace(shape=(64, 192)))
+    found = {name: correctness.cut_off(on_a_gpu, name) for name in correctness.NAMES_OF_RESULTS}
+    steps = {"y": 256, "s": 256, "dx": 12, "dA": 4, "dB": 4, "dbias": 0, "dlora_bias": 0}
+    assert found == pytest.approx({name: 2e-8 * count for name, count in steps.items()})
 
 
 def test_correctness_finds_results_that_move(tmp_path, monkeypatch):
