@@ -41,15 +41,49 @@ SMALL = Case(32, 64, 32, 5, torch.float32)  # 2 x 2
 SEEDS = range(3)
 
 
+class OneSet:
+    """The counters of all launches: zero after each, whoever took part, and none but those asked for is touched."""
+
+    BEYOND = -(2**30)
+
+    def __init__(self) -> None:
+        self.counters = torch.empty(tiles.COUNTERS, dtype=torch.int32)
+        self.forget()
+
+    def forget(self) -> None:
+        self.used = 0
+        self.counters.fill_(self.BEYOND)
+
+    def check(self) -> None:
+        assert not self.counters[: self.used].any() and (self.counters[self.used :] == self.BEYOND).all()
+
+    def give(self, like: torch.Tensor, blocks: int) -> torch.Tensor:
+        self.check()
+        self.forget()
+        self.used = blocks + 2
+        self.counters[: self.used] = 0
+        return self.counters
+
+
 @pytest.fixture(autouse=True)
-def one_set_of_counters(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.Tensor]:
-    """The counters of all launches: zero after each call, whoever took part."""
-    counters = torch.zeros(tiles.COUNTERS, dtype=torch.int32)
-    monkeypatch.setattr(launch_operands, "counters", lambda like, blocks=0: counters)
+def one_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneSet]:
+    made = OneSet()
     for module in (launch.produce, launch.gradients):
-        monkeypatch.setattr(module, "counters", lambda like, blocks=0: counters)
-    yield counters
-    assert not counters.any()
+        monkeypatch.setattr(module, "counters", made.give)
+    yield made
+    made.check()
+
+
+def test_captured_launches_share_no_counters(monkeypatch):
+    """Each has its own of the slab, for good, until it is used up; without a slab there are none."""
+    monkeypatch.setattr(launch_operands, "_SLAB", 10)
+    held = launch_operands._Counters()
+    assert held.take(4) is None
+    held.slab = torch.zeros(10, dtype=torch.int32)
+    for number, count in enumerate((4, 5), 1):
+        held.take(count).fill_(number)
+    assert held.slab.tolist() == [1] * 4 + [2] * 5 + [0]
+    assert held.take(2) is None and held.take(1) is not None
 
 
 def programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -179,14 +213,14 @@ def test_gradients_of_a_bank(in_runs):
             compare_all([trained(in_runs) for _ in range(2)], expected)
 
 
-def test_a_part_that_nobody_waits_for_is_seen(in_runs, monkeypatch, tmp_path, one_set_of_counters):
+def test_a_part_that_nobody_waits_for_is_seen(in_runs, monkeypatch, tmp_path, one_set):
     """The first of the runs adds up parts that are not there yet."""
     expected = trained(in_runs)
     first = "def arrived_last(counters, block, count):\n    return tl.atomic_add(counters + 2 + block, 1) == 0\n"
     mutate("bank_grad", "arrived_last", first, monkeypatch, tmp_path)
     with pytest.raises(AssertionError), interleaved(seed=0, weak_memory=True, barriers=True):
         compare_all([trained(in_runs)], expected)
-    one_set_of_counters.zero_()
+    one_set.forget()
 
 
 BANK_MUTATIONS = {
@@ -210,7 +244,7 @@ BANK_MUTATIONS = {
 
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("name", BANK_MUTATIONS)
-def test_a_broken_protocol_of_a_bank_is_seen(name, slices, banked, monkeypatch, tmp_path, one_set_of_counters):
+def test_a_broken_protocol_of_a_bank_is_seen(name, slices, banked, monkeypatch, tmp_path, one_set):
     batch = banked(slices)
     expected = bank_run(batch)
     mutate("fused", *BANK_MUTATIONS[name], monkeypatch, tmp_path)
@@ -222,7 +256,7 @@ def test_a_broken_protocol_of_a_bank_is_seen(name, slices, banked, monkeypatch, 
         except (AssertionError, Deadlock):
             caught = True
             break
-    one_set_of_counters.zero_()
+    one_set.forget()
     assert caught
 
 
@@ -265,7 +299,7 @@ def mutate(body: str, function: str, source: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_protocol_is_seen(name: str, monkeypatch, tmp_path, one_set_of_counters):
+def test_a_broken_protocol_is_seen(name: str, monkeypatch, tmp_path, one_set):
     """What the tests above would say if a step were missing."""
     mutate(*MUTATIONS[name], monkeypatch, tmp_path)
     programs(monkeypatch, 4)
@@ -284,5 +318,5 @@ def test_a_broken_protocol_is_seen(name: str, monkeypatch, tmp_path, one_set_of_
             except (AssertionError, Deadlock):
                 caught = True
                 break
-    one_set_of_counters.zero_()
+    one_set.forget()
     assert caught
