@@ -199,6 +199,9 @@ SHOWN = {
         "7 of 7", "2 steps, 2e-05", "check_fsdp2_units_of_every_kind"
     ),
     "FSDP2, every adapter a unit": Shown("7 of 7", "32 steps, 2e-05", "check_fsdp2_leaves_over_32_steps"),
+    "FSDP2 in bf16": Shown("7 of 7", "32 steps, 1e-02", "check_fsdp2_in_bf16_over_32_steps"),
+    "FSDP2 and FSDP1 by the Trainer": Shown("7 of 7", "32 steps, 2e-05", "check_the_trainer_over_32_steps"),
+    "the same, QLoRA's nf4 in bf16": Shown("7 of 7", "32 steps, 1e-02", "check_qlora_by_the_trainer"),
     "FSDP1, units of frozen and trained": Shown(
         "no: its base weight requires grad", "2 steps, 2e-05", "check_fsdp1_units_of_frozen_and_trained_parameters"
     ),
