@@ -81,14 +81,18 @@ def run(gpu: Gpu, given: Given, seed: int = 0, forced: bool = True) -> list[Laun
     wanted = {name: one for name, one in leaf.items() if one is not None and one.requires_grad}
     named: dict[str, Any] = {name: one for name, one in leaf.items() if one is not None}
     named |= {"y": y, "dy": t.dy, "weight": t.weight, "rng_state": t.rng_state}
-    named |= {f"counters {n}": one for n, one in gpu.kept_counters.items()}
     if isinstance(given.scaling, Tensor):
         named["scaling"] = given.scaling
-    launches = forward.launches(**named)  # before the memory of what is not saved is used again
+    launches = forward.launches(**named, **counters_of(gpu))  # before the memory of what is not saved is used again
     with gpu.recording() as backward, block[1]:
         found = torch.autograd.grad(y, list(wanted.values()), t.dy) if wanted else ()
     named |= {f"d{name}": one for name, one in zip(wanted, found, strict=True)}
-    return [*launches, *backward.launches(**named)]
+    return [*launches, *backward.launches(**named, **counters_of(gpu))]
+
+
+def counters_of(gpu: Gpu) -> dict[str, Tensor]:
+    """Those that the launches so far have made, by name."""
+    return {f"counters {stream}": one for stream, one in gpu.kept_counters.items()}
 
 
 def check(gpu: Gpu, runs: list, given: Given, forced: bool = True, times: int = 2) -> list[Launch]:
