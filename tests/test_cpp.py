@@ -336,6 +336,18 @@ def test_nothing_is_written_beside_the_outputs(monkeypatch, case):
     assert all((memory[:16] == 7).all() and (memory[-16:] == 7).all() for memory in guarded)
 
 
+def test_dx_of_one_row_in_fp32_over_a_large_weight_is_torchs_product():
+    """By measurement: a single row is a gemv, which is memory's time; of more rows, and in 16 bits, ours is ahead."""
+
+    def takes(M: int, N: int, dtype: torch.dtype = F32) -> bool:
+        rows, weight = torch.empty(M, N, dtype=dtype), torch.empty(N, 2048, dtype=dtype)
+        return call.takes(DenseWeight(weight), rows, False)
+
+    with kernels("avx2"):
+        assert takes(1, 2048) and not takes(1, 2049)
+        assert takes(2, 2049) and takes(1, 2049, BF16)
+
+
 @pytest.mark.skipif("avx2" not in SETS, reason="the kernels multiply by a dense weight with AVX2 alone")
 def test_dx_of_few_rows_in_fp32_is_torchs_product():
     """Its bits, with nothing on top where B is zero; in 16 bits, for more rows and for y the kernels compute."""

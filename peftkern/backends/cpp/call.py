@@ -17,6 +17,7 @@ from peftkern.weights import FrozenWeight, split_format
 FEW_ROWS = 16  # few_rows.h, kFewRows
 STREAMED_ROWS = 4  # streamed_rows.h, kStreamedRows
 ROWS_OF_Y = {torch.float32: 4, torch.bfloat16: 2, torch.float16: FEW_ROWS}  # measured ahead of torch's with AVX-512
+LARGEST_OF_DX = 2**22  # of one row in fp32: torch takes 0.6x of our time at 4096x4096, as long at 2048x2048
 FEW_ROWS_OF_DX = 128  # measured: 5.8x, 1.7x and 1.3x of torch's time at 1, 16 and 64 rows of 4096x4096, as fast at 256
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # call.h, DType
 
@@ -43,7 +44,10 @@ def one_pass(
 
 def takes(weight: FrozenWeight, rows: Tensor, forward: bool = True) -> bool:
     """``one_pass`` of rows of x, or of dy, and a weight."""
-    by_rows = weight.format != "dense" or weight.data.stride(1) == 1
+    dense = weight.format == "dense"
+    by_rows = not dense or weight.data.stride(1) == 1
+    if by_rows and dense and not forward and rows.dtype == torch.float32 and rows.shape[0] == 1:
+        by_rows = weight.data.numel() <= LARGEST_OF_DX
     return one_pass(rows.dtype, rows.shape[0], weight.format, forward, by_rows)
 
 
