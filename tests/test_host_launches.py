@@ -97,7 +97,7 @@ def launched(gpu: Gpu, call: Call, seed: int = 0) -> tuple[list[Launch], list[La
             gradients = torch.autograd.grad(y, list(leaf.values()), t.dy)
     named = {f"d{name}": gradient for name, gradient in zip(leaf, gradients, strict=True)}
     named |= leaf | {"y": y, "dy": t.dy, "weight": t.weight, "rng_state": t.rng_state}
-    found = recorded.launches(**named, **{f"counters {n}": one for n, one in gpu.kept_counters.items()})
+    found = recorded.launches(**named, **gpu.named_counters)
     return found[:forward], found[forward:]
 
 

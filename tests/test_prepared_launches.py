@@ -79,20 +79,15 @@ def run(gpu: Gpu, given: Given, seed: int = 0, forced: bool = True) -> list[Laun
                 lora_bias=leaf["lora_bias"], dropout_p=case.p, rng_state=t.rng_state, precision=case.precision,
             )  # fmt: skip
     wanted = {name: one for name, one in leaf.items() if one is not None and one.requires_grad}
-    named: dict[str, Any] = {name: one for name, one in leaf.items() if one is not None}
-    named |= {"y": y, "dy": t.dy, "weight": t.weight, "rng_state": t.rng_state}
+    named: dict[str, Any] = {"y": y, "dy": t.dy, "weight": t.weight, "rng_state": t.rng_state}
+    named |= {name: one for name, one in leaf.items() if one is not None}
     if isinstance(given.scaling, Tensor):
         named["scaling"] = given.scaling
-    launches = forward.launches(**named, **counters_of(gpu))  # before the memory of what is not saved is used again
+    launches = forward.launches(**named, **gpu.named_counters)  # before the memory of what is not saved is used again
     with gpu.recording() as backward, block[1]:
         found = torch.autograd.grad(y, list(wanted.values()), t.dy) if wanted else ()
     named |= {f"d{name}": one for name, one in zip(wanted, found, strict=True)}
-    return [*launches, *backward.launches(**named, **counters_of(gpu))]
-
-
-def counters_of(gpu: Gpu) -> dict[str, Tensor]:
-    """Those that the launches so far have made, by name."""
-    return {f"counters {stream}": one for stream, one in gpu.kept_counters.items()}
+    return [*launches, *backward.launches(**named, **gpu.named_counters)]
 
 
 def check(gpu: Gpu, runs: list, given: Given, forced: bool = True, times: int = 2) -> list[Launch]:

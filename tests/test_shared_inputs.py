@@ -8,6 +8,7 @@ import gc
 import pickle
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -371,15 +372,11 @@ def test_threads_have_their_own_x():
         expected = alone(x)
         barrier.wait()
         for _ in range(40):
-            if not torch.equal(shared(x * 1), expected):
-                wrong.append(seed)
+            wrong.append(not torch.equal(shared(x * 1), expected))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(work, range(3)))
+    assert len(wrong) == 120 and not any(wrong)
 
 
 def test_compiled_in_one_graph(fused):

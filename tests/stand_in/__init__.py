@@ -96,6 +96,11 @@ class Gpu(nvidia.CudaDriver):
             raw = RawLaunch.from_buffer_copy(self.library.stand_in_launch(i).contents)
             found._raw.append((raw, loaded[raw.function]))
 
+    @property
+    def named_counters(self) -> dict[str, Tensor]:
+        """Those that the launches so far have made, by a name with the stream's number."""
+        return {f"counters {stream}": one for stream, one in self.kept_counters.items()}
+
     def counters(self, like: Tensor, blocks: int = COUNTERS - 2) -> Tensor:
         """As on a GPU: one tensor a stream, kept."""
         if self.stream not in self.kept_counters:
