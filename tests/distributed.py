@@ -53,6 +53,14 @@ def run_in_two(script: str, seconds: int = SECONDS) -> dict[str, str]:
     return found
 
 
+def judge(name: str, outcome: dict[str, str]) -> None:
+    """What became of a check: nothing, or the skip or failure that it ended with."""
+    assert name in outcome, "an earlier check failed"
+    if outcome[name].startswith(SKIPPED):
+        pytest.skip(outcome[name])
+    assert not outcome[name], outcome[name]
+
+
 def main(checks: dict[str, Callable[[], None]]) -> None:
     """What a rank does: join the group, go through the checks, leave each one's error in the store."""
     import torch
