@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 import stand_in
+from gpu_runs import go, nothing_left_behind, put, results  # noqa: F401, a fixture
 from triton.runtime.cache import get_cache_manager
 
 import peftkern
@@ -25,14 +26,13 @@ from benchmarks.gpu import (
     parts,
     plan,
     report,
-    store,
     tuning,
 )
 from benchmarks.gpu.asked import Asked
 from benchmarks.gpu.bench import Bench, run_guarded
 from benchmarks.gpu.task import OK, Task
 from benchmarks.linear import SCALING, Cell
-from peftkern.backends.triton import select, tiles
+from peftkern.backends.triton import tiles
 from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.tiles import SPLIT, Choice, Pass
 from peftkern.backends.triton.tune import search
@@ -40,34 +40,6 @@ from peftkern.backends.triton.tune.device import DeviceBench
 from peftkern.call import Problem
 from peftkern.ops import dispatch
 from peftkern.testing.problems import Layer
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(monkeypatch, tmp_path):
-    monkeypatch.setenv("PEFTKERN_CACHE", os.environ.get("PEFTKERN_CACHE", ""))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tiles, "supports", tiles.supports)
-    monkeypatch.setattr(report, "plot", lambda products: None)
-    monkeypatch.setattr(command.record, "pyplot", lambda: None)
-    yield
-    monkeypatch.undo()
-    select.forget()
-
-
-def go(out: Path, *more: str, minutes: str = "5") -> int:
-    return command.main(["--minutes", minutes, "--out", str(out), "--dry-run", "--in-process", *more])
-
-
-def results(out: Path, part: str) -> dict:
-    return json.loads((out / f"{part}.json").read_text())["results"]
-
-
-def put(out: Path, part: str, results: dict) -> None:
-    kept = store.Store(out, part, {}, {})
-    for key, result in results.items():
-        kept.put(key, result)
-    kept.flush()
-
 
 # ------------------------------------------------------------------------------------------- the kernels ahead of time
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import sys
 import time
@@ -15,6 +13,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from gpu_runs import go, nothing_left_behind, put, results  # noqa: F401, a fixture
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import (
@@ -37,40 +37,12 @@ from benchmarks.gpu.asked import Asked
 from benchmarks.gpu.bench import Bench, Wrong
 from benchmarks.gpu.measure import FakeTimer
 from benchmarks.gpu.task import CRASH, HANG, OK, Task
-from peftkern.backends.triton import select, tiles
 from peftkern.backends.triton.arch import ARCHES
 from peftkern.backends.triton.tiles import SPLIT, Pass
 from peftkern.backends.triton.tune import search
 from peftkern.testing.problems import Layer
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(monkeypatch, tmp_path):
-    monkeypatch.setenv("PEFTKERN_CACHE", os.environ.get("PEFTKERN_CACHE", ""))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tiles, "supports", tiles.supports)
-    monkeypatch.setattr(report, "plot", lambda products: None)
-    monkeypatch.setattr(command.record, "pyplot", lambda: None)
-    yield
-    monkeypatch.undo()
-    select.forget()
-
-
-def go(out: Path, *more: str, minutes: str = "5") -> int:
-    return command.main(["--minutes", minutes, "--out", str(out), "--dry-run", "--in-process", *more])
-
-
-def results(out: Path, part: str) -> dict:
-    return json.loads((out / f"{part}.json").read_text())["results"]
-
-
-def put(out: Path, part: str, results: dict) -> None:
-    kept = store.Store(out, part, {}, {})
-    for key, result in results.items():
-        kept.put(key, result)
-    kept.flush()
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
