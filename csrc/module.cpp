@@ -76,6 +76,24 @@ static void limit(const std::string &name) {
   chosen = sets.front();
 }
 
+// The maker and the family of the processor (of Intel's, whose family is always 6, the model too): "amd-25" is Zen 3 and 4.
+static std::string processor() {
+#if defined(__x86_64__)
+  unsigned eax, ebx, ecx, edx;
+  char vendor[13] = {};
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx)) return "x86";
+  memcpy(vendor, &ebx, 4), memcpy(vendor + 4, &edx, 4), memcpy(vendor + 8, &ecx, 4);
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return "x86";
+  const unsigned family = (eax >> 8 & 15) == 15 ? 15 + (eax >> 20 & 255) : eax >> 8 & 15, model = (eax >> 4 & 15) + (eax >> 12 & 240);
+  const std::string maker = vendor;
+  if (maker == "AuthenticAMD") return "amd-" + std::to_string(family);
+  if (maker == "GenuineIntel") return "intel-" + std::to_string(family) + "-" + std::to_string(model);
+  return "x86";
+#else
+  return "other";
+#endif
+}
+
 template <class T> static T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
 static Dropout dropout(uint32_t threshold, uintptr_t rng_state) {
@@ -111,14 +129,14 @@ static Problem problem(int64_t M, int64_t K, int64_t N, int64_t R, int dtype, in
 }
 
 static Problem read_dense(Problem problem, uintptr_t weight, int64_t stride, bool transposed) {
-  problem.weight = {pointer<const void>(weight), stride, transposed, nullptr};
+  problem.weight = {pointer<const void>(weight), stride, transposed};
   return problem;
 }
 
 static Problem read_quantised(Problem problem, int format, uintptr_t data, uintptr_t scale, int64_t scale_stride, int group_shift,
                    int row_shift, const std::vector<uintptr_t> &tables) {
   const auto table = [&](size_t i) { return i < tables.size() ? tables[i] : 0; };
-  problem.weight = {pointer<const void>(data), 0, false, nullptr, WeightFormat(format), problem.K, group_shift, row_shift,
+  problem.weight = {pointer<const void>(data), 0, false, WeightFormat(format), problem.K, group_shift, row_shift,
                     scale_stride, pointer<const void>(scale), pointer<const void>(table(0)), pointer<const float>(table(1)),
                     pointer<const float>(table(2)), pointer<const float>(table(3))};
   return problem;
@@ -201,14 +219,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     chosen->bank_backward(call, {pointer<const int64_t>(rows), segments.data(), int64_t(segments.size())});
   }, "dx of such a batch, and dA and dB of the segments that have addresses for them; a zero dx is left out.");
 
-  m.def("pack_weight", [](int64_t K, int64_t N, int dtype, uintptr_t weight, int64_t w_stride, bool w_transposed, bool forward,
-                          int threads, uintptr_t panels) {
-    py::gil_scoped_release release;
-    chosen->pack_weight({K, N, DType(dtype), {pointer<const void>(weight), w_stride, w_transposed, nullptr}, forward, threads, pointer<float>(panels)});
-  }, "fp32 panels of W^T (forward: y = x W^T) or of W (dx = dy W), panel_columns() columns each, for the `panels` of a Problem.");
-
-  m.def("panel_columns", [] { return chosen->panel_columns; });
-
   m.def("keep", [](uint32_t threshold, uintptr_t rng_state, int64_t M, int64_t K, int dtype, uintptr_t x, int64_t x_stride,
                    uintptr_t kept, int threads) {
     py::gil_scoped_release release;
@@ -230,6 +240,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   }, "The instruction sets that this processor runs, best first, up to the limit.");
   m.def("limit", &limit, "Use no instruction set above this one.");
   m.def("use", &use, "Choose the kernels of one instruction set; for tests.");
+  m.def("processor", &processor, "The maker and the family of the processor, for a table of what was measured.");
   m.def("instruction_set", [] { return std::string(chosen->name); });
   m.def("use_openmp", &parallel_use_openmp, "Whether to run on torch's OpenMP pool; False is for tests.");
   m.def("parallel_runtime", &parallel_runtime);

@@ -336,41 +336,6 @@ def test_nothing_is_written_beside_the_outputs(monkeypatch, case):
     assert all((memory[:16] == 7).all() and (memory[-16:] == 7).all() for memory in guarded)
 
 
-@pytest.mark.skipif("avx2" not in SETS, reason="rows stream with AVX2 and more alone")
-def test_dx_of_one_row_in_fp32_over_a_large_weight_is_torchs_product():
-    """By measurement: a single row is a gemv, which is memory's time; of more rows, and in 16 bits, ours is ahead."""
-
-    def takes(M: int, N: int, dtype: torch.dtype = F32) -> bool:
-        return call.takes(DenseWeight(torch.empty(N, 2048, dtype=dtype)), torch.empty(M, N, dtype=dtype), False)
-
-    with kernels("avx2"):
-        assert takes(1, 2048) and not takes(1, 2049) and takes(2, 2049) and takes(1, 2049, BF16)
-
-
-@pytest.mark.skipif("avx2" not in SETS, reason="the kernels multiply by a dense weight with AVX2 alone")
-def test_dx_of_few_rows_in_fp32_is_torchs_product():
-    """Its bits, with nothing on top where B is zero; in 16 bits, for more rows and for y the kernels compute."""
-    with kernels("avx2"):
-        few = call.FEW_ROWS_OF_DX
-        assert not call.one_pass(F32, few - 1, "dense", False) and call.one_pass(F32, few, "dense", False)
-        assert call.one_pass(BF16, 1, "dense", False) and call.one_pass(F32, 1, "dense")
-        x, W, dy = torch.randn(16, 96, requires_grad=True), torch.randn(80, 96), torch.randn(16, 80)
-        y = peftkern.lora_linear(x, W, torch.randn(4, 96), torch.zeros(80, 4), backend="cpp")
-        assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy @ W)
-
-
-@pytest.mark.skipif("avx512" not in SETS, reason="what is measured for AVX-512")
-@pytest.mark.parametrize("name", [name for name in SETS if name.startswith("avx512")])
-def test_a_handful_of_rows_is_not_torchs_product(name):
-    """One row in every dtype, both ways; more rows, and a weight whose columns are contiguous, are torch's."""
-    with kernels(name):
-        for dtype in (F32, BF16, F16):
-            W, by_columns = (DenseWeight(weight.to(dtype)) for weight in (torch.ones(8, 8), torch.ones(8, 8).T))
-            one, many = torch.ones(1, 8, dtype=dtype), torch.ones(call.FEW_ROWS + 1, 8, dtype=dtype)
-            for way in (True, False):
-                assert call.takes(W, one, way) and not call.takes(W, many, way) and not call.takes(by_columns, one, way)
-
-
 def test_a_block_of_wide_rows_takes_no_more_than_16_mib():
     """264 rows of 49152, as where a head is adapted, would be 52 MB for every thread, for good."""
     program = """if True:

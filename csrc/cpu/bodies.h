@@ -96,7 +96,7 @@ template <class Thin, class A> struct Bodies {
       return;
     }
     if (first.one_pass) {
-      for (int64_t i = 0; i < calls.count; ++i) Fused<X, A>::forward(calls.calls[i]);
+      for (int64_t i = 0; i < calls.count; ++i) Fused<Thin, A>::forward(calls.calls[i]);
       return;
     }
     const int blocks = static_cast<int>(smaller(first.threads, (first.M + Thin::kRows - 1) / Thin::kRows));
@@ -114,8 +114,9 @@ template <class Thin, class A> struct Bodies {
     const Backward &p;
     float *memory;
     int count;
-    int64_t dA_size() const { return p.one_pass ? p.K * Fused<X, A>::ld(p) : p.R * Sizes(p).Kp; }
-    int64_t dB_size() const { return p.one_pass ? p.N * Fused<X, A>::ld(p) : p.R * Sizes(p).Np; }
+    bool by_column() const { return p.one_pass && Fused<Thin, A>::kByColumn; }
+    int64_t dA_size() const { return by_column() ? p.K * Fused<Thin, A>::ld(p) : p.R * Sizes(p).Kp; }
+    int64_t dB_size() const { return by_column() ? p.N * Fused<Thin, A>::ld(p) : p.R * Sizes(p).Np; }
     Sums sums(int index) const {
       float *dA = memory + index * (dA_size() + dB_size());
       return {p.dA ? dA : nullptr, p.dB ? dA + dA_size() : nullptr};
@@ -171,34 +172,34 @@ template <class Thin, class A> struct Bodies {
     }
   }
 
-  // dA and dB in the parameters' dtype: c times the sum over threads, in their order.
+  // out[j * out_stride] = factor times the sum over threads, in their order, of `width` columns, `by` apart in each one's memory.
+  static void reduce_columns(const Call &call, const float *first, int64_t by, int64_t width, float factor, A *out, int64_t out_stride) {
+    float sum[kReduced] = {};
+    for (int i = 0; i < call.count; ++i, first += call.dA_size() + call.dB_size()) {
+      if (by == 1) for (int64_t j = 0; j < width; ++j) sum[j] += first[j];
+      else for (int64_t j = 0; j < width; ++j) sum[j] += first[j * by];
+    }
+    if (out_stride == 1) for (int64_t j = 0; j < width; ++j) narrow(factor * sum[j], out + j);
+    else for (int64_t j = 0; j < width; ++j) narrow(factor * sum[j], out + j * out_stride);
+  }
+
+  // dA and dB in the parameters' dtype: c times the sum over threads.
+  static constexpr int64_t kReduced = 64;  // columns at a time
   static void reduce(const Call &call, int index, int count) {
     const Backward &p = call.p;
     const Sizes size(p);
-    const int64_t ld = Fused<X, A>::ld(p);
-    if (p.dA) {
-      const float factor = p.scaling * p.dropout.scale;
-      const int64_t by_r = p.one_pass ? 1 : size.Kp, by_k = p.one_pass ? ld : 1;
-      const Range share_k = share(p.K, 64, index, count);
-      for (int64_t r = 0; r < p.R; ++r) {
-        for (int64_t k = share_k.begin; k < share_k.end; ++k) {
-          float sum = 0;
-          for (int i = 0; i < call.count; ++i) sum += call.sums(i).dA[r * by_r + k * by_k];
-          narrow(factor * sum, (A *)p.dA + r * p.K + k);
-        }
+    const Sums sums = call.sums(0);
+    const int64_t ld = Fused<Thin, A>::ld(p);
+    const auto all = [&](int64_t columns, const float *first, int64_t by_r, int64_t by, float factor, void *out, int64_t out_r, int64_t out_by) {
+      const Range own = share(columns, kReduced, index, count);
+      for (int64_t begin = own.begin; begin < own.end; begin += kReduced) {
+        const int64_t width = smaller(kReduced, own.end - begin);
+        for (int64_t r = 0; r < p.R; ++r) reduce_columns(call, first + r * by_r + begin * by, by, width, factor, (A *)out + r * out_r + begin * out_by, out_by);
       }
-    }
-    if (p.dB) {
-      const int64_t by_r = p.one_pass ? 1 : size.Np, by_n = p.one_pass ? ld : 1;
-      const Range share_n = share(p.N, 64, index, count);
-      for (int64_t n = share_n.begin; n < share_n.end; ++n) {
-        for (int64_t r = 0; r < p.R; ++r) {
-          float sum = 0;
-          for (int i = 0; i < call.count; ++i) sum += call.sums(i).dB[r * by_r + n * by_n];
-          narrow(p.scaling * sum, (A *)p.dB + n * p.R + r);
-        }
-      }
-    }
+    };
+    const bool by_column = call.by_column();
+    if (p.dA) all(p.K, sums.dA, by_column ? 1 : size.Kp, by_column ? ld : 1, p.scaling * p.dropout.scale, p.dA, p.K, 1);
+    if (p.dB) all(p.N, sums.dB, by_column ? 1 : size.Np, by_column ? ld : 1, p.scaling, p.dB, 1, p.R);
   }
 
   static void backward(const Backward &problem) {
@@ -219,7 +220,7 @@ template <class Thin, class A> struct Bodies {
         if (own.dB) memset(own.dB, 0, c.dB_size() * sizeof(float));
         const Range rows = share(c.p.M, c.p.one_pass ? kTileRows : Thin::kRows, share_index, c.count);
         if (rows.begin >= rows.end) continue;
-        if (c.p.one_pass) Fused<X, A>::backward_rows(c.p, own.dA, own.dB, rows);
+        if (c.p.one_pass) Fused<Thin, A>::backward_rows(c.p, own.dA, own.dB, rows);
         else backward_rows(c.p, own, rows);
       }
     }, &call);

@@ -6,10 +6,10 @@
 //              dA^T += D(x)^T T     dB += dy^T s
 //
 // A thread takes a share of the rows (of y's columns where rows are few) in blocks of rows. Such a block is packed into tiles
-// (tile.h), widened, once; T and dB are made from it; then panel after panel of kTileColumns columns of the weight is taken
-// from the packed copy (or made, by panel_of; several at once from a weight that is decoded in steps) and stays in the L2 cache while
-// tile after tile of the rows is finished in registers and written once, in y's dtype. No sum's order depends on how the work is shared, so y, s and dx have the same
-// bits for any number of threads, and from packed panels the same as from the weight where it lies.
+// (tile.h) once, as words of fp32 or pairs of bf16; T and dB are made from it; then panel after panel of kTileColumns columns of the weight
+// is made (several at once from a weight that is decoded in steps) and stays in the L2 cache while tile after tile of the
+// rows is finished in registers and written once, in y's dtype. No sum's order depends on how the work is shared, so y, s and dx
+// have the same bits for any number of threads.
 #pragma once
 #include "../include/philox.h"
 #include "few_rows.h"
@@ -19,58 +19,72 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-template <class X, class A> struct Fused {
+template <class Thin, class A> struct Fused {
+  typedef typename Thin::Storage X;
+  typedef typename Thin::Word Word;
+  static constexpr int64_t kOf = Packing<Word>::kOf;
+  static int64_t words(int64_t elements) { return Packing<Word>::count(elements); }
   static constexpr int64_t kChunk = 256;        // columns of x that are packed for T at a time
   static constexpr int64_t kMasked = 128;       // columns of D(x) that lie packed for dA at a time
   static constexpr int64_t kPanelDepth = 2048;  // of the panels that are made at once, together: 128 KB
 
-  // dA^T [K, ld] and dB [N, ld] of one thread.
+  // Of one thread: dA^T [K, ld] and dB [N, ld], made from packed fp32 rows; or dA [R, K] and dB^T [R, N], padded, as Thin makes them
+  // from rows where they lie: pairs of a packed row are not those that a sum over rows takes.
+  static constexpr bool kByColumn = kOf == 1;
   static int64_t ld(const Problem &p) { return round_up(p.R, kTileColumns); }
 
   // Rows of a block, at most: what a panel of the weight is made for, as long as they are 16 MB, or few.
   static int64_t rows_of_block(int64_t Q) {
-    const int64_t rows = (int64_t(1) << 22) / (Q + 1);
-    return smaller(264, rows < 48 ? 48 : rows);
+    const int64_t rows = (int64_t(1) << 22) / (words(Q) + 1);
+    return smaller(1056, rows < 48 ? 48 : rows);
   }
 
   // What a thread works with: Q contracted columns, blocks of at most `rows` rows.
   struct Memory {
-    int64_t Q, R, rows, panels, words, step, depth, group;
+    int64_t Q, R, Rp, rows, panels, row_bits, step, depth, group;
     bool in_steps;  // a group is made of whole steps of a quantised weight
-    float *x, *chunk, *f, *t, *s, *packed_t, *panel, *g, *sums;
+    Word *x, *chunk, *f, *packed_t, *panel, *g;
+    float *t, *s, *sums, *b, *thin_memory;
+    typename Thin::Element *buffer;
     uint64_t *bits;
-    Memory(const Problem &p, int64_t Q, int64_t share) : Q(Q), R(p.R) {
-      in_steps = steps_take<X>(p.weight);
+    Memory(const Problem &p, int64_t Q, int64_t share) : Q(Q), R(p.R), Rp(round_up(p.R, W)) {
+      in_steps = kOf == 1 && steps_take<X>(p.weight);
       group = in_steps ? kStepPanels : 1;
       rows = round_up(smaller(share, rows_of_block(Q)), kTileRows);
       panels = (R + kTileColumns - 1) / kTileColumns;
-      words = (p.K + 63) / 64;
+      row_bits = (p.K + 63) / 64;
       step = in_steps ? kDecodedDepth : depth_of(Q);
       depth = kPanelDepth / group / step * step;
       const int64_t thin = panels * rows * kTileColumns, chunk_size = kTileRows * kChunk > rows * kMasked ? kTileRows * kChunk : rows * kMasked;
       Scratch &memory = worker_scratch();
-      memory.reserve(Scratch::bytes<float>(rows * Q + kPackSlack) + Scratch::bytes<float>(chunk_size + kPackSlack) +
-                     Scratch::bytes<float>(panels * Q * kTileColumns) + 2 * Scratch::bytes<float>(thin) +
-                     Scratch::bytes<float>(rows * R + kPackSlack) + Scratch::bytes<float>(group * panel_size()) +
-                     Scratch::bytes<float>(group * R * kTileColumns) + Scratch::bytes<float>(group * rows * kTileColumns) +
-                     Scratch::bytes<uint64_t>(rows * words));
-      x = memory.take<float>(rows * Q + kPackSlack), chunk = memory.take<float>(chunk_size + kPackSlack);
-      f = memory.take<float>(panels * Q * kTileColumns), t = memory.take<float>(thin), s = memory.take<float>(thin);
-      packed_t = memory.take<float>(rows * R + kPackSlack), panel = memory.take<float>(group * panel_size());
-      g = memory.take<float>(group * R * kTileColumns), sums = memory.take<float>(group * rows * kTileColumns);
-      bits = p.dropout.threshold ? memory.take<uint64_t>(rows * words) : nullptr;
+      memory.reserve(Scratch::bytes<Word>(rows * words(Q) + kPackSlack) + Scratch::bytes<Word>(chunk_size + kPackSlack) +
+                     Scratch::bytes<Word>(panels * words(Q) * kTileColumns) + 2 * Scratch::bytes<float>(thin) +
+                     Scratch::bytes<Word>(rows * words(R) + kPackSlack) + Scratch::bytes<Word>(group * panel_size()) +
+                     Scratch::bytes<Word>(group * words(R) * kTileColumns) + Scratch::bytes<float>(group * rows * kTileColumns) +
+                     (kByColumn ? 0 : outer_bytes()) + Scratch::bytes<uint64_t>(rows * row_bits));
+      x = memory.take<Word>(rows * words(Q) + kPackSlack), chunk = memory.take<Word>(chunk_size + kPackSlack);
+      f = memory.take<Word>(panels * words(Q) * kTileColumns), t = memory.take<float>(thin), s = memory.take<float>(thin);
+      packed_t = memory.take<Word>(rows * words(R) + kPackSlack), panel = memory.take<Word>(group * panel_size());
+      g = memory.take<Word>(group * words(R) * kTileColumns), sums = memory.take<float>(group * rows * kTileColumns);
+      if (!kByColumn) b = memory.take<float>(Thin::kRows * Rp), thin_memory = memory.take<float>(Thin::thin_size(Rp)), buffer = memory.take<typename Thin::Element>(Thin::kRows * Thin::kColumns);
+      bits = p.dropout.threshold ? memory.take<uint64_t>(rows * row_bits) : nullptr;
     }
-    int64_t panel_size() const { return smaller(depth, Q) * kTileColumns; }
-    float *x_tile(int64_t row) const { return x + row * Q; }
+    bool half(int64_t i) const { return R - i * kTileColumns <= W; }  // whether a panel's ranks fill no more than half of it
+    int64_t outer_bytes() const {
+      return Scratch::bytes<float>(Thin::kRows * Rp) + Scratch::bytes<float>(Thin::thin_size(Rp)) + Scratch::bytes<typename Thin::Element>(Thin::kRows * Thin::kColumns);
+    }
+    int64_t panel_size() const { return words(smaller(depth, Q)) * kTileColumns; }
+    Word *x_tile(int64_t row) const { return x + row * words(Q); }
     float *t_panel(int64_t i) const { return t + i * rows * kTileColumns; }
     float *s_panel(int64_t i) const { return s + i * rows * kTileColumns; }
-    float *f_panel(int64_t i) const { return f + i * Q * kTileColumns; }
+    Word *f_panel(int64_t i) const { return f + i * words(Q) * kTileColumns; }
   };
 
-  static void make_factor(const Problem &p, const A *f, int64_t ldf, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, float *block) {
+  static void make_factor(const Problem &p, const A *f, int64_t ldf, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, Word *block) {
     block_of(f, ldf, by_rows, q, first, depth, width, block);
-    if (!p.round_factors || sizeof(X) == sizeof(A)) return;
-    for (float *value = block; value < block + depth * kTileColumns; value += W) {
+    if constexpr (kOf > 1 || sizeof(X) == sizeof(A)) return;  // rounded they are already
+    if (!p.round_factors) return;
+    for (Word *value = block; value < block + depth * kTileColumns; value += W) {
       X narrow_values[W];
       store(load(value), narrow_values);
       store(load(narrow_values), value);
@@ -88,15 +102,20 @@ template <class X, class A> struct Fused {
   static void pack_tile(const Memory &m, const X *x, int64_t stride, int64_t row, int64_t rows, const uint64_t *bits, bool need_t) {
     for (int64_t q = 0; q == 0 || q < m.Q; q += kChunk) {
       const int64_t depth = smaller(kChunk, m.Q - q);
-      const float *source = m.x_tile(row) + q * kTileRows;
-      pack(x + q, stride, rows, depth, nullptr, 0, m.x_tile(row) + q * kTileRows);
+      const Word *source = m.x_tile(row) + q / kOf * kTileRows;
+      pack(x + q, stride, rows, depth, nullptr, 0, m.x_tile(row) + q / kOf * kTileRows);
       if (!need_t) continue;
       if (bits) {
-        pack(x + q, stride, rows, depth, bits + q / 64, m.words, m.chunk);
+        pack(x + q, stride, rows, depth, bits + q / 64, m.row_bits, m.chunk);
         source = m.chunk;
       }
       for (int64_t i = 0; i < m.panels; ++i) {
-        with_count(rows, [&](auto count) { tile<count>(source, m.f_panel(i) + q * kTileColumns, depth, q > 0, m.t_panel(i) + row * kTileColumns); });
+        const Word *factor = m.f_panel(i) + q / kOf * kTileColumns;
+        float *sums = m.t_panel(i) + row * kTileColumns;
+        with_count(rows, [&](auto count) {
+          if (m.half(i)) tile<count, true>(source, factor, words(depth), q > 0, sums);
+          else tile<count>(source, factor, words(depth), q > 0, sums);
+        });
       }
     }
   }
@@ -107,7 +126,7 @@ template <class X, class A> struct Fused {
       for (int64_t i = 0; i < m.panels; ++i) {
         const int64_t r = i * kTileColumns;
         pack(m.t_panel(i) + row * kTileColumns, kTileColumns, smaller(kTileRows, rows - row), smaller(kTileColumns, m.R - r), nullptr, 0,
-             m.packed_t + row * m.R + r * kTileRows);
+             m.packed_t + row * words(m.R) + r / kOf * kTileRows);
       }
     }
   }
@@ -120,14 +139,14 @@ template <class X, class A> struct Fused {
     float c; X *z; const uint64_t *bits; bool onto;
   };
 
-  template <int ROWS> static void finish_tile(const Memory &m, const Product &o, const float *g, int64_t row, int64_t first, int64_t width, const float *column, const float *sums) {
-    const Tile<ROWS> extra(m.packed_t + row * m.R, g, m.R);
+  template <int ROWS> static void finish_tile(const Memory &m, const Product &o, const Word *g, int64_t row, int64_t first, int64_t width, const float *column, const float *sums) {
+    const Tile<ROWS> extra(m.packed_t + row * words(m.R), g, words(m.R));
     const vf column_low = column ? load(column) : vf{}, column_high = column ? load(column + W) : vf{};
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
       vf low = o.c * extra.low[i], high = o.c * extra.high[i];
       if (o.bits) {
-        const uint64_t kept = o.bits[(row + i) * m.words + first / 64] >> (first % 64);
+        const uint64_t kept = o.bits[(row + i) * m.row_bits + first / 64] >> (first % 64);
         low = select(uint32_t(kept), low), high = select(uint32_t(kept >> W), high);
       }
       low += load(sums + i * kTileColumns) + column_low, high += load(sums + i * kTileColumns + W) + column_high;
@@ -147,35 +166,32 @@ template <class X, class A> struct Fused {
   }
 
   static void make_panels(const Memory &m, const Product &o, int64_t begin, int64_t first, int64_t depth, int64_t width) {
-    if (m.in_steps) panels_of_steps<X>(*o.weight, o.w_by_rows, begin, first, depth, width, m.panel, m.panel_size());
-    else panel_of<X>(*o.weight, o.w_by_rows, begin, first, depth, width, m.panel);
+    if constexpr (kOf == 1) if (m.in_steps) return panels_of_steps<X>(*o.weight, o.w_by_rows, begin, first, depth, width, m.panel, m.panel_size());
+    panel_of<X>(*o.weight, o.w_by_rows, begin, first, depth, width, m.panel);
   }
 
   // A group of panels, `width` columns in all.
   static void finish_panels(const Problem &p, const Memory &m, const Product &o, int64_t first, int64_t width, const float *column) {
     const int64_t Q = m.Q, panels = (width + kTileColumns - 1) / kTileColumns;
     const auto width_of = [&](int64_t i) { return smaller(kTileColumns, width - i * kTileColumns); };
-    for (int64_t i = 0; i < panels; ++i) make_factor(p, o.g, o.ldg, o.g_by_rows, 0, first + i * kTileColumns, m.R, width_of(i), m.g + i * m.R * kTileColumns);
+    for (int64_t i = 0; i < panels; ++i) make_factor(p, o.g, o.ldg, o.g_by_rows, 0, first + i * kTileColumns, m.R, width_of(i), m.g + i * words(m.R) * kTileColumns);
     const auto finish = [&](int64_t i, int64_t row, const float *sums) {
       with_count(smaller(kTileRows, o.rows - row), [&](auto count) {
-        finish_tile<count>(m, o, m.g + i * m.R * kTileColumns, row, first + i * kTileColumns, width_of(i), column ? column + i * kTileColumns : nullptr, sums);
+        finish_tile<count>(m, o, m.g + i * words(m.R) * kTileColumns, row, first + i * kTileColumns, width_of(i), column ? column + i * kTileColumns : nullptr, sums);
       });
     };
     const bool unordered = m.in_steps && !o.w_by_rows;
     const auto sums_of = [&](int64_t i, int64_t row) { return m.sums + i * m.rows * kTileColumns + (m.depth < Q || unordered ? row * kTileColumns : 0); };
     for (int64_t begin = 0; begin == 0 || begin < Q; begin += m.depth) {  // once for nothing: an empty sum is zero
       const int64_t depth = smaller(m.depth, Q - begin);
-      const float *made = m.panel;
-      if (o.weight->panels) made = o.weight->panels + first * Q + begin * kTileColumns;
-      else make_panels(m, o, begin, first, depth, width);
+      make_panels(m, o, begin, first, depth, width);
       for (int64_t row = 0; row < o.rows; row += kTileRows) {
-        if (o.weight->panels) prefetch_share(made + depth * kTileColumns, depth, row, o.rows);
         for (int64_t i = 0; i < panels; ++i) {
-          const float *panel = made + i * m.panel_size();
+          const Word *panel = m.panel + i * m.panel_size();
           float *sums = sums_of(i, row);
           with_count(smaller(kTileRows, o.rows - row), [&](auto count) {
             for (int64_t q = 0; q == 0 || q < depth; q += m.step) {
-              tile<count>(m.x_tile(row) + (begin + q) * kTileRows, panel + q * kTileColumns, smaller(m.step, depth - q), begin + q > 0, sums);
+              tile<count>(m.x_tile(row) + (begin + q) / kOf * kTileRows, panel + q / kOf * kTileColumns, words(smaller(m.step, depth - q)), begin + q > 0, sums);
             }
           });
           if (begin + depth >= Q && !unordered) finish(i, row, sums);
@@ -196,14 +212,6 @@ template <class X, class A> struct Fused {
     }
   }
 
-  // The part of the next panel that the tile at `row` fetches ahead.
-  static void prefetch_share(const float *next, int64_t depth, int64_t row, int64_t rows) {
-    const int64_t begin = depth * row / rows, end = depth * smaller(row + kTileRows, rows) / rows;
-    for (int64_t q = begin; q < end; ++q) {
-      for (int64_t at = 0; at < kTileColumns; at += 16) __builtin_prefetch(next + q * kTileColumns + at, 0, 2);
-    }
-  }
-
   static void forward_part(const Forward &p, Range rows, Range columns) {
     const Memory m(p, p.K, rows.end - rows.begin);
     make_first_factor(p, m, p.A, p.K, true);
@@ -211,15 +219,16 @@ template <class X, class A> struct Fused {
       const int64_t count = smaller(m.rows, rows.end - row);
       for (int64_t i = 0; i < count; i += kTileRows) {
         const int64_t tile_rows = smaller(kTileRows, count - i);
-        uint64_t *bits = m.bits ? m.bits + i * m.words : nullptr;
-        if (bits) for (int64_t j = 0; j < tile_rows; ++j) keep_bits_row(p.dropout, row + i + j, 0, p.K, bits + j * m.words);
+        uint64_t *bits = m.bits ? m.bits + i * m.row_bits : nullptr;
+        if (bits) for (int64_t j = 0; j < tile_rows; ++j) keep_bits_row(p.dropout, row + i + j, 0, p.K, bits + j * m.row_bits);
         pack_tile(m, (const X *)p.x + (row + i) * p.x_stride, p.x_stride, i, tile_rows, bits, true);
       }
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t r = 0; r < p.R; ++r) {
-          float *t = m.t_panel(r / kTileColumns) + i * kTileColumns + r % kTileColumns;
-          *t *= p.dropout.scale;
-          if (columns.begin == 0) p.s[(row + i) * p.R + r] = *t;
+      for (int64_t panel = 0; panel < m.panels; ++panel) {
+        const int64_t first = panel * kTileColumns, width = smaller(kTileColumns, p.R - first);
+        for (int64_t i = 0; i < count; ++i) {
+          float *t = m.t_panel(panel) + i * kTileColumns;
+          store(p.dropout.scale * load(t), t), store(p.dropout.scale * load(t + W), t + W);
+          if (columns.begin == 0) memcpy(p.s + (row + i) * p.R + first, t, width * sizeof(float));
         }
       }
       pack_t(m, count);
@@ -237,7 +246,7 @@ template <class X, class A> struct Fused {
   }
 
   static void forward(const Forward &problem) {
-    if (FewRows<X, A>::takes(problem)) return FewRows<X, A>::forward(problem);
+    if (FewRows<X, A>::takes(problem, kOf > 1)) return FewRows<X, A>::forward(problem);
     const int64_t tiles = problem.M / kTileRows + (problem.N + kTileColumns - 1) / kTileColumns;
     parallel_run(int(smaller(problem.threads, tiles)), [](void *data, int index, int count) {
       const Forward &p = *static_cast<const Forward *>(data);
@@ -249,13 +258,35 @@ template <class X, class A> struct Fused {
   }
 
   // sums[q, :] += sum_m X[m, q] B[m, :] for `count` columns of packed rows, B in panels [m.rows, kTileColumns].
-  static void add_outer(const Memory &m, const float *x, int64_t stride, int64_t rows, int64_t count, const float *b, float *sums, int64_t ld) {
+  static void add_outer(const Memory &m, const Word *x, int64_t stride, int64_t rows, int64_t count, const float *b, float *sums, int64_t ld) {
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     for (int64_t q = 0; q < count; q += kTileRows) {
       for (int64_t i = 0; i < m.panels; ++i) {
+        const float *factor = b + i * m.rows * kTileColumns;
+        float *target = sums + q * ld + i * kTileColumns;
         with_count(smaller(kTileRows, count - q), [&](auto columns) {
-          outer<columns>(x + q * kTileRows, stride, tiles, b + i * m.rows * kTileColumns, sums + q * ld + i * kTileColumns, ld);
+          if (m.half(i)) outer<columns, true>(x + q * kTileRows, stride, tiles, factor, target, ld);
+          else outer<columns, false>(x + q * kTileRows, stride, tiles, factor, target, ld);
         });
+      }
+    }
+  }
+
+  // sums[:, q] += sum_m B[m, :] D(X)[m, q] for all `count` columns of rows where they lie, B in the same panels.
+  static void add_outer_of_rows(const Memory &m, const X *x, int64_t stride, const uint64_t *bits, int64_t rows, int64_t count, const float *b, float *sums) {
+    const int64_t ld = round_up(count, Thin::kPad);
+    for (int64_t row = 0; row < rows; row += Thin::kRows) {
+      const int64_t height = smaller(Thin::kRows, rows - row);
+      for (int64_t panel = 0; panel < m.panels; ++panel) {
+        const int64_t first = panel * kTileColumns, width = smaller(kTileColumns, m.Rp - first);
+        for (int64_t i = 0; i < height; ++i) memcpy(m.b + i * m.Rp + first, b + (panel * m.rows + row + i) * kTileColumns, width * sizeof(float));
+      }
+      const typename Thin::Thin thin = Thin::make_thin(m.b, height, m.R, m.Rp, m.thin_memory);
+      for (int64_t q = 0; q < count; q += Thin::kColumns) {
+        const int64_t width = smaller(Thin::kColumns, count - q);
+        int64_t ldx;
+        const auto *block = Thin::load_block(x + row * stride + q, stride, height, width, bits ? bits + row * m.row_bits + q / 64 : nullptr, m.row_bits, m.buffer, &ldx);
+        Thin::outer(thin, m.R, block, ldx, height, width, sums + q, ld);
       }
     }
   }
@@ -273,17 +304,21 @@ template <class X, class A> struct Fused {
       }
       if (dB) {
         memset(m.s, 0, m.panels * m.rows * kTileColumns * sizeof(float));
-        for (int64_t i = 0; i < count; ++i) {
-          for (int64_t r = 0; r < p.R; ++r) m.s_panel(r / kTileColumns)[i * kTileColumns + r % kTileColumns] = p.s[(row + i) * p.R + r];
+        for (int64_t panel = 0; panel < m.panels; ++panel) {
+          const int64_t first = panel * kTileColumns, width = smaller(kTileColumns, p.R - first);
+          for (int64_t i = 0; i < count; ++i) memcpy(m.s_panel(panel) + i * kTileColumns, p.s + (row + i) * p.R + first, width * sizeof(float));
         }
-        add_outer(m, m.x, p.N * kTileRows, count, p.N, m.s, dB, ld(p));
+        if constexpr (kByColumn) add_outer(m, m.x, p.N * kTileRows, count, p.N, m.s, dB, ld(p));
+        else add_outer_of_rows(m, (const X *)p.dy + row * p.dy_stride, p.dy_stride, nullptr, count, p.N, m.s, dB);
       }
-      if (m.bits) for (int64_t i = 0; i < count; ++i) keep_bits_row(p.dropout, row + i, 0, p.K, m.bits + i * m.words);
-      for (int64_t k = 0; dA && k < p.K; k += kMasked) {
+      if (m.bits) for (int64_t i = 0; i < count; ++i) keep_bits_row(p.dropout, row + i, 0, p.K, m.bits + i * m.row_bits);
+      if constexpr (!kByColumn) {
+        if (dA) add_outer_of_rows(m, (const X *)p.x + row * p.x_stride, p.x_stride, m.bits, count, p.K, m.t, dA);
+      } else for (int64_t k = 0; dA && k < p.K; k += kMasked) {
         const int64_t depth = smaller(kMasked, p.K - k);
         for (int64_t i = 0; i < count; i += kTileRows) {
-          const uint64_t *bits = m.bits ? m.bits + i * m.words + k / 64 : nullptr;
-          pack((const X *)p.x + (row + i) * p.x_stride + k, p.x_stride, smaller(kTileRows, count - i), depth, bits, m.words, m.chunk + i * kMasked);
+          const uint64_t *bits = m.bits ? m.bits + i * m.row_bits + k / 64 : nullptr;
+          pack((const X *)p.x + (row + i) * p.x_stride + k, p.x_stride, smaller(kTileRows, count - i), depth, bits, m.row_bits, m.chunk + i * kMasked);
         }
         add_outer(m, m.chunk, kMasked * kTileRows, count, depth, m.t, dA + k * ld(p), ld(p));
       }
@@ -294,18 +329,6 @@ template <class X, class A> struct Fused {
     }
   }
 };
-
-// All panels of op(W), one behind the other: [ceil(P / kTileColumns), Q, kTileColumns].
-template <class X> static void pack_weight(const PackedWeight &problem) {
-  parallel_run(problem.threads, [](void *data, int index, int count) {
-    const PackedWeight &p = *static_cast<const PackedWeight *>(data);
-    const int64_t P = p.forward ? p.N : p.K, Q = p.forward ? p.K : p.N;
-    const Range columns = share(P, kTileColumns, index, count);
-    for (int64_t first = columns.begin; first < columns.end; first += kTileColumns) {
-      panel_of<X>(p.weight, p.forward, 0, first, Q, smaller(kTileColumns, columns.end - first), p.panels + first * Q);
-    }
-  }, const_cast<PackedWeight *>(&problem));
-}
 
 }  // namespace PEFTKERN_ISA
 }  // namespace peftkern

@@ -20,18 +20,14 @@ template <class Call> static void run_any(const Problem &problem, const Call &ca
   if (problem.dtype == DType::float16) return run<ThinF32<fp16>>(problem, call);
 #if defined(__AVX512BF16__)
   if (problem.round_factors) return run<ThinBF16>(problem, call);
+#elif !defined(__AVX2__)
+  if (problem.round_factors) return run<ThinPaired>(problem, call);
 #endif
   return run<ThinF32<bf16>>(problem, call);
 }
 
 static void forward(const Forwards &call) { run_any(call.calls[0], call); }
 static void backward(const Backward &call) { run_any(call, call); }
-
-static void pack_weight_any(const PackedWeight &call) {
-  if (call.dtype == DType::float32) pack_weight<float>(call);
-  else if (call.dtype == DType::float16) pack_weight<fp16>(call);
-  else pack_weight<bf16>(call);
-}
 
 static void keep_bits(const Dropout &dropout, int64_t M, int64_t K, uint64_t *bits) {
   for (int64_t row = 0; row < M; ++row) keep_bits_row(dropout, row, 0, K, bits + row * ((K + 63) / 64));
@@ -44,9 +40,9 @@ static void keep_bits(const Dropout &dropout, int64_t M, int64_t K, uint64_t *bi
 #define PEFTKERN_TEXT(isa) #isa
 #define PEFTKERN_NAME(isa) PEFTKERN_TEXT(isa)
 extern const Kernels PEFTKERN_TABLE(PEFTKERN_ISA);
-const Kernels PEFTKERN_TABLE(PEFTKERN_ISA) = {PEFTKERN_NAME(PEFTKERN_ISA), PEFTKERN_ISA::kTileColumns, PEFTKERN_ISA::forward,
+const Kernels PEFTKERN_TABLE(PEFTKERN_ISA) = {PEFTKERN_NAME(PEFTKERN_ISA), PEFTKERN_ISA::forward,
                                               PEFTKERN_ISA::backward, PEFTKERN_ISA::bank_forward,
-                                              PEFTKERN_ISA::bank_backward, PEFTKERN_ISA::pack_weight_any, PEFTKERN_ISA::keep,
+                                              PEFTKERN_ISA::bank_backward, PEFTKERN_ISA::keep,
                                               PEFTKERN_ISA::keep_bits};
 
 }  // namespace peftkern

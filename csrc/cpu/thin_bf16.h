@@ -5,7 +5,7 @@
 //   outer    T packed [rows / 2, Rp] pairs over m, X interleaved two rows at a time in registers
 // Odd counts are padded with zeros on both sides of every product.
 #pragma once
-#include "../include/vec.h"
+#include "../include/words.h"
 
 #if defined(__AVX512BF16__)
 namespace peftkern {
@@ -13,6 +13,7 @@ namespace PEFTKERN_ISA {
 
 struct ThinBF16 {
   typedef bf16 Storage;
+  typedef pair Word;
   typedef bf16 Element;
   typedef uint32_t Packed;
   static constexpr int64_t kRows = 64, kColumns = 256, kPad = 32;

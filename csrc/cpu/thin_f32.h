@@ -6,13 +6,14 @@
 //
 // X comes as a block of `rows` rows that load_block has widened and masked. Lanes of T beyond R are zero.
 #pragma once
-#include "../include/vec.h"
+#include "../include/words.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
 template <class X> struct ThinF32 {
   typedef X Storage;
+  typedef float Word;     // of the product with the frozen weight (words.h)
   typedef float Element;  // of blocks
   typedef float Packed;   // of factors
   static constexpr int64_t kRows = 16, kColumns = 256, kPad = W;
@@ -143,6 +144,11 @@ template <class X> struct ThinF32 {
     for (; r + 4 <= R; r += 4) outer_ranks<4>(thin, r, x, ld, rows, count, sums, lds);
     for (; r < R; ++r) outer_ranks<1>(thin, r, x, ld, rows, count, sums, lds);
   }
+};
+
+// The same beside a frozen product in pairs of bf16: what packs, blocks and multiplies these, as any processor can run it.
+struct ThinPaired : ThinF32<bf16> {
+  typedef pair Word;
 };
 
 }  // namespace PEFTKERN_ISA

@@ -1,6 +1,6 @@
-// The one micro-kernel, in fp32 registers, and the layout of rows that it reads.
+// The one micro-kernel, with sums in fp32 registers, and the layout of rows that it reads, in words of fp32 or pairs of bf16 (words.h).
 //
-//   packed    rows in tiles of kTileRows: element q of the tile's row i at [q * kTileRows + i], so that a tile is one stream
+//   packed    rows in tiles of kTileRows: word q of the tile's row i at [q * kTileRows + i], so that a tile is one stream
 //   tile      sums[i, p] (+)= sum_q X[i, q] B[q, p]     X a packed tile, B a block [depth, kTileColumns] in the cache
 //   outer     sums[i, p]  += sum_m X[m, i] B[m, p]      over the rows m of all packed tiles
 //
@@ -21,51 +21,51 @@ static inline int64_t depth_of(int64_t Q) {
   return parts ? round_up((Q + parts - 1) / parts, W) : W;
 }
 
-// The sums of ROWS rows, in registers.
-template <int ROWS> struct Tile {
+// The sums of ROWS rows over `depth` words, in registers; HALF: of the first W columns alone.
+template <int ROWS, bool HALF = false> struct Tile {
   vf low[ROWS], high[ROWS];
 
-  __attribute__((always_inline)) Tile(const float *x, const float *block, int64_t depth) {
+  template <class Word> __attribute__((always_inline)) Tile(const Word *x, const Word *block, int64_t depth) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) low[i] = high[i] = vf{};
 #pragma GCC unroll 4
     for (int64_t q = 0; q < depth; ++q) {
-      const vf b0 = load(block + q * kTileColumns), b1 = load(block + q * kTileColumns + W);
+      const vf b0 = load(block + q * kTileColumns), b1 = HALF ? vf{} : load(block + q * kTileColumns + W);
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) {
-        const float value = x[q * kTileRows + i];
-        low[i] += value * b0;
-        high[i] += value * b1;
+        const Word word = x[q * kTileRows + i];
+        low[i] = multiply_add(low[i], word, b0);
+        if constexpr (!HALF) high[i] = multiply_add(high[i], word, b1);
       }
     }
   }
 };
 
 // sums is [ROWS, kTileColumns], written or added to.
-template <int ROWS> static inline void tile(const float *x, const float *block, int64_t depth, bool add, float *sums) {
-  const Tile<ROWS> t(x, block, depth);
+template <int ROWS, bool HALF = false, class Word> static inline void tile(const Word *x, const Word *block, int64_t depth, bool add, float *sums) {
+  const Tile<ROWS, HALF> t(x, block, depth);
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
     float *sum = sums + i * kTileColumns;
     store(add ? load(sum) + t.low[i] : t.low[i], sum);
-    store(add ? load(sum + W) + t.high[i] : t.high[i], sum + W);
+    if constexpr (!HALF) store(add ? load(sum + W) + t.high[i] : t.high[i], sum + W);
   }
 }
 
 // sums is [COLUMNS, lds], added to; x begins at the first of those columns in the first of `tiles` tiles, `stride` apart.
-template <int COLUMNS> static inline void outer(const float *x, int64_t stride, int64_t tiles, const float *block, float *sums, int64_t lds) {
+template <int COLUMNS, bool HALF> static inline void outer(const float *x, int64_t stride, int64_t tiles, const float *block, float *sums, int64_t lds) {
   vf low[COLUMNS], high[COLUMNS];
 #pragma GCC unroll 16
   for (int i = 0; i < COLUMNS; ++i) low[i] = high[i] = vf{};
   for (int64_t t = 0; t < tiles; ++t, x += stride) {
 #pragma GCC unroll 16
     for (int m = 0; m < kTileRows; ++m, block += kTileColumns) {
-      const vf b0 = load(block), b1 = load(block + W);
+      const vf b0 = load(block), b1 = HALF ? vf{} : load(block + W);
 #pragma GCC unroll 16
       for (int i = 0; i < COLUMNS; ++i) {
         const float value = x[i * kTileRows + m];
         low[i] += value * b0;
-        high[i] += value * b1;
+        if constexpr (!HALF) high[i] += value * b1;
       }
     }
   }
@@ -73,7 +73,7 @@ template <int COLUMNS> static inline void outer(const float *x, int64_t stride, 
   for (int i = 0; i < COLUMNS; ++i) {
     float *sum = sums + i * lds;
     store(load(sum) + low[i], sum);
-    store(load(sum + W) + high[i], sum + W);
+    if constexpr (!HALF) store(load(sum + W) + high[i], sum + W);
   }
 }
 
@@ -85,28 +85,29 @@ template <int COUNT = kTileRows, class F> static inline void with_count(int64_t 
   f(std::integral_constant<int, COUNT>());
 }
 
-constexpr int64_t kPackSlack = kTileRows + W;  // floats behind the last packed tile that pack writes over
+constexpr int64_t kPackSlack = kTileRows + W;  // words behind the last packed tile that pack writes over
 
-// out[q * kTileRows + i] = x[i, q], widened, for q < count; zero for rows <= i < kTileRows, and where a bit is clear.
-template <class T> static void pack(const T *x, int64_t stride, int64_t rows, int64_t count, const uint64_t *bits, int64_t bits_stride, float *out) {
+// out[q * kTileRows + i] = word q of x[i], for `count` elements of a row; zero for rows <= i < kTileRows, and where a bit is clear.
+template <class Word, class T> static void pack(const T *x, int64_t stride, int64_t rows, int64_t count, const uint64_t *bits, int64_t bits_stride, Word *out) {
   constexpr int kParts = (kTileRows + W - 1) / W;
-  for (int64_t q = 0; q < count; q += W) {
-    const int64_t width = smaller(W, count - q);
+  constexpr int64_t kOf = Packing<Word>::kOf;
+  for (int64_t q = 0; q < count; q += W * kOf) {
     vf v[kParts][W];
 #pragma GCC unroll 16
     for (int i = 0; i < kParts * W; ++i) {
-      vf value = {};
+      vf words = {};
       if (i < rows) {
-        value = width == W ? load(x + i * stride + q) : load_tail(x + i * stride + q, width);
-        if (bits) value = select(uint32_t(bits[i * bits_stride + q / 64] >> (q % 64)), value);
+        words = Packing<Word>::of_row(x + i * stride + q, count - q);
+        if (bits) words = Packing<Word>::kept(words, bits[i * bits_stride + q / 64] >> (q % 64));
       }
-      v[i / W][i % W] = value;
+      v[i / W][i % W] = words;
     }
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) transpose(v[part]);
     // A store reaches into the next column, which is stored after it.
+    const int64_t width = smaller(W, Packing<Word>::count(count - q));
     for (int64_t i = 0; i < width; ++i) {
-      for (int part = 0; part < kParts; ++part) store(v[part][i], out + (q + i) * kTileRows + part * W);
+      for (int part = 0; part < kParts; ++part) store(v[part][i], out + (q / kOf + i) * kTileRows + part * W);
     }
   }
 }

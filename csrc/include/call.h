@@ -31,7 +31,6 @@ struct Weight {
   const void *data;
   int64_t stride;
   bool transposed;
-  const float *panels;  // op(W) of this call as PackedWeight leaves it, or null; with it, `data` is read by decode alone
   WeightFormat format = WeightFormat::dense;
   int64_t columns = 0;         // K
   int group_shift = 0;         // log2 of how many neighbours share a scale
@@ -97,16 +96,6 @@ struct Bank {
   int64_t size;
 };
 
-// W once for all calls: fp32 panels [ceil(P / panel_columns), Q, panel_columns] of W^T (P = N, Q = K) or of W (P = K, Q = N).
-struct PackedWeight {
-  int64_t K, N;
-  DType dtype;
-  Weight weight;
-  bool forward;
-  int threads;
-  float *panels;
-};
-
 // x [M, K] where an element survives, else 0; without dropout's scale.
 struct Keep {
   Dropout dropout;
@@ -120,13 +109,11 @@ struct Keep {
 // One instruction set's implementation.
 struct Kernels {
   const char *name;
-  int panel_columns;
   void (*forward)(const Forwards &);
   void (*backward)(const Backward &);
   // The base with R = 0, and the segments of a bank on top. Unless in one pass, y and dx hold the base's when they begin.
   void (*bank_forward)(const Forward &, const Bank &);
   void (*bank_backward)(const Backward &, const Bank &);
-  void (*pack_weight)(const PackedWeight &);
   void (*keep)(const Keep &);
   // Bit (row, col) of the keep mask, for the tests: bits is [M, ceil(K / 64)].
   void (*keep_bits)(const Dropout &, int64_t M, int64_t K, uint64_t *bits);

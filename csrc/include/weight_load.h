@@ -1,6 +1,6 @@
 // Where a block of the frozen weight is made: the one place of the CPU kernels that knows a storage format.
 //
-//   panel    B[q, p] = op(W)[q, first + p], fp32 [depth, kTileColumns], zero behind `width` columns
+//   panel    B[q, p] = op(W)[q, first + p], words (words.h) [depth, kTileColumns], zero behind `width` columns
 //
 // `by_rows` says that the produced column is a row of what is stored (W[p, q], for y): then a block is transposed in registers.
 // A dense weight is read where it lies; a quantised one is decoded first (quantised.h), a few of its rows at a time.
@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "quantised_steps.h"
+#include "words.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
@@ -50,52 +51,52 @@ template <int D = 1> static inline vf lane_sums(vf v[W]) {
   }
 }
 
-// block[place(q), p] = w[p, q] for q < depth, p < columns; zero for columns <= p < kTileColumns.
-template <class T, class Place> static inline void block_of_rows(const T *w, int64_t ldw, int64_t depth, int64_t columns, float *block, Place place) {
+// block[place(q), p] = w[p, q] for q < depth, p < columns, q counted in words; zero for columns <= p < kTileColumns.
+template <class Word, class T, class Place> static inline void block_of_rows(const T *w, int64_t ldw, int64_t depth, int64_t columns, Word *block, Place place) {
+  constexpr int64_t kOf = Packing<Word>::kOf;
   for (int64_t half = 0; half < kTileColumns; half += W) {
-    for (int64_t q = 0; q < depth; q += W) {
-      const int64_t width = smaller(W, depth - q);
+    for (int64_t q = 0; q < depth; q += W * kOf) {
       vf v[W];
-      for (int i = 0; i < W; ++i) {
-        const T *source = w + (half + i) * ldw + q;
-        v[i] = half + i >= columns ? vf{} : width == W ? load(source) : load_tail(source, width);
-      }
+      for (int i = 0; i < W; ++i) v[i] = half + i >= columns ? vf{} : Packing<Word>::of_row(w + (half + i) * ldw + q, depth - q);
       transpose(v);
-      for (int64_t i = 0; i < width; ++i) store(v[i], block + place(q + i) * kTileColumns + half);
+      const int64_t width = smaller(W, Packing<Word>::count(depth - q));
+      for (int64_t i = 0; i < width; ++i) store(v[i], block + place(q / kOf + i) * kTileColumns + half);
     }
   }
 }
 
 // block[q, p] = w[q, p], likewise.
-template <class T> static void block_of_columns(const T *w, int64_t ldw, int64_t depth, int64_t columns, float *block) {
-  for (int64_t q = 0; q < depth; ++q) {
+template <class Word, class T> static void block_of_columns(const T *w, int64_t ldw, int64_t depth, int64_t columns, Word *block) {
+  constexpr int64_t kAheadRows = 16;  // of one line each, in as many pages
+  for (int64_t q = 0; q < depth; q += Packing<Word>::kOf, block += kTileColumns) {
+    for (int64_t i = 0; i < Packing<Word>::kOf; ++i) __builtin_prefetch(w + (q + kAheadRows + i) * ldw);
     for (int64_t half = 0; half < kTileColumns; half += W) {
-      const T *source = w + q * ldw + half;
-      const int64_t width = columns - half;
-      store(width >= W ? load(source) : width > 0 ? load_tail(source, smaller(W, width)) : vf{}, block + q * kTileColumns + half);
+      store(half < columns ? Packing<Word>::of_columns(w + q * ldw + half, ldw, depth - q, columns - half) : vf{}, block + half);
     }
   }
 }
 
-template <class T> static void block_of(const T *w, int64_t ldw, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, float *block) {
+template <class Word, class T> static void block_of(const T *w, int64_t ldw, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, Word *block) {
   if (by_rows) block_of_rows(w + first * ldw + q, ldw, depth, width, block, [](int64_t i) { return i; });
   else block_of_columns(w + q * ldw + first, ldw, depth, width, block);
 }
 
-constexpr int64_t kDecodedDepth = 256;  // of a quantised weight's rows that are transposed: 16 KB
+constexpr int64_t kDecodedDepth = 256;  // of a quantised weight's rows that are decoded at a time: 16 or 32 KB
 
 // X is the dtype of x, and of a dense weight.
-template <class X> static void panel_of(const Weight &w, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, float *block) {
+template <class X, class Word> static void panel_of(const Weight &w, bool by_rows, int64_t q, int64_t first, int64_t depth, int64_t width, Word *block) {
   if (w.format == WeightFormat::dense) return block_of((const X *)w.data, w.stride, by_rows != w.transposed, q, first, depth, width, block);
-  if (!by_rows) {
-    if (width < kTileColumns) memset(block, 0, depth * kTileColumns * sizeof(float));
-    return decode<X>(w, q, first, depth, width, block, kTileColumns);
-  }
   alignas(64) float rows[kTileColumns * kDecodedDepth];
   for (int64_t begin = 0; begin < depth; begin += kDecodedDepth) {
     const int64_t count = smaller(kDecodedDepth, depth - begin);
-    decode<X>(w, first, q + begin, width, count, rows, kDecodedDepth);
-    block_of_rows(rows, kDecodedDepth, count, width, block + begin * kTileColumns, [](int64_t i) { return i; });
+    Word *target = block + begin / Packing<Word>::kOf * kTileColumns;
+    if (by_rows) {
+      decode<X>(w, first, q + begin, width, count, rows, kDecodedDepth);
+      block_of_rows(rows, kDecodedDepth, count, width, target, [](int64_t i) { return i; });
+    } else {
+      decode<X>(w, q + begin, first, count, width, rows, kTileColumns);
+      block_of_columns(rows, kTileColumns, count, width, target);
+    }
   }
 }
 

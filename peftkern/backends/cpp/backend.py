@@ -49,12 +49,15 @@ class CppBackend(Backend):
         kernels = module.instruction_set()
         if problem.base_compute is not None:
             return Plan("split", f"frozen product{rounding(problem)}, then {kernels} thin products")
-        if call.one_pass(problem.dtype, problem.M, problem.weight_format):
-            if problem.weight_format != "dense":
-                return Plan(
-                    "one_pass", f"{kernels} kernels that decode the frozen {problem.weight_format} weight in place"
-                )
-            torchs = "" if call.one_pass(problem.dtype, problem.M, "dense", False) else ", dx on top of torch's product"
+        own_y, own_dx = (
+            call.one_pass(problem.dtype, problem.M, problem.weight_format, forward, True, problem.precision)
+            for forward in (True, False)
+        )
+        if own_y and problem.weight_format != "dense":
+            text = f"{kernels} kernels that decode the frozen {problem.weight_format} weight in place"
+            return Plan("one_pass", text)
+        if own_y:
+            torchs = "" if own_dx else ", dx on top of torch's product"
             return Plan("one_pass", f"{kernels} kernels that read the frozen weight in place{torchs}")
         return Plan("split", f"vendor GEMM + {kernels} thin products in blocks of rows")
 
@@ -78,7 +81,7 @@ class CppBackend(Backend):
 
     def pair(self, pair: Pair, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, weight, bias = unit_stride(x), pair.weight, pair.bias
-        whole = y is None and call.takes(weight, x)
+        whole = y is None and call.takes(weight, x, True, pair.precision)
         if whole:
             y, bias = x.new_empty(x.shape[0], weight.shape[0]), None if bias is None else bias.contiguous()
         elif y is None:
@@ -99,7 +102,7 @@ class CppBackend(Backend):
         need_x, need_A, need_B, _, _ = needs
         weight, A, B = pair[:3]
         dy, onto = unit_stride(dy), dx is not None
-        one_pass = whole and call.takes(weight, dy, False)
+        one_pass = whole and call.takes(weight, dy, False, pair.precision)
         if need_x and whole:
             if dx is None:
                 dx = dy.new_empty(dy.shape[0], weight.shape[1]) if one_pass else self.product(weight, dy, True)
@@ -160,7 +163,7 @@ class CppBackend(Backend):
 
 def _thin_products_together(members: Call, x: Tensor) -> bool:
     """Whether layers on one x, of one update each, have their thin products in one pass over it behind torch's."""
-    fused = any(call.takes(weight, x) for weight, _ in members.bases)
+    fused = any(call.takes(weight, x, True, members.precision) for weight, _ in members.bases)
     rounded = any(weight.base_compute is not None for weight, _ in members.bases)
     each = [update.base for update in members.updates] == list(range(len(members.bases)))
     return each and not fused and not rounded and len({update.lora_A.dtype for update in members.updates}) == 1

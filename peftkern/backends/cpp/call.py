@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkern import dropout
-from peftkern.backends.cpp import quantised
+from peftkern.backends.cpp import products, quantised
 from peftkern.backends.cpp.extension import extension
 from peftkern.call import Pair
 from peftkern.weights import FrozenWeight, split_format
@@ -18,37 +18,44 @@ FEW_ROWS = 16  # few_rows.h, kFewRows
 STREAMED_ROWS = 4  # streamed_rows.h, kStreamedRows
 ROWS_OF_Y = {torch.float32: 4, torch.bfloat16: 2, torch.float16: FEW_ROWS}  # measured ahead of torch's with AVX-512
 LARGEST_OF_DX = 2**22  # of one row in fp32: torch takes 0.6x of our time at 4096x4096, as long at 2048x2048
-FEW_ROWS_OF_DX = 128  # measured: 5.8x, 1.7x and 1.3x of torch's time at 1, 16 and 64 rows of 4096x4096, as fast at 256
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # call.h, DType
 
 
 def one_pass(
-    dtype: torch.dtype, M: int, weight_format: str = "dense", forward: bool = True, by_rows: bool = True
-) -> bool:
+    dtype: torch.dtype, M: int, weight_format: str = "dense", forward: bool = True, by_rows: bool = True,
+    precision: str = "base",
+) -> bool:  # fmt: skip
     """Whether y and dx are computed here as a whole, rather than on top of torch's product with the frozen weight.
 
-    That is where it was measured ahead (benchmarks/NOTES.md): with AVX2 and without AVX-512, and with AVX-512 for a
-    handful of rows and a weight whose rows are contiguous (``by_rows``). Elsewhere torch's product is as good or
-    better, or nobody has measured. Torch cannot multiply a quantised weight, but with a decoded copy of all of it: for
-    a handful of rows the copy costs many times the product, whatever the processor. dx of more rows than stream is
-    torch's in fp32 while they are few: the kernels share dx by its rows, and there each thread would read the whole
-    weight, across its rows.
+    That is where it was measured ahead: for a handful of rows and a weight whose rows are contiguous (``by_rows``), and
+    for more rows on the processors of ``products``. Torch cannot multiply a quantised weight, but with a decoded copy
+    of all of it: for a handful of rows the copy costs many times the product, whatever the processor. Factors that stay
+    in fp32 beside rows of bf16 (precision "fp32") are not multiplied in pairs of bf16, which is what is fast.
     """
     kernels = extension()[0].instruction_set()
     if weight_format != "dense":  # the thin products read other rows than the frozen one, where that rounds them
         return split_format(weight_format)[1] is None and (M <= FEW_ROWS or kernels == "avx2")
     if by_rows and kernels != "baseline" and M <= (ROWS_OF_Y[dtype] if forward else STREAMED_ROWS):
         return True
-    return kernels == "avx2" and (forward or dtype != torch.float32 or M >= FEW_ROWS_OF_DX)
+    if kernels == "avx512bf16" and dtype == torch.bfloat16 and precision != "base":
+        return False
+    rows = products.own_rows(kernels, dtype, forward)
+    return rows is not None and M >= rows
 
 
-def takes(weight: FrozenWeight, rows: Tensor, forward: bool = True) -> bool:
+def takes(weight: FrozenWeight, rows: Tensor, forward: bool = True, precision: str = "base") -> bool:
     """``one_pass`` of rows of x, or of dy, and a weight."""
     dense = weight.format == "dense"
     by_rows = not dense or weight.data.stride(1) == 1
-    if by_rows and dense and not forward and rows.dtype == torch.float32 and rows.shape[0] == 1:
-        by_rows = weight.data.numel() <= LARGEST_OF_DX
-    return one_pass(rows.dtype, rows.shape[0], weight.format, forward, by_rows)
+    if (
+        dense
+        and not forward
+        and rows.dtype == torch.float32
+        and rows.shape[0] == 1
+        and weight.data.numel() > LARGEST_OF_DX
+    ):
+        return False
+    return one_pass(rows.dtype, rows.shape[0], weight.format, forward, by_rows, precision)
 
 
 @functools.lru_cache(maxsize=1024)
