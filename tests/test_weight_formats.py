@@ -1,11 +1,13 @@
 """Every registered weight format: what it decodes to, what it survives, and that the products see just that."""
 
+import contextlib
 import copy
 import io
 
 import pytest
 import torch
 from conftest import NAMES, Case, Target, make, run
+from instruction_sets import SETS, kernels
 
 import peftkern
 from peftkern.backends.cpp import call
@@ -183,14 +185,19 @@ def test_products_see_the_materialised_weight(name, options, dtype, adapter, M, 
     On C++ in the kernels' own pass for both: otherwise the dense weight may be given to torch's product, with its bits.
     """
     monkeypatch.setattr(call, "one_pass", lambda *_: True)
-    case = Case(M, 77, 50, 8, dtype, adapter, p, bias=True)
+    few = target.backend == "cpp" and M <= call.FEW_ROWS and "avx512" in SETS
+    with kernels("avx2") if few else contextlib.nullcontext():  # AVX-512 leaves those rows of a packed weight to AVX2
+        _check_products(name, options, Case(M, 77, 50, 8, dtype, adapter, p, bias=True), target)
+
+
+def _check_products(name: str, options: dict, case: Case, target: Target) -> None:
     t = make(case, target.device)
     t.weight = FrozenWeight.quantize(t.weight.float(), name, **options)
     packed = run(case, t, target.backend)
     for needs in (("lora_A", "lora_B"), ("x",)):  # what backward does not read is not saved
         part = run(case, t, target.backend, needs)
         assert all(torch.equal(part[name], packed[name]) for name in ("y", *needs))
-    t.weight = t.weight.materialize(dtype)
+    t.weight = t.weight.materialize(case.dtype)
     dense = run(case, t, target.backend)
     for name in NAMES[:-1]:
         assert torch.equal(packed[name], dense[name]), name

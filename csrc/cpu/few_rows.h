@@ -253,10 +253,9 @@ template <class X, class A> struct FewRows {
     for (int64_t n = columns.begin + kStreams * rounds; n < columns.end; ++n) columns_of<1, 1, ROUND>(p, m, n, 1);
   }
 
-  // More rows of a dense weight are worth its panels where a tile of them is half as dear: with AVX-512, and in pairs of bf16 again.
+  // More rows are worth the weight's panels where a tile of them is half as dear: with AVX-512, and in pairs of bf16 again.
   static bool takes(const Forward &p, bool paired) {
-    const bool quantised = p.weight.format != WeightFormat::dense;
-    return p.M <= (quantised || W < 16 ? kFewRows : paired ? kRowSet / 2 : kRowSet) && !p.weight.transposed;
+    return p.M <= (W < 16 ? kFewRows : paired ? kRowSet / 2 : kRowSet) && !p.weight.transposed;
   }
 
   static void forward(const Forward &problem) {

@@ -5,6 +5,7 @@
 #include "keep.h"
 
 namespace peftkern {
+extern const Kernels kernels_avx2;
 namespace PEFTKERN_ISA {
 
 template <class Thin, class A> static void body(const Forwards &call) { Bodies<Thin, A>::forward(call); }
@@ -26,7 +27,14 @@ template <class Call> static void run_any(const Problem &problem, const Call &ca
   return run<ThinF32<bf16>>(problem, call);
 }
 
-static void forward(const Forwards &call) { run_any(call.calls[0], call); }
+// A handful of rows of a quantised weight is its decoder's time, and the fast one is AVX2's (quantised_steps.h): half of the time.
+static void forward(const Forwards &call) {
+#if defined(__AVX512F__)
+  const Forward &first = call.calls[0];
+  if (first.one_pass && first.M <= kFewRows && first.weight.format != WeightFormat::dense) return kernels_avx2.forward(call);
+#endif
+  run_any(call.calls[0], call);
+}
 static void backward(const Backward &call) { run_any(call, call); }
 
 static void keep_bits(const Dropout &dropout, int64_t M, int64_t K, uint64_t *bits) {

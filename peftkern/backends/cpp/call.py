@@ -33,13 +33,12 @@ def one_pass(
     in fp32 beside rows of bf16 (precision "fp32") are not multiplied in pairs of bf16, which is what is fast.
     """
     kernels = extension()[0].instruction_set()
+    slow = kernels == "avx512bf16" and dtype == torch.bfloat16 and precision != "base"
+    rows = None if slow else products.own_rows(kernels, dtype, forward)
     if weight_format != "dense":  # the thin products read other rows than the frozen one, where that rounds them
-        return split_format(weight_format)[1] is None and (M <= FEW_ROWS or kernels == "avx2")
+        return split_format(weight_format)[1] is None and (M <= FEW_ROWS or rows is not None)
     if by_rows and kernels != "baseline" and M <= (ROWS_OF_Y[dtype] if forward else STREAMED_ROWS):
         return True
-    if kernels == "avx512bf16" and dtype == torch.bfloat16 and precision != "base":
-        return False
-    rows = products.own_rows(kernels, dtype, forward)
     return rows is not None and M >= rows
 
 
