@@ -98,7 +98,7 @@ DOCS := .venv/docs
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md docs benchmarks/NOTES.md benchmarks/results $(wildcard tests/binaries/*.json)
 docs: $(DOCS)/ready
 	rm -rf build/pages && mkdir -p build/pages && cp -r --parents $(PAGES) build/pages
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 wheels: .venv/ready .venv/release/ready
 	$(BIN)/python tests/wheels.py --tools .venv/release/bin --torch $(TORCH) $(PYTHONS)
