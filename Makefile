@@ -9,6 +9,7 @@
 # make forms   the table of what goes with each form of a call (one adapter, several, a shared input, DoRA, a bank)
 # make sanitize   the extension's tests under AddressSanitizer and UBSan
 # make docs   the pages and the API's into build/site; a link that leads nowhere fails it
+# make hub   the repository that the `kernels` package loads, in build/hub, tried on a PEFT model
 # make wheels   sdist and wheels into dist/, each wheel tried where there is no source tree (PYTHONS="python3.10 ...": theirs)
 PYTHON ?= python3
 PYTHONS ?=
@@ -26,7 +27,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-many test test-all lint types unit interpreter lesser forms versions mutants sanitize docs wheels clean
+.PHONY: demo demo-many test test-all lint types unit interpreter lesser forms versions mutants sanitize docs hub wheels clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -103,8 +104,15 @@ docs: $(DOCS)/ready
 wheels: .venv/ready .venv/release/ready
 	$(BIN)/python tests/wheels.py --tools .venv/release/bin --torch $(TORCH) $(PYTHONS)
 
-# What pyproject.toml lists under the folder's name in [dependency-groups]. Neither needs torch.
-.venv/docs/ready .venv/release/ready: pyproject.toml
+# By the loader and the checks of `kernels`, which has an environment of its own: bitsandbytes changes where it is installed.
+HUB := .venv/hub
+hub: .venv/ready $(HUB)/ready
+	$(BIN)/python hub/build.py build/hub
+	PYTHONPATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  $(HUB)/bin/python -m pytest -W ignore hub/test_kernel.py
+
+# What pyproject.toml lists under the folder's name in [dependency-groups]. None needs torch.
+.venv/docs/ready .venv/hub/ready .venv/release/ready: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(@D)/bin/python -m pip install --quiet --group $(notdir $(@D))
