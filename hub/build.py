@@ -33,7 +33,7 @@ backends = {json.dumps(NOARCH)}
 [torch-noarch]
 """
 # The package's own name, wherever it was loaded.
-_OWN = '__name__.partition(".")[0]'
+_OWN = "__name__.partition('.')[0]"
 
 
 def relative(source: str, depth: int, namespace: str) -> str:
@@ -43,9 +43,7 @@ def relative(source: str, depth: int, namespace: str) -> str:
     source = re.sub(r"^( *)from peftkern\.([\w.]+) import ", rf"\1from {dots}\2 import ", source, flags=re.MULTILINE)
     source = source.replace("torch.ops.peftkern", f"torch.ops.{namespace}").replace('"peftkern::', f'"{namespace}::')
     source = source.replace('Library("peftkern"', f'Library("{namespace}"')
-    return re.sub(
-        r'f?"peftkern\.([\w{][\w.{}]*)"', rf'f"{{{_OWN}}}.\1"'.replace('partition(".")', "partition('.')"), source
-    )
+    return re.sub(r'f?"peftkern\.([\w{][\w.{}]*)"', rf'f"{{{_OWN}}}.\1"', source)
 
 
 def digest() -> str:
