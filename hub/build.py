@@ -26,6 +26,7 @@ NOARCH = ("cpu", "cuda", "rocm")
 VERSION = 1  # of the kernel: another one where its interface changes
 BUILD = f"""[general]
 name = "peftkern"
+edition = 5
 version = {VERSION}
 license = "Apache-2.0"
 backends = {json.dumps(NOARCH)}

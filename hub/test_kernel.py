@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from kernels._rust import Build
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent / "build" / "hub"
 TOKENS = torch.arange(16).view(2, 8)
@@ -54,6 +55,11 @@ def step(model) -> list[torch.Tensor]:
 
 def refuse(*_, **__):
     raise AssertionError("PEFT's own forward was called")
+
+
+def test_what_it_says_of_itself_is_understood(capfd):
+    assert [str(backend).lower() for backend in Build.open(REPOSITORY).general.backends] == ["cpu", "cuda", "rocm"]
+    assert "legacy" not in capfd.readouterr().err
 
 
 def test_the_compiled_variant_is_taken(kernel):

@@ -28,7 +28,7 @@ module = sys.modules[name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 import torch
 x, weight, A, B = torch.ones(3, 8), torch.ones(6, 8), torch.ones(2, 8, requires_grad=True), torch.ones(6, 2)
-y = module.lora_linear(x, weight, A, B)
+y = module.lora_linear(x, weight, A, B, backend=sys.argv[2])
 y.sum().backward()
 assert y[0, 0] == 24 and A.grad[0, 0] == 18 and module.layers.LoraLinear.has_backward
 assert getattr(torch.ops, name).forward and not hasattr(torch.ops.peftkern, "forward")
@@ -66,10 +66,18 @@ def test_a_variant_is_loaded_under_its_own_name(variants):
     for name in ("torch-cpu", *(name for name in variants if "stable-abi" in name)):
         folder = variants[name]
         done = subprocess.run(
-            [sys.executable, "-c", LOAD, folder], cwd=folder, capture_output=True, text=True, check=False
+            [sys.executable, "-c", LOAD, folder, "auto"], cwd=folder, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         assert (done.stdout == "ready\n") == ("stable-abi" in name), done.stdout
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("backend", ["cuda", "rocm"])
+def test_tritons_kernels_run_under_another_name(variants, backend):
+    command = [sys.executable, "-c", LOAD, variants[f"torch-{backend}"], "triton"]
+    done = subprocess.run(command, cwd=variants["torch-cpu"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_layer_is_a_forward_for_pefts_own_class(monkeypatch):
