@@ -8,7 +8,11 @@
 # make mutants   forty small mistakes, one at a time, each of which a test must find
 # make forms   the table of what goes with each form of a call (one adapter, several, a shared input, DoRA, a bank)
 # make sanitize   the extension's tests under AddressSanitizer and UBSan
+# make docs   the pages and the API's into build/site; a link that leads nowhere fails it
+# make hub   the repository that the `kernels` package loads, in build/hub, tried on a PEFT model
+# make wheels   sdist and wheels into dist/, each wheel tried where there is no source tree (PYTHONS="python3.10 ...": theirs)
 PYTHON ?= python3
+PYTHONS ?=
 STEPS ?=
 QUANT ?=
 OUT ?= demo_out
@@ -23,7 +27,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-many test test-all lint types unit interpreter lesser forms versions mutants sanitize clean
+.PHONY: demo demo-many test test-all lint types unit interpreter lesser forms versions mutants sanitize docs hub wheels clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -90,6 +94,30 @@ sanitize: .venv/ready
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=build/sanitized/lib $(BIN)/pytest tests/test_cpp.py
 
+# The pages lie in build/pages as they do here, so that a link between them holds in both.
+DOCS := .venv/docs
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md docs benchmarks/NOTES.md benchmarks/results $(wildcard tests/binaries/*.json)
+docs: $(DOCS)/ready
+	rm -rf build/pages && mkdir -p build/pages && cp -r --parents $(PAGES) build/pages
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+wheels: .venv/ready .venv/release/ready
+	$(BIN)/python tests/wheels.py --tools .venv/release/bin --torch $(TORCH) $(PYTHONS)
+
+# By the loader and the checks of `kernels`, which has an environment of its own: bitsandbytes changes where it is installed.
+HUB := .venv/hub
+hub: .venv/ready $(HUB)/ready
+	$(BIN)/python hub/build.py build/hub
+	PYTHONPATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  $(HUB)/bin/python -m pytest -W ignore hub/test_kernel.py
+
+# What pyproject.toml lists under the folder's name in [dependency-groups]. None needs torch.
+.venv/docs/ready .venv/hub/ready .venv/release/ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(@D)/bin/python -m pip install --quiet --group $(notdir $(@D))
+	touch $@
+
 # $(call step,what it does,commands): one line on the screen, with the seconds it took. What the commands print is in the
 # log, whose end is shown where they fail.
 LOG := .venv/setup.log
@@ -112,4 +140,4 @@ EVERYTHING := .[demo,test]
 	@touch $@
 
 clean:
-	rm -rf .venv build demo_out demo_many_out trials_out *.egg-info peftkern/*.so
+	rm -rf .venv build dist demo_out demo_many_out trials_out *.egg-info peftkern/*.so

@@ -22,12 +22,7 @@ def env_report() -> dict[str, object]:
     Returns: a JSON-ready dict with keys platform, python, versions, device, threads, settings, backends; a backend's
     value is "ready" or the reason why it is not.
     """
-    versions = {"peftkern": _version.__version__}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+    versions = {"peftkern": _own_version(), **{name: _version_of(name) for name in _PACKAGES}}
     cuda = torch.cuda.is_available()
     backends = {name: dispatch.backend_named(name) for name in _env.BACKENDS}
     settings = _env.settings()
@@ -41,6 +36,25 @@ def env_report() -> dict[str, object]:
         "settings": {f"PEFTKERN_{name}": value for name, value in chosen.items()},
         "backends": {name: backend.unavailable() or "ready" for name, backend in backends.items()},
     }
+
+
+def _own_version() -> str:
+    """This copy's, and that of an installed one beside it which is another."""
+    installed = _version_of("peftkern")
+    if installed in (_version.__version__, "not installed"):
+        return _version.__version__
+    return f"{_version.__version__} (another copy is installed: {installed})"
+
+
+def _version_of(name: str) -> str:
+    """That of the distribution that brings a package, named where it is called otherwise, as triton-windows is."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    for distribution in importlib.metadata.packages_distributions().get(name, ()):
+        return f"{importlib.metadata.version(distribution)} ({distribution})"
+    return "not installed"
 
 
 def _instructions() -> str:

@@ -240,7 +240,7 @@ def _copied(root: Path, objects: Path) -> Tree:
 
 
 @functools.cache
-def _isa_flags() -> dict[str, list[str]]:
+def isa_flags() -> dict[str, list[str]]:
     """setup.py's. To be asked first before there are threads: it patches what they share."""
     with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, PEFTKERN_NO_EXT="1"):
         return runpy.run_path(str(ROOT / "setup.py"))["ISA_FLAGS"]
@@ -248,7 +248,7 @@ def _isa_flags() -> dict[str, list[str]]:
 
 def _sources() -> dict[str, str]:
     """The extension's, by what a mutant calls an instruction set, or by their stem."""
-    sets = {stem.removeprefix("isa_"): f"csrc/cpu/{stem}.cpp" for stem in ("isa_baseline", *_isa_flags())}
+    sets = {stem.removeprefix("isa_"): f"csrc/cpu/{stem}.cpp" for stem in ("isa_baseline", *isa_flags())}
     return sets | {"module": "csrc/module.cpp", "stamp": "csrc/stamp.cpp", "parallel": "csrc/cpu/parallel.cpp"}
 
 
@@ -266,7 +266,7 @@ def _compile(folder: Path, source: str, target: Path) -> None:
     flags = ["-std=c++17", "-O1", "-fexpensive-optimizations", "-fno-math-errno", "-fvisibility=hidden", "-fPIC"]
     flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     flags += [f'-DPEFTKERN_VERSION="{__version__}"', f'-DPEFTKERN_SOURCES="{stamp.digest(folder / "csrc")}"']
-    _command(folder, *flags, *_isa_flags().get(Path(source).stem, []), "-c", source, "-o", target)
+    _command(folder, *flags, *isa_flags().get(Path(source).stem, []), "-c", source, "-o", target)
 
 
 def _instruction_sets() -> list[str]:

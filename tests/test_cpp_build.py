@@ -68,9 +68,10 @@ def test_cut_off(tmp_path, share):
 
 
 @built
-def test_another_python(tmp_path):
-    done = installed(tmp_path, "_C.cpython-27-x86_64-linux-gnu.so", FILES[0].read_bytes())
-    refused(done, "built for another Python or platform: _C.cpython-27")
+@pytest.mark.parametrize("name", ["_C.cpython-27-x86_64-linux-gnu.so", "_C.cp27-win_amd64.pyd"])
+def test_another_python_or_platform(name, tmp_path):
+    done = installed(tmp_path, name, FILES[0].read_bytes())
+    refused(done, f"built for another Python or platform: {name}")
 
 
 @linux

@@ -24,6 +24,29 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EXTENSION = list((ROOT / "peftkern").glob("_C*.so"))
 
 
+def installed(folder, package: str, distribution: str, version: str) -> None:
+    """A distribution of one package, as pip leaves it."""
+    metadata = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+    (metadata / "top_level.txt").write_text(package + "\n")
+
+
+def test_a_package_is_found_whatever_its_distribution_is_called(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "_PACKAGES", ("pretended", "absent"))
+    installed(tmp_path, "pretended", "pretended-windows", "3.7.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    versions = peftkern.env_report()["versions"]
+    assert versions["pretended"] == "3.7.0 (pretended-windows)" and versions["absent"] == "not installed"
+
+
+def test_two_copies_of_other_versions_are_told_apart(tmp_path, monkeypatch):
+    installed(tmp_path, "peftkern", "peftkern", "9.9.9")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = peftkern.env_report()["versions"]["peftkern"]
+    assert told == f"{peftkern.__version__} (another copy is installed: 9.9.9)"
+
+
 def gone(monkeypatch, backend: type, reason: str | None, broken: bool) -> None:
     monkeypatch.setattr(backend, "unavailable", lambda self: reason)
     monkeypatch.setattr(backend, "broken", property(lambda self: broken))

@@ -24,7 +24,7 @@ def extension() -> tuple[Any, str | None, bool]:
     """(module, None, False), or (None, reason, whether it is there and does not load)."""
     spec = importlib.util.find_spec("peftkern._C")
     if spec is None or spec.origin is None or Path(spec.origin).parent != _PACKAGE:  # another copy's is not ours
-        others = [path.name for path in _PACKAGE.glob("_C*.so")]
+        others = [path.name for path in _PACKAGE.glob("_C*") if path.suffix in (".so", ".pyd")]
         if others and not _loadable(others):
             return None, f"the C++ extension is built for another Python or platform: {', '.join(others)}", True
         return None, "the C++ extension is not built (pip install with a compiler builds it)", False

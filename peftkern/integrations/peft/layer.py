@@ -67,11 +67,11 @@ class PeftkernLoraLinear(lora.Linear):
             parts = "a compiler traces it, and children of it are units of FSDP"
         if isinstance(parts, str):
             tally.fell_back(self, parts)
-            return self.peft.forward(self, x)
+            return _pefts(self).forward(self, x)
         reason = why_not_input(parts, units.as_cast(parts.units, x) if parts.units else x)
         if reason is not None:
             tally.fell_back(self, reason, of_input=True)
-            return self.peft.forward(self, x)
+            return _pefts(self).forward(self, x)
         tally.fused(self)
         if parts.units:
             return _within_units(self, x, parts)
@@ -83,6 +83,12 @@ class PeftkernLoraLinear(lora.Linear):
 
     def _get_name(self) -> str:
         return "Linear"  # print(model) looks as PEFT's does
+
+
+def _pefts(layer: Any) -> Any:
+    """The class whose forward is PEFT's: what a patched layer had; its own, where only the forward was put on it."""
+    kind = type(layer)
+    return getattr(kind, "peft", kind)
 
 
 def _unusual(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -97,7 +103,7 @@ def _unusual(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
         y = mixed_batch(layer, x, kwargs["adapter_names"])
     if isinstance(y, str):
         tally.fell_back(layer, y, of_input=y != tally.OFF)
-        return layer.peft.forward(layer, x, *args, **kwargs)
+        return _pefts(layer).forward(layer, x, *args, **kwargs)
     tally.fused(layer)
     return y
 
