@@ -10,7 +10,8 @@ from conftest import Case, make, run
 from instruction_sets import SETS, C, kernels
 
 import peftkern
-from peftkern.backends.cpp import call, products
+from peftkern.__main__ import main
+from peftkern.backends.cpp import call, products, tune
 from peftkern.weights import DenseWeight
 
 pytestmark = pytest.mark.skipif(C is None, reason="pure Python install")
@@ -85,3 +86,49 @@ def test_pairs_without_the_instruction_have_its_bits():
         with kernels(name, True):
             found.append(run(case, tensors, "cpp"))
     assert torch.equal(found[0]["y"], found[1]["y"]) and torch.equal(found[0]["x"], found[1]["x"])
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """The user's table in a folder of the test's."""
+    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path / "new"))
+    products.tuned.cache_clear()
+    yield products.table_file()
+    products.tuned.cache_clear()
+
+
+def test_tune_cpu_writes_what_calls_then_take(monkeypatch, table, capsys):
+    """From the first row, from 128 on and never, over what we have measured; other classes of the table stay."""
+    measured = {F32: [0.5, 0.9, 1.0, 1.03], BF16: [0.9, 1.2, 1.0, 0.8], F16: [0.5, 0.5, 0.5, 1.04]}
+    monkeypatch.setattr(products, "processor", lambda: "some-1")
+    monkeypatch.setattr(tune, "_ratio_of_rows", lambda dtype, M, _: measured[dtype][tune.ROWS.index(M)])
+    products.write("another-2-avx2", {F32: (None, 3)})
+    with kernels(SETS[0]):
+        assert main(["tune", "--cpu"]) == 0
+        assert str(table) in capsys.readouterr().out
+        assert [products.own_rows(SETS[0], dtype, way) for dtype in measured for way in (True, False)] == [
+            1, 1, 128, 128, None, None,
+        ]  # fmt: skip
+    monkeypatch.setattr(products, "processor", lambda: "another-2")
+    assert products.own_rows("avx2", F32, True) is None and products.own_rows("avx2", F32, False) == 3
+
+
+def test_both_products_of_a_cell_are_measured_and_a_wrong_one_is_an_error(monkeypatch):
+    monkeypatch.setattr(tune, "ROUNDS", 3)
+    for forward in (True, False):
+        assert tune._ratio(F32, 20, 96, 64, forward) > 0
+    monkeypatch.setattr(tune.CppBackend, "own_product", lambda *_: torch.zeros(20, 96))
+    with pytest.raises(ValueError, match="is wrong: 1.0e"):
+        tune._ratio(F32, 20, 96, 64, True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"version": 2, "rows_from": {}}', '{"version": 1, "rows_from": {"a": {"float32": [0, 1]}}}',
+     '{"version": 1, "rows_from": {"a": {"float8": [1, 1]}}}', '{"version": 1, "rows_from": {"a": {"float32": [1]}}}'],
+)  # fmt: skip
+def test_a_table_that_cannot_be_read_is_ignored_with_one_warning(table, content, caplog):
+    table.parent.mkdir()
+    table.write_text(content)
+    assert products.tuned() == {} and products.tuned() == {}
+    assert len(caplog.records) == 1 and str(table) in caplog.text

@@ -139,6 +139,10 @@ class CppBackend(Backend):
             return rows @ weight.data
         if rows.dtype not in DTYPES or not call.takes(weight, rows, not backward):
             return super().product(weight, rows, backward)
+        return self.own_product(weight, rows, backward)
+
+    def own_product(self, weight: FrozenWeight, rows: Tensor, backward: bool) -> Tensor:
+        """rows W^T, or, in ``backward``, rows W, by the kernels whatever the rule says; see ``product``."""
         rows = unit_stride(rows)
         made = rows.new_empty(rows.shape[0], weight.shape[1 if backward else 0])
         problem, _held = read_weight(call.of_base(weight.shape, rows, True), weight, rows)
