@@ -107,9 +107,9 @@ wheels: .venv/ready .venv/release/ready
 # By the loader and the checks of `kernels`, which has an environment of its own: bitsandbytes changes where it is installed.
 HUB := .venv/hub
 hub: .venv/ready $(HUB)/ready
-	$(BIN)/python hub/build.py build/hub
+	$(BIN)/python tests/hub/build.py build/hub
 	PYTHONPATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-	  $(HUB)/bin/python -m pytest -W ignore hub/test_kernel.py
+	  $(HUB)/bin/python -m pytest --noconftest -W ignore tests/hub/check_kernel.py
 
 # What pyproject.toml lists under the folder's name in [dependency-groups]. None needs torch.
 .venv/docs/ready .venv/hub/ready .venv/release/ready: pyproject.toml

@@ -39,7 +39,7 @@ print(module.env_report()["backends"]["cpp"])
 
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory) -> dict[str, pathlib.Path]:
-    build = runpy.run_path(str(ROOT / "hub" / "build.py"))["build"]
+    build = runpy.run_path(str(ROOT / "tests" / "hub" / "build.py"))["build"]
     return {path.name: path for path in build(tmp_path_factory.mktemp("hub"))}
 
 

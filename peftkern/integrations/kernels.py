@@ -1,4 +1,4 @@
-"""The layer that the ``kernels`` package puts on PEFT's: hub/build.py makes the repository that it loads."""
+"""The layer that the ``kernels`` package puts on PEFT's: tests/hub/build.py makes the repository that it loads."""
 
 from __future__ import annotations
 

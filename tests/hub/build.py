@@ -20,7 +20,7 @@ import shutil
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "peftkern"
 NOARCH = ("cpu", "cuda", "rocm")
 VERSION = 1  # of the kernel: another one where its interface changes

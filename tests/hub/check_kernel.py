@@ -12,7 +12,7 @@ import torch
 import transformers
 from kernels._rust import Build
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent / "build" / "hub"
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2] / "build" / "hub"
 TOKENS = torch.arange(16).view(2, 8)
 
 
