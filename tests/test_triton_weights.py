@@ -139,6 +139,13 @@ def test_every_code_with_every_scale(name, K):
         made.run()
         right = (decoded.data == expected.to(dtype)) & (decoded.data.signbit() == expected.signbit())
         assert (right | (expected.abs() < torch.finfo(BF16).tiny) if dtype == BF16 else right).all()
+    for backward in (False, True):
+        out = torch.full((16, 128), float("nan"))
+        loaded = quantised(weight, backward)
+        one_tile[(1,)](
+            **loaded, OUT=out, n0=0, k0=384, N=len(expected), K=K, BACKWARD=backward, BLOCK_N=16, BLOCK_K=128
+        )  # fmt: skip
+        assert torch.equal(out[: len(expected), : K - 384], expected[:, 384:]) and (out[:, K - 384 :] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -201,10 +201,11 @@ def _e2m1(W, along_n, row_bytes, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: t
     Exponent and mantissa move to fp32's places, which is off by 2^126 and right for the subnormal too.
     """
     bytes = load_block(W, (along_n, 1), n0, k0 // 2, N, row_bytes, BLOCK_N, BLOCK_K // 2).to(tl.int32)
-    codes = tl.reshape(tl.join(bytes, bytes >> 4), (BLOCK_N, BLOCK_K))
+    low, high = ((bytes & 7) << 22) | ((bytes & 8) << 28), ((bytes & 112) << 18) | ((bytes & 128) << 24)
+    bits = tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_K))
     if EVEN is None:
-        codes = tl.where((k0 + tl.arange(0, BLOCK_K) < K)[None, :], codes, 0)
-    return (((codes & 7) << 22) | ((codes & 8) << 28)).to(tl.float32, bitcast=True) * 8.507059173023462e37
+        bits = tl.where((k0 + tl.arange(0, BLOCK_K) < K)[None, :], bits, 0)
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
 
 
 @triton.jit
