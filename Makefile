@@ -62,7 +62,7 @@ test-all: LONG := --long
 test-all: test
 
 # What of the CPU kernels a rule or a library decides by the instruction set.
-CPU := cpp cpp_choice cpp_weights products weight_formats frozen_layer experts peft_quantised multi_lora
+CPU := cpp cpp_choice cpp_weights products weight_formats e2m1 frozen_layer experts peft_quantised multi_lora
 lesser: .venv/ready
 	PEFTKERN_MAX_ISA=avx2 $(PYTEST) $(CPU:%=tests/test_%.py)
 	PEFTKERN_MAX_ISA=baseline $(PYTEST) $(CPU:%=tests/test_%.py)

@@ -33,7 +33,7 @@ from peftkern.testing import problems
 from peftkern.testing.numerics import relative_error
 from peftkern.weights import DenseWeight, FrozenWeight
 
-FORMATS = ("nf4", "fp4", "int8", "int4", "fp8")
+FORMATS = ("nf4", "fp4", "mxfp4", "nvfp4", "int8", "int4", "fp8")
 DECODE_ROWS = 16
 ROWS = (1, 16, 256)
 FULL_ROWS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192)

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from conftest import NAMES, Case, expect, judge, make, run
+from e2m1 import every_e2m1
 from instruction_sets import SETS, C, kernels, settings
 from pairwise import pairwise
 from torch import Tensor
@@ -26,6 +27,8 @@ OPTIONS = [
     ("fp4", {}),
     ("int4", {}),
     ("int4", {"group_size": 16}),
+    ("mxfp4", {}),
+    ("nvfp4", {}),
     ("int8", {}),
     ("int8", {"group_size": 32}),
     ("fp8", {}),
@@ -94,6 +97,8 @@ STEP_OPTIONS = [
     ("fp4", {"blocksize": 128}),
     ("int4", {}),
     ("int4", {"group_size": 64}),
+    ("mxfp4", {}),
+    ("nvfp4", {}),
     ("int8", {}),
     ("int8", {"group_size": 64}),
     ("int8", {"group_size": 32}),
@@ -156,6 +161,22 @@ def test_extreme_scales_in_steps(dtype):
         assert_decoded(weight, dtype, (3, 7, 500))
 
 
+@pytest.mark.parametrize(("name", "factor"), [("mxfp4", 1.0), ("nvfp4", 1 / 3), ("nvfp4", 2.0**-120)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_every_code_of_e2m1_with_every_scale(name, factor, dtype):
+    """In steps and elsewhere, subnormal products too, but for rows of W that overflow: 0 times an infinity is none."""
+    for K in (512, 511):
+        weight, expected = every_e2m1(name, K, factor)
+        W = expected.to(dtype)
+        assert torch.equal(weight.materialize(dtype), W)
+        finite = W.isfinite().all(dim=1)
+        for setting in in_kernels():
+            with setting as isa:
+                for rows in (3, 7, 500):
+                    y, _ = read(weight, dtype, rows)
+                    assert torch.equal(y[:, finite], W.T[:, finite]), (isa, rows)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_every_fp8_number(dtype):
     """Subnormals too, also where the processor is told to take those of fp32 for zeros; and NaN."""
@@ -196,7 +217,7 @@ def test_every_code_of_a_second_quantisation():
 EDGES = [(1, 257, 35, 17), (16, 1030, 13, 3), (7, 64, 514, 5), (130, 513, 77, 33)]
 
 
-PACKED = ["nf4", "fp4", "int4", "int8", "fp8"]
+PACKED = ["nf4", "fp4", "mxfp4", "nvfp4", "int4", "int8", "fp8"]
 
 
 def judge_in_kernels(case: Case) -> None:

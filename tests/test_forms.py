@@ -29,7 +29,7 @@ FORMS = {
     "DoRA": "one update, and a magnitude",
     "a bank": "updates of some rows each",
 }
-QUANTISED = ("nf4", "fp4", "int4", "int8", "fp8")
+QUANTISED = ("nf4", "fp4", "mxfp4", "nvfp4", "int4", "int8", "fp8")
 M, K, N = 9, 32, 24
 BACKENDS = [name for name in ("reference", "cpp") if dispatch.backend_named(name).unavailable() is None]
 

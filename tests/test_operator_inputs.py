@@ -25,7 +25,10 @@ SCHEMAS = {s.name.removeprefix("peftkern::"): s for s in torch._C._jit_get_all_s
 BACKENDS = [target.backend for target in CPU_TARGETS]
 M, K, N = 5, 40, 7
 RANKS, PARTS = (3, 4), (2, 3)  # of two adapters, layers or segments: ranks, and rows of a bank's batch
-QUANTISED = {"int8": {}, "int8 in groups": {"group_size": 16}, "fp8": {}, "int4": {"group_size": 16}, "nf4": {}}
+QUANTISED = {
+    "int8": {}, "int8 in groups": {"group_size": 16}, "fp8": {}, "int4": {"group_size": 16}, "nf4": {}, "mxfp4": {},
+    "nvfp4": {},
+}  # fmt: skip
 
 OPTIONAL = {"bias", "lora_bias", "scaling_tensor", "inside", "w_scale"}  # what a call may leave out
 WORDS = {"w_data": "weight", "w_scale": "weight", "w_tables": "weight|w_facts|tables", "w_format": "format|w_format",

@@ -36,7 +36,7 @@ def test_nf4_128x128x64_on_hopper_has_at_most_90_kb_of_shared_memory(backward):
 
 
 @pytest.mark.compile_lane
-@pytest.mark.parametrize("name", ["nf4", "int4", "fp8"])
+@pytest.mark.parametrize("name", ["nf4", "int4", "mxfp4", "nvfp4", "fp8"])
 @pytest.mark.parametrize("backward", [False, True], ids=["y", "dx"])
 def test_packed_bytes_are_copied_while_a_tile_before_is_decoded(name, backward):
     """A mask that the compiler cannot see through makes them loads of one byte each, waited for in every step."""

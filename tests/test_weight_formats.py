@@ -21,6 +21,8 @@ GRIDS = {
     "int4": (1 / 15, [{}, {"group_size": 16}]),  # half a step of its own, half of the zero point's
     "nf4": (0.153, [{}, {"blocksize": 256, "double_quant": False}]),
     "fp4": (0.168, [{}, {"blocksize": 32, "double_quant": False}]),
+    "mxfp4": (0.25, [{}]),  # 8 saturates at 6
+    "nvfp4": (0.178, [{}]),  # half of 4 to 6, and a sixteenth of the scale
     "fp8": (16 / 448, [{}, {"scaling": "tensor"}, {"scaling": "block"}]),
 }
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

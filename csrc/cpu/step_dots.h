@@ -54,7 +54,7 @@ template <class X> static void dots_of_rows(const Weight &w, int64_t n, int64_t 
     for (int64_t k = 0; k < K; k += chunk) {
       const int64_t count = smaller(chunk, K - k);
       for (int64_t i = 0; i < rows; ++i) {
-        constexpr bool kScaled = std::is_same<X, float>::value;
+        constexpr bool kScaled = decltype(steps)::kScaled;
         switch (M) {
           case 1: dots_of_steps<1, kScaled>(steps, n + i, k, count, x + k, ldx, sums + i * ld); break;
           case 2: dots_of_steps<2, kScaled>(steps, n + i, k, count, x + k, ldx, sums + i * ld); break;

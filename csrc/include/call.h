@@ -23,7 +23,7 @@ struct Dropout {
 };
 
 // How `data` of a Weight is to be read: as it is, as indices of 16 values (nf4, fp4), or as numbers with a scale.
-enum class WeightFormat : int { dense = 0, code = 1, int4 = 2, int8 = 3, fp8 = 4 };
+enum class WeightFormat : int { dense = 0, code = 1, int4 = 2, int8 = 3, fp8 = 4, mxfp4 = 5, nvfp4 = 6 };
 
 // W [N, K]. A dense one is in `dtype`; its rows lie `stride` apart, or, where `transposed`, its columns do, and rows are what
 // has a unit stride. Of the other formats (peftkern/weights has their formulas) everything is contiguous.
@@ -36,8 +36,8 @@ struct Weight {
   int group_shift = 0;         // log2 of how many neighbours share a scale
   int row_shift = 0;           // log2 of how many rows do (fp8)
   int64_t scale_stride = 0;    // from a row's scales to the next's
-  const void *scale = nullptr; // fp32; or, nested, uint8
-  const void *table = nullptr; // code: fp32 [16]; int4: zero points
+  const void *scale = nullptr; // fp32; or, nested, mxfp4 and nvfp4, a byte each
+  const void *table = nullptr; // code: fp32 [16]; int4: zero points; nvfp4: fp32 [256], of the scales
   const float *nested_absmax = nullptr, *nested_code = nullptr, *nested_offset = nullptr;
 };
 

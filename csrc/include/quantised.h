@@ -40,14 +40,19 @@ static inline vf product(vf a, vf b) {
 }
 #endif
 
-static inline uint32_t nibble(const uint8_t *data, int64_t i) { return i & 1 ? data[i / 2] & 15 : data[i / 2] >> 4; }
+// Which half of a byte the first of its two nibbles is.
+enum class First { high, low };
+
+template <First FIRST> static inline uint32_t nibble(const uint8_t *data, int64_t i) {
+  return (FIRST == First::low) == (i & 1) ? data[i / 2] >> 4 : data[i / 2] & 15;
+}
 
 // The W nibbles from the even place i, each in the low bits of its lane with others above it.
-static inline vu nibbles(const uint8_t *data, int64_t i) {
+template <First FIRST> static inline vu nibbles(const uint8_t *data, int64_t i) {
 #if defined(__AVX2__)
   uint32_t words[W / 8];
   memcpy(words, data + i / 2, sizeof words);
-  const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+  const __m256i shifts = FIRST == First::low ? _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28) : _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
 #if defined(__AVX512F__)
   const __m512i pairs = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set1_epi32(int(words[0]))), _mm256_set1_epi32(int(words[1])), 1);
   return (vu)_mm512_srlv_epi32(pairs, _mm512_broadcast_i64x4(shifts));
@@ -56,7 +61,7 @@ static inline vu nibbles(const uint8_t *data, int64_t i) {
 #endif
 #else
   vu codes;
-  for (int lane = 0; lane < W; ++lane) codes[lane] = nibble(data, i + lane);
+  for (int lane = 0; lane < W; ++lane) codes[lane] = nibble<FIRST>(data, i + lane);
   return codes;
 #endif
 }
@@ -110,9 +115,9 @@ __attribute__((always_inline)) static inline void span(int64_t begin, int64_t co
   if (j < count) some(j, count - j);
 }
 
-template <class Decode>
+template <First FIRST, class Decode>
 __attribute__((always_inline)) static inline void span_of_nibbles(const uint8_t *data, int64_t i, int64_t count, float *out, Decode decode) {
-  span(i & 1, count, out, [=](int64_t j) { return nibble(data, i + j); }, [=](int64_t j) { return nibbles(data, i + j); }, decode);
+  span(i & 1, count, out, [=](int64_t j) { return nibble<FIRST>(data, i + j); }, [=](int64_t j) { return nibbles<FIRST>(data, i + j); }, decode);
 }
 
 template <class X, class Decode>
@@ -142,7 +147,7 @@ struct CodeFormat {
     blocks(i, count, w.group_shift, [&](int64_t j, int64_t width, int64_t block) {
       const vf size = splat(absmax(w, block));
       const Table table(code, [&](vf value) { return round_decoded(value * size, X()); });
-      span_of_nibbles((const uint8_t *)w.data, i + j, width, out + j, [=](vu codes) { return table[codes]; });
+      span_of_nibbles<First::high>((const uint8_t *)w.data, i + j, width, out + j, [=](vu codes) { return table[codes]; });
     });
   }
 };
@@ -157,7 +162,7 @@ struct Int4Format {
     blocks(k, count, w.group_shift, [&](int64_t j, int64_t width, int64_t group) {
       const vf scale = splat(scales[group]), zero_point = splat(float(zero_points[group]));
       const Table table(kNumbers, [&](vf value) { return round_decoded((value - zero_point) * scale, X()); });
-      span_of_nibbles(data, k + j, width, out + j, [=](vu codes) { return table[codes]; });
+      span_of_nibbles<First::high>(data, k + j, width, out + j, [=](vu codes) { return table[codes]; });
     });
   }
 };
@@ -193,6 +198,48 @@ struct FP8Format {
   }
 };
 
+// mxfp4's scales, E8M0: 2^(code - 127), which is subnormal for 0; 255 is NaN.
+struct PowerScales {
+  static vf size(vu codes) { return (vf)(codes << 23 | ((vu)(((codes + 1) & 255) < 2) & 0x400000)); }
+  static void read(const Weight &, const uint8_t *codes, int64_t count, float *out) { span_of_bytes<float>(codes, count, out, size); }
+};
+
+// nvfp4's, E4M3 with the global scale: looked up.
+struct MappedScales {
+  static void read(const Weight &w, const uint8_t *codes, int64_t count, float *out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = ((const float *)w.table)[codes[i]];
+  }
+};
+
+// mxfp4, nvfp4: W[n, k] = number[q[n, k]] size[scale[n, g]], g = k >> shift, groups of whole vectors; a row begins with a byte.
+template <class Scales> struct E2M1Format {
+  static constexpr float kNumbers[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.f, -0.5, -1, -1.5, -2, -3, -4, -6};
+  // out[i] is the size of the group g + i of row n.
+  static inline void sizes(const Weight &w, int64_t n, int64_t g, int64_t count, float *out) {
+    Scales::read(w, (const uint8_t *)w.scale + n * w.scale_stride + g, count, out);
+  }
+  template <class X> static inline void row(const Weight &w, int64_t n, int64_t k, int64_t count, float *out) {
+    constexpr int64_t kSome = 64;
+    const uint8_t *data = (const uint8_t *)w.data + n * ((w.columns + 1) / 2);
+    const Table numbers(kNumbers, [](vf value) { return value; });
+    const int64_t last = (k + count - 1) >> w.group_shift;
+    float size[kSome];
+    int64_t first = 0, end = 0;  // of the groups whose sizes are there
+    const auto decoded = [&](vu codes, int64_t group) __attribute__((always_inline)) {
+      if (__builtin_expect(group >= end, 0)) {
+        first = group, end = smaller(group + kSome, last + 1);
+        sizes(w, n, first, end - first, size);
+      }
+      return round_decoded(numbers[codes] * size[group - first], X());
+    };
+    int64_t j = 0;
+    for (; k % W == 0 && j + W <= count; j += W) store(decoded(nibbles<First::low>(data, k + j), (k + j) >> w.group_shift), out + j);
+    blocks(k + j, count - j, w.group_shift, [&](int64_t i, int64_t width, int64_t group) {
+      span_of_nibbles<First::low>(data, k + j + i, width, out + j + i, [&](vu codes) { return decoded(codes, group); });
+    });
+  }
+};
+
 template <class X, class Format>
 static void decode_rows(const Weight &w, int64_t n, int64_t k, int64_t rows, int64_t columns, float *out, int64_t ld) {
   for (int64_t i = 0; i < rows; ++i) Format::template row<X>(w, n + i, k, columns, out + i * ld);
@@ -205,6 +252,8 @@ template <class X> static void decode(const Weight &w, int64_t n, int64_t k, int
     case WeightFormat::int4: return decode_rows<X, Int4Format>(w, n, k, rows, columns, out, ld);
     case WeightFormat::int8: return decode_rows<X, Int8Format>(w, n, k, rows, columns, out, ld);
     case WeightFormat::fp8: return decode_rows<X, FP8Format>(w, n, k, rows, columns, out, ld);
+    case WeightFormat::mxfp4: return decode_rows<X, E2M1Format<PowerScales>>(w, n, k, rows, columns, out, ld);
+    case WeightFormat::nvfp4: return decode_rows<X, E2M1Format<MappedScales>>(w, n, k, rows, columns, out, ld);
   }
 }
 

@@ -1,17 +1,18 @@
 // A quantised weight in steps: kStep neighbours of a row, decoded in registers. What AVX2 has for the formats of quantised.h where
-// K is a multiple of kStep and no step has two scales (steps_take). The numbers are the same; their order is the cheapest.
+// K is a multiple of kStep and no step has two scales, but for mxfp4 and nvfp4 (steps_take). The numbers are the same; their order
+// is the cheapest.
 //
-//   step(n, k, f)   f(j, value) for 0 <= j < kVectors: lane t of value is W[n, k + element(j W + t)]
+//   step(n, k, f)   f(j, value) for 0 <= j < kVectors, in this order: lane t of value is W[n, k + element(j W + t)]
 //
-// For bf16 the values are rounded to it. For fp32 they are those before the scale, which is what step returns: their product,
-// rounded once, is the number, and a sum of a step may be scaled as a whole.
+// For bf16 the values are rounded to it. Where kScaled, which is for fp32, they are those before the scale, which is what step
+// returns, lane by lane: their product, rounded once, is the number, and a sum of a step may be scaled as a whole.
 //
 // Codes of 4 bits and fp8 are looked up by byte: a shuffle finds a byte of 32 values at once, and the bytes of two or four
 // shuffles, unpacked, are the values. int8 has too many of them; it is converted, multiplied and rounded.
 #pragma once
 #include <type_traits>
 
-#include "quantised.h"
+#include "byte_tables.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
@@ -22,118 +23,25 @@ constexpr int64_t kStep = 64;
 constexpr int kVectors = int(kStep) / W;
 
 template <class X> static bool steps_take(const Weight &w) {
-  return !std::is_same<X, fp16>::value && w.format != WeightFormat::dense && w.columns % kStep == 0 && w.group_shift >= 6;
-}
-
-// 16 numbers whose fp32 bits are zero but for the upper BYTES bytes: a table for each of those, lowest first, in both halves.
-template <int BYTES> struct ByteTables {
-  __m256i part[BYTES];
-
-  void make(const vu low, const vu high) {  // the bits of numbers 0 ... 7 and 8 ... 15
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5);
-#pragma GCC unroll 4
-    for (int b = 0; b < BYTES; b += 2) {
-      const int shift = 32 - 8 * BYTES + 8 * b;
-      const __m256i words = _mm256_packus_epi32((__m256i)(low >> shift & 0xffff), (__m256i)(high >> shift & 0xffff));
-      const __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(255)), _mm256_srli_epi16(words, 8));
-      part[b] = _mm256_permutevar8x32_epi32(bytes, order);
-      part[b + 1] = _mm256_permutevar8x32_epi32(bytes, _mm256_add_epi32(order, _mm256_set1_epi32(2)));
-    }
-  }
-
-  // Of 32 codes, of which bits 0 to 3 count (0 where bit 7 is set): their numbers as vectors `first` to first + 3.
-  template <class F> __attribute__((always_inline)) void find(__m256i codes, int first, F f) const {
-    __m256i bytes[BYTES];
-#pragma GCC unroll 4
-    for (int b = 0; b < BYTES; ++b) bytes[b] = _mm256_shuffle_epi8(part[b], codes);
-    numbers(bytes, first, f);
-  }
-
-  template <class F> __attribute__((always_inline)) static void numbers(const __m256i bytes[BYTES], int first, F f) {
-    if constexpr (BYTES == 2) {
-      const vu low = (vu)_mm256_unpacklo_epi8(bytes[0], bytes[1]), high = (vu)_mm256_unpackhi_epi8(bytes[0], bytes[1]);
-      f(first, (vf)(low << 16)), f(first + 1, (vf)(low & 0xffff0000u));
-      f(first + 2, (vf)(high << 16)), f(first + 3, (vf)(high & 0xffff0000u));
-    } else {
-      const __m256i low0 = _mm256_unpacklo_epi8(bytes[0], bytes[1]), low1 = _mm256_unpacklo_epi8(bytes[2], bytes[3]);
-      const __m256i high0 = _mm256_unpackhi_epi8(bytes[0], bytes[1]), high1 = _mm256_unpackhi_epi8(bytes[2], bytes[3]);
-      f(first, (vf)_mm256_unpacklo_epi16(low0, low1)), f(first + 1, (vf)_mm256_unpackhi_epi16(low0, low1));
-      f(first + 2, (vf)_mm256_unpacklo_epi16(high0, high1)), f(first + 3, (vf)_mm256_unpackhi_epi16(high0, high1));
-    }
-  }
-
-  // Which of 32 codes the number in a lane of vector j of 4 is.
-  static int place(int j, int lane) {
-    return lane / 4 * 16 + (BYTES == 2 ? j / 2 * 8 + lane % 4 * 2 + j % 2 : j * 4 + lane % 4);
-  }
-};
-
-// The 64 nibbles from data[0]: the even ones, then the odd ones.
-template <class Tables, class F> __attribute__((always_inline)) static inline void find_nibbles(const Tables &tables, const uint8_t *data, F f) {
-  const __m256i codes = _mm256_loadu_si256((const __m256i *)data), mask = _mm256_set1_epi8(15);
-  tables.find(_mm256_and_si256(_mm256_srli_epi16(codes, 4), mask), 0, f);
-  tables.find(_mm256_and_si256(codes, mask), 4, f);
-}
-template <class Tables> static int element_of_nibbles(int i) {
-  return Tables::place(i / W % 4, i % W) * 2 + i / W / 4;
-}
-
-// The tables of a few blocks, two made at a time: a half of the registers for each.
-struct BlockTables {
-  static constexpr int64_t kBlocks = 64;
-  alignas(32) uint8_t low[kBlocks][16], high[kBlocks][16];
-  vf even[2], odd[2];  // numbers 0 2 4 6 and 8 10 12 14, twice; 1 3 5 7 and 9 11 13 15
-
-  explicit BlockTables(const float *numbers) {
-    for (int i = 0; i < 2 * W; ++i) {
-      even[i / W][i % W] = numbers[i / W * 8 + i % 4 * 2];
-      odd[i / W][i % W] = numbers[i / W * 8 + i % 4 * 2 + 1];
-    }
-  }
-
-  // Of two vectors, rounded to bf16, the upper halves of their lanes, alternating.
-  static __m256i rounded_words(vf even, vf odd) {
-    const __m256i a = (__m256i)even, b = (__m256i)odd;
-    const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa), lower = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
-    // (lower + 0x7fff + the upper half's lowest bit) >> 16, as an average that keeps its 17th bit
-    const __m256i half = _mm256_or_si256(_mm256_and_si256(upper, _mm256_set1_epi16(1)), _mm256_set1_epi16(0x7ffe));
-    return _mm256_add_epi16(upper, _mm256_srli_epi16(_mm256_avg_epu16(lower, half), 15));
-  }
-
-  // numbers * scale for blocks 2 i and 2 i + 1, whose scales fill a half each
-  template <class F> __attribute__((always_inline)) void make(int64_t i, F scaled) {
-    const __m256i apart = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
-    const __m256i first = _mm256_shuffle_epi8(rounded_words(scaled(even[0]), scaled(odd[0])), apart);
-    const __m256i second = _mm256_shuffle_epi8(rounded_words(scaled(even[1]), scaled(odd[1])), apart);
-    _mm256_store_si256((__m256i *)low[2 * i], _mm256_unpacklo_epi64(first, second));
-    _mm256_store_si256((__m256i *)high[2 * i], _mm256_unpackhi_epi64(first, second));
-  }
-
-  ByteTables<2> of(int64_t block) const {
-    const auto both = [](const uint8_t *table) { return _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)table)); };
-    return {both(low[block]), both(high[block])};
-  }
-};
-
-static inline vf halves(float first, float second) {
-  return (vf)_mm256_blend_ps(_mm256_set1_ps(first), _mm256_set1_ps(second), 0xf0);
+  const bool whole = w.group_shift >= 6 || w.format == WeightFormat::mxfp4 || w.format == WeightFormat::nvfp4;
+  return !std::is_same<X, fp16>::value && w.format != WeightFormat::dense && w.columns % kStep == 0 && whole;
 }
 
 // The formulas of CodeFormat.
 template <class X> struct CodeSteps {
-  static constexpr bool kNarrow = sizeof(X) == 2;
+  static constexpr bool kNarrow = sizeof(X) == 2, kScaled = !kNarrow;
   typedef ByteTables<kNarrow ? 2 : 4> Tables;
   static int element(int i) { return element_of_nibbles<Tables>(i); }
   const Weight &w;
   Tables tables;
-  BlockTables blocks;
+  BlockTables<64> blocks;
   int64_t first = 0;  // of the blocks that have tables
   explicit CodeSteps(const Weight &w) : w(w), blocks((const float *)w.table) {
     const float *numbers = (const float *)w.table;
     tables.make((vu)load(numbers), (vu)load(numbers + W));
   }
   // To be called for steps k ... k + count of a row n before they are taken; count <= kCount.
-  static constexpr int64_t kCount = (BlockTables::kBlocks - 2) * kStep;
+  static constexpr int64_t kCount = (decltype(blocks)::kBlocks - 2) * kStep;
   void prepare(int64_t n, int64_t k, int64_t count) {
     if (!kNarrow) return;
     const int64_t i = n * w.columns + k, last = (i + count - 1) >> w.group_shift;
@@ -143,11 +51,11 @@ template <class X> struct CodeSteps {
     absmax[last - first + 1] = 0;  // of a last pair's second
     for (int64_t block = 0; block <= last - first; block += 2) {
       const vf size = halves(absmax[block], absmax[block + 1]);
-      blocks.make(block / 2, [&](vf numbers) { return numbers * size; });
+      blocks.make(block / 2, [&](vf numbers, int) { return numbers * size; });
     }
   }
   // absmax[b - begin] for blocks begin to end, as CodeFormat::absmax has them; up to W more behind may be written.
-  static constexpr int64_t kSizes = BlockTables::kBlocks + W;
+  static constexpr int64_t kSizes = decltype(blocks)::kBlocks + W;
   void sizes(int64_t begin, int64_t end, float *absmax) const {
     const int64_t count = end - begin;
     if (!w.nested_code) return void(memcpy(absmax, (const float *)w.scale + begin, count * sizeof(float)));
@@ -167,10 +75,10 @@ template <class X> struct CodeSteps {
     const int64_t i = n * w.columns + k, block = i >> w.group_shift;
     const uint8_t *data = (const uint8_t *)w.data + (i >> 1);
     if constexpr (kNarrow) {
-      find_nibbles(blocks.of(block - first), data, f);
+      find_nibbles<First::high>(blocks.of(block - first), data, f);
       return vf{};
     } else {
-      find_nibbles(tables, data, f);
+      find_nibbles<First::high>(tables, data, f);
       return splat(CodeFormat::absmax(w, block));
     }
   }
@@ -178,13 +86,14 @@ template <class X> struct CodeSteps {
 
 // Of Int4Format: q - zero_point is a number of bf16.
 template <class X> struct Int4Steps {
+  static constexpr bool kScaled = sizeof(X) == 4;
   typedef ByteTables<2> Tables;
   static int element(int i) { return element_of_nibbles<Tables>(i); }
   const Weight &w;
-  BlockTables blocks;
+  BlockTables<64> blocks;
   int64_t first = 0;
   explicit Int4Steps(const Weight &w) : w(w), blocks(Int4Format::kNumbers) {}
-  static constexpr int64_t kCount = (BlockTables::kBlocks - 2) * kStep;
+  static constexpr int64_t kCount = (decltype(blocks)::kBlocks - 2) * kStep;
   void prepare(int64_t n, int64_t k, int64_t count) {
     const int64_t row = n * w.scale_stride, last = row + ((k + count - 1) >> w.group_shift);
     first = row + (k >> w.group_shift);
@@ -194,18 +103,19 @@ template <class X> struct Int4Steps {
       const int64_t other = smaller(block + 1, last);
       const vf zero_point = halves(zero_points[block], zero_points[other]);
       const vf scale = sizeof(X) == 4 ? splat(1) : halves(scales[block], scales[other]);
-      blocks.make((block - first) / 2, [&](vf numbers) { return (numbers - zero_point) * scale; });
+      blocks.make((block - first) / 2, [&](vf numbers, int) { return (numbers - zero_point) * scale; });
     }
   }
   template <class F> __attribute__((always_inline)) vf step(int64_t n, int64_t k, F f) const {
     const int64_t block = n * w.scale_stride + (k >> w.group_shift);
-    find_nibbles(blocks.of(block - first), (const uint8_t *)w.data + ((n * w.columns + k) >> 1), f);
+    find_nibbles<First::high>(blocks.of(block - first), (const uint8_t *)w.data + ((n * w.columns + k) >> 1), f);
     return splat(((const float *)w.scale)[block]);
   }
 };
 
 // Of Int8Format: 8 doublewords have 32 numbers, one of each vector.
 template <class X> struct Int8Steps {
+  static constexpr bool kScaled = sizeof(X) == 4;
   static int element(int i) { return i / 32 * 32 + i % W * 4 + i / W % 4; }
   const Weight &w;
   explicit Int8Steps(const Weight &w) : w(w) {}
@@ -230,6 +140,7 @@ template <class X> struct Int8Steps {
 // Of FP8Format. A code is s eeee mmm. Its number is that of 000e mmm with eee more in the exponent of 4, a step of which is 1 in the
 // upper byte; those of eeee = 0 have a table of their own. So two tables of 16 are enough, as long as the exponents of scaled numbers fit.
 template <class X> struct FP8Steps {
+  static constexpr bool kScaled = sizeof(X) == 4;
   typedef ByteTables<2> Tables;
   static int element(int i) { return i / 32 * 32 + Tables::place(i / W % 4, i % W); }
   const Weight &w;
@@ -295,6 +206,72 @@ template <class X> struct FP8Steps {
   }
 };
 
+// Of E2M1Format<PowerScales>: a half of the registers for each of two groups, and numbers of bf16 whatever their scale.
+struct MXFP4Steps {
+  static constexpr bool kScaled = true;
+  typedef ByteTables<2> Tables;
+  static int element(int i) { return element_of_nibbles<Tables>(i); }
+  const Weight &w;
+  Tables tables;
+  explicit MXFP4Steps(const Weight &w) : w(w) {
+    const float *numbers = E2M1Format<PowerScales>::kNumbers;
+    tables.make((vu)load(numbers), (vu)load(numbers + W));
+  }
+  void prepare(int64_t, int64_t, int64_t) {}
+  template <class F> __attribute__((always_inline)) vf step(int64_t n, int64_t k, F f) const {
+    find_nibbles<First::low>(tables, (const uint8_t *)w.data + ((n * w.columns + k) >> 1), f);
+    const uint8_t *scale = (const uint8_t *)w.scale + n * w.scale_stride + (k >> 5);
+    return PowerScales::size((vu)_mm256_blend_epi32(_mm256_set1_epi32(scale[0]), _mm256_set1_epi32(scale[1]), 0xf0));
+  }
+};
+
+// Of E2M1Format<MappedScales>: a half of the registers has two groups, so for bf16 a table has the 8 magnitudes of both.
+template <class X> struct NVFP4Steps {
+  static constexpr bool kNarrow = sizeof(X) == 2, kScaled = false;
+  typedef ByteTables<2> Tables;
+  typedef E2M1Format<MappedScales> Format;
+  static constexpr float kMagnitudes[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  static int element(int i) { return element_of_nibbles<Tables>(i); }
+  const Weight &w;
+  Tables tables;
+  BlockTables<128> blocks;
+  float sizes[256];
+  int64_t first = 0;  // where the row of the tables, or of the sizes, begins
+  explicit NVFP4Steps(const Weight &w) : w(w), blocks(kMagnitudes) {
+    tables.make((vu)load(Format::kNumbers), (vu)load(Format::kNumbers + W));
+  }
+  void prepare(int64_t n, int64_t k, int64_t count) {
+    first = k;
+    Format::sizes(w, n, k >> 4, count >> 4, sizes);
+    for (int64_t i = 0; kNarrow && i < count / kStep; ++i) {
+      const vf size[2] = {halves(sizes[4 * i], sizes[4 * i + 2]), halves(sizes[4 * i + 1], sizes[4 * i + 3])};
+      blocks.make(i, [&](vf numbers, int part) { return numbers * size[part]; });
+    }
+  }
+  template <class F> __attribute__((always_inline)) vf step(int64_t n, int64_t k, F f) const {
+    const int64_t i = (k - first) / kStep;
+    const uint8_t *data = (const uint8_t *)w.data + ((n * w.columns + k) >> 1);
+    if constexpr (kNarrow) {
+      const Tables both = blocks.of_pair(2 * i);
+      const __m256i codes = _mm256_loadu_si256((const __m256i *)data);
+      find(both, codes, _mm256_slli_epi16(codes, 4), 0, f);
+      find(both, _mm256_srli_epi16(codes, 4), codes, 4, f);
+    } else {
+      const vf even = halves(sizes[4 * i], sizes[4 * i + 2]), odd = halves(sizes[4 * i + 1], sizes[4 * i + 3]);
+      find_nibbles<First::low>(tables, data, [&](int j, vf value) __attribute__((always_inline)) { f(j, value * (j & 2 ? odd : even)); });
+    }
+    return vf{};
+  }
+  // Of 32 codes, their magnitudes in bits 0 to 2 and their signs in bits 7 of `signs`.
+  template <class F> __attribute__((always_inline)) static void find(const Tables &both, __m256i codes, __m256i signs, int at, F f) {
+    const __m256i second = _mm256_set_epi64x(0x0808080808080808, 0, 0x0808080808080808, 0);
+    const __m256i places = _mm256_or_si256(_mm256_and_si256(codes, _mm256_set1_epi8(7)), second);
+    const __m256i sign = _mm256_and_si256(signs, _mm256_set1_epi8(char(0x80)));
+    const __m256i bytes[2] = {_mm256_shuffle_epi8(both.part[0], places), _mm256_xor_si256(_mm256_shuffle_epi8(both.part[1], places), sign)};
+    Tables::numbers(bytes, at, f);
+  }
+};
+
 // f with the steps of the weight's format.
 template <class X, class F> static inline void with_steps(const Weight &w, F f) {
   switch (w.format) {
@@ -303,6 +280,8 @@ template <class X, class F> static inline void with_steps(const Weight &w, F f) 
     case WeightFormat::int4: return f(Int4Steps<X>(w));
     case WeightFormat::int8: return f(Int8Steps<X>(w));
     case WeightFormat::fp8: return f(FP8Steps<X>(w));
+    case WeightFormat::mxfp4: return f(MXFP4Steps(w));
+    case WeightFormat::nvfp4: return f(NVFP4Steps<X>(w));
   }
 }
 
@@ -314,7 +293,7 @@ template <class X> static void decode_steps(const Weight &w, int64_t n, int64_t 
       for (int64_t j = 0; j < count; j += kStep) {
         float *target = out + i * ld + j;
         const vf factor = steps.step(n + i, k + j, [&](int at, vf value) __attribute__((always_inline)) { store(value, target + at * W); });
-        for (int at = 0; sizeof(X) == 4 && at < kVectors; ++at) store(load(target + at * W) * factor, target + at * W);
+        for (int at = 0; steps.kScaled && at < kVectors; ++at) store(load(target + at * W) * factor, target + at * W);
       }
     }
   });

@@ -35,6 +35,7 @@ class FrozenWeight(ABC):
     parts: ClassVar[tuple[str, ...]] = ()  # what scale and tables are called in a state_dict, after the weight's name
     packed: ClassVar[bool] = False  # whether ``data`` is something else than [N, K], so that the shape must be told
     marker: ClassVar[str]  # of the state_dict entry that says what format this is
+    spellings: ClassVar[tuple[tuple[str, ...], ...]] = ()  # what others' checkpoints add to a weight's name
     base_compute: ClassVar[str | None] = None  # what the rows of a product are rounded to; None: they stay as they are
 
     def __init_subclass__(cls) -> None:
@@ -132,8 +133,8 @@ class FrozenWeight(ABC):
         Args:
             tensor: floating, on any device.
             format: "int8" (options: group_size=0, one scale an output channel, or a power of two of at least 16 along
-                K), "int4" (group_size=128), "nf4" and "fp4" (blocksize=64, double_quant=True), "fp8" (scaling="row",
-                "tensor" or "block"), or "dense".
+                K), "int4" (group_size=128), "nf4" and "fp4" (blocksize=64, double_quant=True), "mxfp4" and "nvfp4"
+                (no options), "fp8" (scaling="row", "tensor" or "block"), or "dense".
             base_compute: of the products with it: None, in x's dtype; "fp8" (of an fp8 weight), in e4m3 on both sides.
             options: the format's own.
         Returns: a FrozenWeight on the same device.
@@ -209,6 +210,10 @@ class FrozenWeight(ABC):
     def from_state_dict(state_dict: Mapping[str, Tensor], name: str = "weight") -> FrozenWeight:
         """Read a weight that ``state_dict``, or bitsandbytes' ``Linear4bit``, has saved; nothing is unpickled.
 
+        So is a 2-D weight of a checkpoint, whose codes and scales are taken over as they are: in mxfp4 by gpt-oss's
+        names, ``NAME_blocks`` and ``NAME_scales``; in nvfp4 by ModelOpt's, ``NAME``, ``NAME_scale`` and
+        ``NAME_scale_2``, or by compressed-tensors', ``NAME_packed``, ``NAME_scale`` and ``NAME_global_scale``.
+
         Args: state_dict: what may hold other tensors too; name: of the weight in it.
         Raises: ValueError naming the key that is missing, unexpected, or holds what it should not.
         """
@@ -217,6 +222,9 @@ class FrozenWeight(ABC):
             entries[""] = state_dict[name]
         marked = [key for key in entries if key.startswith("quant_state.")]
         markers = {cls.marker: cls for cls in _FORMATS.values() if cls.base_compute is None}
+        found_spelling = None if marked else _spelled(state_dict, name)
+        if found_spelling is not None:
+            return found_spelling
         known = ", ".join(sorted(markers))
         if len(marked) != 1 or marked[0].removeprefix("quant_state.") not in markers:
             found = ", ".join(f"{name}.{key}" for key in marked) or "none"
@@ -224,6 +232,11 @@ class FrozenWeight(ABC):
         cls = markers[marked[0].removeprefix("quant_state.")]
         facts = saved.unpack_facts(entries.pop(marked[0]), f"{name}.{marked[0]}")
         return cls.from_saved(saved.Saved(name, entries, facts, f"{name}.{marked[0]}"))
+
+    @classmethod
+    def from_checkpoint(cls, keys: Sequence[str], tensors: Sequence[Tensor]) -> FrozenWeight:
+        """The weight that another package has saved under these names, in the order of one of ``spellings``."""
+        raise NotImplementedError(f"{cls.format} has no spelling but its own")
 
     @classmethod
     def from_saved(cls, content: saved.Saved) -> FrozenWeight:
@@ -243,6 +256,22 @@ def _format_class(format: str, known: Collection[str]) -> type[FrozenWeight]:
     if format not in known:
         raise ValueError(f"unknown weight format {format!r}; known: {', '.join(sorted(known))}")
     return _FORMATS[format]
+
+
+def _spelled(state_dict: Mapping[str, Tensor], name: str) -> FrozenWeight | None:
+    """The weight by the spelling of which most keys are there; None where there is but the name. Raises: ValueError."""
+    every = [(cls, [name + part for part in spelling]) for cls in _FORMATS.values() for spelling in cls.spellings]
+    present = {key for _, keys in every for key in keys if key in state_dict}
+    if not present - {name}:
+        return None
+    cls, keys = max(every, key=lambda one: len(present.intersection(one[1])))
+    about = f"{cls.format} is saved as {', '.join(keys)}"
+    missing = [key for key in keys if not isinstance(state_dict.get(key), Tensor)]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing or not a tensor: {about}")
+    if present.difference(keys):
+        raise ValueError(f"unexpected: {', '.join(sorted(present.difference(keys)))}: {about}")
+    return cls.from_checkpoint(keys, [state_dict[key] for key in keys])
 
 
 @functools.cache

@@ -31,6 +31,9 @@ _PACKED: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
 )  # fmt: skip
 
 
+_E2M1: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (("mxfp4", ()), ("nvfp4", ()))
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One combination of the slots; body: a schedule (of ``fused``), "onto" (Z is there), "bank", "shrink", ..."""
@@ -125,14 +128,15 @@ def _on_tiles(usual: Variant, arch: Arch) -> Iterator[Variant]:
 def _decoded(arch: Arch) -> Iterator[Variant]:
     """Packed formats, on every tile one, in turn, and another on every chip: they are too many for each on each."""
     first = list(ARCHES).index(arch.name)
-    turn = itertools.islice(itertools.cycle(_PACKED), 3 * first, None)
     usual = Variant("", adapter_dtype=torch.float32, weight_format="nf4", dropout=True)
-    for base in _on_tiles(usual, arch):
-        if base.body != LIBRARY and base.tile is not None and base.tile.SLICES == 1:
-            weight_format, options = next(turn)
-            base = replace(base, weight_format=weight_format, options=options)
-            calls = list(_hardest(base, arch, (weight_format,)))
-            yield from calls[: 3 if base.dtype == torch.bfloat16 else 2]
+    for formats in (_PACKED, _E2M1):
+        turn = itertools.islice(itertools.cycle(formats), 3 * first, None)
+        for base in _on_tiles(usual, arch):
+            if base.body != LIBRARY and base.tile is not None and base.tile.SLICES == 1:
+                weight_format, options = next(turn)
+                base = replace(base, weight_format=weight_format, options=options)
+                calls = list(_hardest(base, arch, (weight_format,)))
+                yield from calls[: 3 if base.dtype == torch.bfloat16 else 2]
     grouped = itertools.cycle(itertools.product((16, 64), (0, 1)))
     for base in _on_tiles(replace(usual, weight_format="int8"), arch):
         if base.body == SPLIT:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from peftkern.weights import FourBitWeight, FP8Weight, FrozenWeight, Int4Weight, Int8Weight
+from peftkern.weights import E2M1Weight, FourBitWeight, FP8Weight, FrozenWeight, Int4Weight, Int8Weight
 from peftkern.weights.fp8 import BLOCK
 
-FORMATS = {"nf4": 1, "fp4": 1, "int4": 2, "int8": 3, "fp8": 4}  # call.h, WeightFormat
+FORMATS = {"nf4": 1, "fp4": 1, "int4": 2, "int8": 3, "fp8": 4, "mxfp4": 5, "nvfp4": 6}  # call.h, WeightFormat
 _ALL = 62  # log2 of more elements than there are
 
 
@@ -20,7 +20,7 @@ def read(problem: Any, weight: FrozenWeight) -> tuple[Any, list[Tensor]]:
     match weight:
         case FourBitWeight():
             pass
-        case Int4Weight() | Int8Weight():
+        case Int4Weight() | Int8Weight() | E2M1Weight():
             stride = -(-weight.shape[1] // weight.group_size) if weight.group_size else 1
         case FP8Weight():
             row_shift = BLOCK.bit_length() - 1 if weight.group_size else 0

@@ -15,8 +15,11 @@ _MASK = 14  # instructions an element
 _VENDOR = 0.88  # the time of the vendor's product over ours of the same tile: until it is measured
 _FP32 = 3.0  # ours in fp32 over the same in theory: no tensor cores, operands through registers
 # Instructions an element of W.
-_DECODE = {"dense": 0, "int8": 3, "fp8": 7, "int4": 7, "nf4": 10, "fp4": 10, "fp8xfp8": 0}
-_BITS = {"dense": 0, "int8": 8, "fp8": 8, "int4": 4.3, "nf4": 4.1, "fp4": 4.1, "fp8xfp8": 8}  # a weight
+_DECODE = {"dense": 0, "int8": 3, "fp8": 7, "int4": 7, "nf4": 10, "fp4": 10, "mxfp4": 8, "nvfp4": 9, "fp8xfp8": 0}
+# Bits a weight.
+_BITS = {
+    "dense": 0, "int8": 8, "fp8": 8, "int4": 4.3, "nf4": 4.1, "fp4": 4.1, "mxfp4": 4.3, "nvfp4": 4.5, "fp8xfp8": 8,
+}  # fmt: skip
 
 
 def estimate(launch: Pass, choice: Choice, arch: Arch) -> float:

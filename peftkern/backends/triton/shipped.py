@@ -43,7 +43,7 @@ class TileConfig:
         return text + (" tma" if self.tma else "")
 
 
-PACKED = ("int4", "nf4", "fp4", "fp8")  # weights whose loader holds more than int8's
+PACKED = ("int4", "nf4", "fp4", "mxfp4", "nvfp4", "fp8")  # weights whose loader holds more than int8's
 ANY, NO = 99, -1
 _Shape = tuple[int, int, int, int, int]
 _Tiles = dict[_Shape, tuple[int, int, int]]

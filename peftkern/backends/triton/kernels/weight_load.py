@@ -192,3 +192,46 @@ def four_bit_any(
     byte = tl.load(W + (origin >> 1) + (place >> 1), mask=inside, other=0).to(tl.int32)
     code = tl.load(operands[3] + tl.where((place & 1) == 0, byte >> 4, byte & 15))
     return _as_asked(narrow(code * _absmax(operands, origin, local, inside), DTYPE), BACKWARD)
+
+
+@triton.jit
+def _e2m1(W, along_n, row_bytes, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
+    """[BLOCK_N, BLOCK_K] fp32 numbers from rows of bytes, the even ones low; 0 outside. EVEN: None where K may be odd.
+
+    Exponent and mantissa move to fp32's places, which is off by 2^126 and right for the subnormal too.
+    """
+    bytes = load_block(W, (along_n, 1), n0, k0 // 2, N, row_bytes, BLOCK_N, BLOCK_K // 2).to(tl.int32)
+    low, high = ((bytes & 7) << 22) | ((bytes & 8) << 28), ((bytes & 112) << 18) | ((bytes & 128) << 24)
+    bits = tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_K))
+    if EVEN is None:
+        bits = tl.where((k0 + tl.arange(0, BLOCK_K) < K)[None, :], bits, 0)
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
+
+
+@triton.jit
+def mxfp4(
+    W, operands, q0, p0, Q, P, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BACKWARD: tl.constexpr, DTYPE: tl.constexpr
+):
+    """operands: from row to row in bytes, bytes a row, scale, groups a row, 1 where K is even or None."""
+    BLOCK_N: tl.constexpr = BLOCK_Q if BACKWARD else BLOCK_P
+    BLOCK_K: tl.constexpr = BLOCK_P if BACKWARD else BLOCK_Q
+    RUN: tl.constexpr = min(32, BLOCK_K)
+    n0, k0, N, K = (q0, p0, Q, P) if BACKWARD else (p0, q0, P, Q)
+    value = _e2m1(W, operands[0], operands[1], n0, k0, N, K, BLOCK_N, BLOCK_K, operands[4])
+    runs = _scale_runs(operands[2], operands[3], 1, 0, 5, n0, k0, N, K, BLOCK_N, BLOCK_K, RUN).to(tl.int32)
+    # 0 is a subnormal's exponent, and 255 NaN's
+    runs = ((runs << 23) | tl.where(((runs + 1) & 255) < 2, 1 << 22, 0)).to(tl.float32, bitcast=True)
+    return _as_asked(narrow(value * _spread(runs, RUN), DTYPE), BACKWARD)
+
+
+@triton.jit
+def nvfp4(
+    W, operands, q0, p0, Q, P, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BACKWARD: tl.constexpr, DTYPE: tl.constexpr
+):
+    """operands: as ``mxfp4``, and what the 256 scales are."""
+    BLOCK_N: tl.constexpr = BLOCK_Q if BACKWARD else BLOCK_P
+    BLOCK_K: tl.constexpr = BLOCK_P if BACKWARD else BLOCK_Q
+    n0, k0, N, K = (q0, p0, Q, P) if BACKWARD else (p0, q0, P, Q)
+    value = _e2m1(W, operands[0], operands[1], n0, k0, N, K, BLOCK_N, BLOCK_K, operands[4])
+    runs = _scale_runs(operands[2], operands[3], 1, 0, 4, n0, k0, N, K, BLOCK_N, BLOCK_K, 16).to(tl.int32)
+    return _as_asked(narrow(value * _spread(tl.load(operands[5] + runs), 16), DTYPE), BACKWARD)

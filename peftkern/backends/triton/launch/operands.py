@@ -21,7 +21,7 @@ from peftkern.weights import FrozenWeight
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 UNMASKED: dict[str, Any] = {"DROP": drop.keep_all, "drop_operands": ()}
-_FORMATS = ("dense", "int8", "int4", "nf4", "fp4", "fp8", "fp8xfp8")
+_FORMATS = ("dense", "int8", "int4", "nf4", "fp4", "mxfp4", "nvfp4", "fp8", "fp8xfp8")
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,10 @@ def quantised(weight: FrozenWeight, backward: bool) -> dict[str, Any]:
     elif weight.format == "int4":
         plug = weight_load.int4
         fields = (along_n, W.shape[1], scale, weight.tables[0], scale.stride(0), shift, wide)
+    elif weight.format in ("mxfp4", "nvfp4"):
+        plug = weight_load.mxfp4 if weight.format == "mxfp4" else weight_load.nvfp4
+        scale = scale.view(torch.uint8)
+        fields = (along_n, W.shape[1], scale, scale.stride(0), None if K % 2 else 1, *weight.tables)
     elif weight.format == "fp8":
         W, plug = W.view(torch.uint8), weight_load.fp8
         by_row = int(scale.ndim == 1 and len(scale) > 1)

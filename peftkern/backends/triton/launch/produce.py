@@ -100,6 +100,7 @@ def fused(
         writes=present(Z, T if choice.one_pass else None, partials),
         flops=2 * M * ((0 if library else P * Q) + P * R + (Q * R if choice.one_pass else 0)),
         dependent=dependent,
+        maxnreg=255 if weight.format == "mxfp4" else None,  # it fits 80 and 128 but for a few bytes
     )  # fmt: skip
 
 
