@@ -44,17 +44,10 @@ def one_pass(
 
 def takes(weight: FrozenWeight, rows: Tensor, forward: bool = True, precision: str = "base") -> bool:
     """``one_pass`` of rows of x, or of dy, and a weight."""
-    dense = weight.format == "dense"
-    by_rows = not dense or weight.data.stride(1) == 1
-    if (
-        dense
-        and not forward
-        and rows.dtype == torch.float32
-        and rows.shape[0] == 1
-        and weight.data.numel() > LARGEST_OF_DX
-    ):
+    dense, M, dtype = weight.format == "dense", rows.shape[0], rows.dtype
+    if dense and not forward and dtype == torch.float32 and M == 1 and weight.data.numel() > LARGEST_OF_DX:
         return False
-    return one_pass(rows.dtype, rows.shape[0], weight.format, forward, by_rows, precision)
+    return one_pass(dtype, M, weight.format, forward, not dense or weight.data.stride(1) == 1, precision)
 
 
 @functools.lru_cache(maxsize=1024)
