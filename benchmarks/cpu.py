@@ -76,8 +76,9 @@ QUICK = Sizes(((problems.layer("small.65"), 24),), (64,), (1, 16), 2, 16)
 class Part(NamedTuple):
     """One table.
 
-    ``cells``: a title, and a call that measures it in about the seconds that it is given and returns rows; ``keys``:
-    the columns of a row that say what was measured; ``shown``: heading -> phase, variant, what is shown of its row.
+    ``cells``: a title, and a call that measures it in about the seconds that it is given and returns rows, none where
+    they are too few; ``keys``: the columns of a row that say what was measured; ``shown``: heading -> phase, variant,
+    what is shown of its row.
     """
 
     cells: Sequence[tuple[str, Callable[[float], list[Row]]]]
@@ -118,10 +119,12 @@ class Clock:
         last = 0.0
         for title, measure in part.cells:
             begun = time.monotonic()
-            if begun + last >= self.end(name):
+            left = self.end(name) - begun
+            found = measure(left) if last < left else []
+            if not found:
                 self.left_out.append(f"{name}: {title}")
                 continue
-            rows += [{"part": name, **row} for row in measure(self.end(name) - begun)]
+            rows += [{"part": name, **row} for row in found]
             last = time.monotonic() - begun
             torch.compiler.reset()
             gc.collect()
@@ -217,7 +220,6 @@ def ranks(sizes: Sizes) -> Part:
         calls = linear.step_functions(cell, o, ("frozen", "naive", "peftkern"))
         variants = {name: (call, (o.x,) if name == "frozen" else (o.x, o.A, o.B)) for name, call in calls.items()}
         variants["peft"] = (built.call("peft"), built.inputs("peft"))
-
         check = lambda name: built.check(name) if name == "peft" else checker.check(name)  # noqa: E731
         return [{"base": base, **row} for row in products.measure_variants(cell, variants, o.dy, check, sizes.rounds)]
 
@@ -231,7 +233,7 @@ def steps(sizes: Sizes) -> Part:
     cells = []
     for i, (base, p) in enumerate(chosen):
         length = min(sizes.length, SLOW_LENGTH) if _slow(base) else sizes.length
-        measure = lambda left, b=base, p=p, n=length, i=i: _step(b, p, n, left / (len(chosen) - i))  # noqa: E731
+        measure = lambda left, b=base, p=p, n=length, i=i: _step(b, p, n, left, len(chosen) - i)  # noqa: E731
         cells.append((f"{base}, p={p:g}", measure))
     shown = {f"{name}, x frozen": ("step", name, _ratio) for name in ("peft", "peftkern")}
     shown |= {f"{name}, tokens/s": ("step", name, _tokens) for name in ("frozen", "peft", "peftkern")}
@@ -243,18 +245,25 @@ def tokens(length: int) -> Tensor:
     return smollm2.Plays(smollm2.load_tokenizer()).train_batches(1, 1, length)[0]
 
 
-def _step(base: str, p: float, length: int, seconds: float) -> list[Row]:
-    """One training step, with as many rounds as fit."""
+def _step(base: str, p: float, length: int, left: float, steps: int) -> list[Row]:
+    """One training step with as many rounds as fit into its part of the seconds left for ``steps`` of them."""
     ids, bare = tokens(length), model.load(base, "cpu")
     with torch.no_grad():
         bare(input_ids=ids)
         begun = time.monotonic()
         bare(input_ids=ids)
         forward = time.monotonic() - begun
-    rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(seconds / (FORWARDS * forward)) - STEP_OVERHEAD))
+    if not (rounds := _rounds_of_a_step(forward, left, steps)):
+        return []
     about = {"base": base, "layer": "SmolLM2-135M", "M": length, "r": 16, "p": p, "phase": "step", "rounds": rounds}
     rows = model.compare(bare, ids, p, rounds)["rows"]
     return [about | row | {"median": row["seconds"], "q1": row["seconds_q1"], "q3": row["seconds_q3"]} for row in rows]
+
+
+def _rounds_of_a_step(forward: float, left: float, steps: int) -> int:
+    """Of a model whose forward takes that long; 0 where the fewest would take longer than what is left."""
+    fitting = lambda seconds: int(seconds / (FORWARDS * forward)) - STEP_OVERHEAD  # noqa: E731
+    return 0 if fitting(left) < FEWEST_ROUNDS else max(FEWEST_ROUNDS, min(MOST_ROUNDS, fitting(left / steps)))
 
 
 def _milliseconds(row: Row) -> str:

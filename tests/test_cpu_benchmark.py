@@ -101,7 +101,6 @@ def test_a_step_over_four_bits_is_held_to_their_values(small_model, monkeypatch)
     ids = torch.randint(128, (1, 16), generator=torch.Generator().manual_seed(0))
     found = training.variants(cpu.model.load("nf4", "cpu"), smollm2.lora_config(0.0))
     assert training.check_gradients(found["peft"], found["peftkern"], ids)["peft_gradient_error"] > 0.3
-    monkeypatch.undo()
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch, capsys):
@@ -148,6 +147,14 @@ def test_a_wrong_decode_is_not_timed(wrong, monkeypatch):
         harness.check(cpu._decode_cases(cell, o))
 
 
+@pytest.mark.parametrize(("left", "rounds"), [(1000, 12), (160, 10), (100, 4), (90, 3), (89, 0)])
+def test_a_step_has_as_many_rounds_as_fit(left, rounds):
+    """10 s a round, and the time of six for the rest."""
+    assert cpu._rounds_of_a_step(1.0, left, 1) == rounds
+    assert cpu._rounds_of_a_step(1.0, 2 * left, 2) == max(rounds, 3)  # the other one's time, if need be
+    assert cpu._rounds_of_a_step(0.01, 0.9, 5) == 3
+
+
 def test_the_whole_table():
     cells = [cpu.layers(cpu.FULL).cells, cpu.decode(cpu.FULL).cells, cpu.ranks(cpu.FULL).cells]
     assert [len(found) for found in cells] == [24, 24, 10]
@@ -160,8 +167,8 @@ def test_the_whole_table():
 def test_a_machine_without_bf16_takes_it_last_and_shortly(monkeypatch):
     monkeypatch.setattr(cpu.smollm2, "native_dtype", lambda device: torch.float32)
     asked = []
-    monkeypatch.setattr(cpu, "_step", lambda base, p, length, seconds: asked.append((base, length, seconds)))
+    monkeypatch.setattr(cpu, "_step", lambda base, p, length, left, steps: asked.append((base, length, steps)))
     for _, measure in cpu.steps(cpu.FULL).cells:
         measure(60.0)
-    assert asked == [("fp32", 512, 12), ("nf4", 512, 15), ("fp32", 512, 20), ("bf16", 16, 30), ("bf16", 16, 60)]
+    assert asked == [("fp32", 512, 5), ("nf4", 512, 4), ("fp32", 512, 3), ("bf16", 16, 2), ("bf16", 16, 1)]
     assert cpu.decode(cpu.FULL).cells[0][0].startswith("fp32") and cpu._rounds("bf16", 15) == 3
