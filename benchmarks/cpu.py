@@ -292,7 +292,7 @@ def _phases(*names: str) -> dict[str, tuple[str, str, Callable[[Row], str]]]:
 
 
 def figure(rows: Sequence[Row], title: str) -> Any | None:
-    """Bars of a row's ratio: layers and decode in what the machine multiplies and with dropout, ranks, steps."""
+    """Bars: layers with dropout, decode of one row and ranks, each in what the machine multiplies; every step."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         shape = f"{row['K']}->{row['N']}, M={row['M']}"
@@ -305,6 +305,9 @@ def figure(rows: Sequence[Row], title: str) -> Any | None:
         shown = row["part"] == "steps" or (row["base"] == _bases()[0] and row["name"] not in ("frozen", "merged"))
         if heading and shown:
             groups.setdefault(heading, []).append(row)
+            if row["part"] == "layers" and row["name"] == "peftkern":
+                bare = dict.fromkeys(("ratio", "ratio_q1", "ratio_q3"), row["arithmetic"])
+                groups[heading].append({"name": "arithmetic", **bare})
     return record.ratio_figure(groups, title, "time / time of the frozen base") if groups else None
 
 
@@ -341,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}\n{part.text(found)}\n", flush=True)
         rows += [{column: row.get(column) for column in COLUMNS} for row in found]
     if clock.left_out:
-        print("no time was left for " + "; ".join(clock.left_out))
+        print("no time was left for\n  " + "\n  ".join(clock.left_out))
     if not rows:
         raise SystemExit("nothing was measured: give more --minutes")
     machine |= {"load_average_at_end": record.load_average(), "seconds": time.monotonic() - clock.start}

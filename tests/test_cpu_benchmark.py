@@ -24,7 +24,7 @@ def run(tmp_path, *arguments: str) -> tuple[dict, list[dict[str, str]]]:
         return json.loads((tmp_path / "small.json").read_text()), list(csv.DictReader(file))
 
 
-def test_layers_decode_and_ranks(tmp_path, capsys):
+def test_layers_decode_and_ranks(tmp_path, capsys, monkeypatch):
     written, lines = run(tmp_path, "--only", "ranks,decode,layers", "--minutes", "100")
     rows = written["rows"]
     assert written["left_out"] == [] and written["machine"]["cores"] and written["machine"]["load_average_at_end"]
@@ -55,6 +55,14 @@ def test_layers_decode_and_ranks(tmp_path, capsys):
     assert all(row["q1"] <= row["median"] <= row["q3"] for row in rows)
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("fw naive", "bw arithmetic", "merged ms", cpu.ALONE, "fw peft "))
+    monkeypatch.setattr(cpu.record, "ratio_figure", lambda groups, *_: groups)
+    assert {heading: [bar["name"] for bar in bars] for heading, bars in cpu.figure(rows, "").items()} == {
+        "65->33, M=24\nforward": ["naive", "peftkern", "arithmetic"],
+        "65->33, M=24\nbackward": ["naive", "peftkern", "arithmetic"],
+        "decode 64->64, M=1": ["naive", "peftkern", cpu.ALONE],
+        "65->33, M=24\nr=1": ["naive", "peftkern", "peft"],
+        "65->33, M=24\nr=16": ["naive", "peftkern", "peft"],
+    }
 
 
 @pytest.fixture
@@ -107,7 +115,8 @@ def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cpu.products, "measure_cell", lambda *_: pytest.fail("begun without time"))
     with pytest.raises(SystemExit, match="give more --minutes"):
         run(tmp_path, "--only", "layers", "--minutes", "0")
-    assert f"no time was left for layers: {cpu._bases()[0]}, p=0.05, small.65 65->33, M=24" in capsys.readouterr().out
+    left_out = f"no time was left for\n  layers: {cpu._bases()[0]}, p=0.05, small.65 65->33, M=24\n"
+    assert left_out in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(tmp_path, "--only", "layers,decoding")
     assert "decoding: not of layers, decode, ranks, steps" in capsys.readouterr().err
