@@ -9,6 +9,9 @@ a ratio to the frozen step of the same rounds, beside what autograd saved for ba
 and adapter gradients of one step are compared with PEFT's under the same dropout mask (``training.check_gradients``),
 and the frozen loss with that of PEFT's model with its adapters disabled.
 
+A base in 4 bits is bitsandbytes' and computes in bf16 where the machine multiplies that, else in fp32; its frozen step
+is bitsandbytes' own.
+
 A CPU without bf16 instructions runs fp32 bases unless --base says otherwise: there PyTorch's own bf16 step takes
 minutes, so a bf16 base gets one warm-up and at most SLOW_ROUNDS rounds (--length 64 makes it bearable), and the output
 says so.
@@ -28,12 +31,22 @@ from torch import Tensor
 from benchmarks import harness, memory, packages, pairs, record, smollm2
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BASES = (*DTYPES, *smollm2.FOUR_BIT)
 SLOW_ROUNDS = 3  # of a 16-bit base where the machine has no instructions for it
 # (base, p) -> (ratio to frozen, MiB saved for backward) to reach on 2 CPU cores at 512 tokens
 GOALS: dict[tuple[str, float], tuple[float, float | None]] = {
     ("bf16", 0.05): (1.18, 432.0),
     ("fp32", 0.05): (1.15, None),
 }
+
+
+def load(base: str, device: str) -> Any:
+    """The bare, frozen SmolLM2-135M on a base of BASES."""
+    if base in DTYPES:
+        return smollm2.load_model(DTYPES[base], device)
+    packages.require("bitsandbytes")
+    compute = smollm2.native_dtype(device)
+    return smollm2.quantise(smollm2.load_model(compute, device), base, compute)
 
 
 def compare(model: Any, ids: Tensor, dropout_p: float, rounds: int, compiled: bool = False) -> dict[str, Any]:
@@ -149,7 +162,7 @@ def _names(text: str) -> list[str]:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.model", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--base", choices=DTYPES, action="append", help="base dtype, repeatable (default: what the machine multiplies)"
+        "--base", choices=BASES, action="append", help="of the base, repeatable (default: what the machine multiplies)"
     )
     parser.add_argument("--p", type=float, action="append", help="LoRA dropout, repeatable (default: 0.05 and 0)")
     parser.add_argument("--rows", type=int, default=1, help="sequences in the batch")
@@ -171,6 +184,8 @@ def _run_pairs(options: argparse.Namespace, device: str) -> None:
     packages.require(*(packages.REAL_MODEL if "smollm2" in options.models else ("transformers", "peft")))
     if len(options.base or []) > 1 or len(options.p or []) > 1:
         raise SystemExit("--models takes one --base and one --p")
+    if options.base and options.base[0] not in DTYPES:
+        raise SystemExit(f"--models takes a base of {', '.join(DTYPES)}")
     dtype = DTYPES[options.base[0]] if options.base else smollm2.native_dtype(device)
     p = options.p[0] if options.p else None
     pairs.run(options.models, dtype, device, (options.rows, options.length), p, options.rounds, options.out)
@@ -191,12 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     native = smollm2.native_dtype(device) == torch.bfloat16
     for base in options.base or (["bf16", "fp32"] if native else ["fp32"]):
-        rounds = options.rounds if native or base == "fp32" else min(options.rounds, SLOW_ROUNDS)
+        rounds = options.rounds if native or base not in ("bf16", "fp16") else min(options.rounds, SLOW_ROUNDS)
         if rounds < options.rounds:
             print(f"{base}: this CPU has no instructions for it and PyTorch is very slow; {rounds} rounds only\n")
         for p in options.p or [0.05, 0.0]:
-            model = smollm2.load_model(DTYPES[base], device)
-            result = compare(model, ids, p, rounds, options.compiled)
+            result = compare(load(base, device), ids, p, rounds, options.compiled)
             gc.collect()
             name = f"{base} base, p={p:g}"
             goal = GOALS.get((base, p)) if device == "cpu" and ids.numel() == 512 else None

@@ -85,7 +85,7 @@ def measure_variants(
             for name, (forward, inputs) in variants.items()
         ]
         timings = harness.measure(cases, rounds, label=f"{cell.title}, {phase}")
-        rows += [_row(cell, phase, timing) | _against_others(timing, timings) for timing in timings]
+        rows += [row(cell, phase, timing) | _against_others(timing, timings) for timing in timings]
     return rows
 
 
@@ -120,7 +120,8 @@ def measure_cell(cell: Cell, names: tuple[str, ...], rounds: int) -> list[dict[s
     return measure_variants(cell, variants, o.dy, linear.Checker(cell, o).check, rounds)
 
 
-def _row(cell: Cell, phase: str, timing: harness.Timing) -> dict[str, Any]:
+def row(cell: Cell, phase: str, timing: harness.Timing) -> dict[str, Any]:
+    """What is written of one variant in one phase."""
     figures = timing.to_dict()
     samples = figures.pop("samples")
     about = {"layer": cell.layer, "M": cell.M, "K": cell.K, "N": cell.N, "r": cell.r, "p": cell.p}

@@ -18,9 +18,9 @@ from typing import Any
 from benchmarks.harness import METHOD
 from peftkern.environment import env_report
 
-COLOURS = {"frozen": "silver", "peft": "tab:orange", "naive": "tab:orange", "peftkern": "tab:green"}
+COLOURS = {"frozen": "silver", "peft": "tab:orange", "naive": "gold", "peftkern": "tab:green"}
 _MORE_COLOURS = (
-    "tab:blue", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "navy", "gold", "teal",
+    "tab:blue", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "navy", "teal",
     "salmon", "black", "limegreen",
 )  # fmt: skip
 _ROOT = Path(__file__).resolve().parent.parent

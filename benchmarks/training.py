@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern import dropout
+from peftkern.integrations.bitsandbytes import from_bitsandbytes
 
 Batch = (
     Tensor | Mapping[str, Tensor]
@@ -115,15 +116,16 @@ def check_gradients(plain: Any, patched: Any, batch: Batch, seed: int = 7) -> di
     """Loss and adapter-gradient errors of one step of PEFT and of peftkern against the same step one precision up.
 
     All three drop the same elements. The truth is PEFT's own forward with weights and activations in fp32 for a 16-bit
-    base (fp64 for fp32): the roundings of the base dtype are what separates it from the other two, so PEFT's error is
-    the size that such roundings have in this model, and peftkern may have at most twice it (2 err(torch) + 1e-6).
+    base (fp64 for fp32), and a base of 4 bits dequantised: the roundings of the base dtype are what separates it from
+    the other two, so PEFT's error is the size that such roundings have in this model, and peftkern may have at most
+    twice it (2 err(torch) + 1e-6).
 
     Returns: losses and relative gradient errors; key "ok" is 1.0 where peftkern keeps within the rule.
     """
     twin = with_published_dropout(plain)
     base = next(p.dtype for p in plain.parameters() if not p.requires_grad)
     wide = torch.float64 if base == torch.float32 else torch.float32
-    exact = copy.deepcopy(twin).to(wide)
+    exact = _dequantised(copy.deepcopy(twin), base).to(wide)
     exact.get_base_model().set_experts_implementation("eager")  # torch's grouped product knows no fp64
     truth_loss, truth = adapter_gradients(exact, batch, seed)
     peft_loss, peft = adapter_gradients(twin, batch, seed)
@@ -134,6 +136,18 @@ def check_gradients(plain: Any, patched: Any, batch: Batch, seed: int = 7) -> di
     loss_bound = 2 * abs(peft_loss - truth_loss) + _loss_rounding(base) * abs(truth_loss)
     good = errors["peftkern_gradient_error"] <= 2 * errors["peft_gradient_error"] + 1e-6
     return losses | errors | {"loss_bound": loss_bound, "ok": float(good and abs(own_loss - truth_loss) <= loss_bound)}
+
+
+def _dequantised(model: nn.Module, dtype: torch.dtype) -> Any:
+    """A PEFT model, changed in place: a dense layer of the same values where bitsandbytes has one of 4 bits."""
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if hasattr(getattr(base, "weight", None), "quant_state"):
+            weight = from_bitsandbytes(base).materialize(dtype)
+            dense = nn.Linear(*weight.T.shape, bias=False, device="meta")
+            dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), base.bias
+            module.base_layer = dense
+    return model
 
 
 def _loss_rounding(base: torch.dtype) -> float:
