@@ -158,15 +158,20 @@ def test_a_layer_of_several_blocks(scales, compiled, calls):
     assert (x.grad - merged.sum(0)).norm() <= 1e-5 * x.grad.norm()
 
 
-def test_a_weight_of_one_scale(calls):
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_a_weight_of_one_scale(compiled, calls):
     model = over(block_size=None)
     assert peftkern.patch(model).fast
     layer = model.base_model.model[0].base_layer
     weight = from_fp8_linear(layer)
     assert torch.equal(weight.materialize(F32), layer.weight.float() * layer.weight_scale_inv)
     assert weight.data.data_ptr() == layer.weight.data_ptr()
-    model(torch.randn(2, 300))
-    assert len(calls) == 1
+    x = torch.randn(2, 300)
+    expected = linear(x, weight.materialize(F32), layer.bias)
+    with torch.no_grad():
+        model.base_model.model[0].lora_B["default"].weight.zero_()
+    y = (torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model)(x)
+    assert (y - expected).norm() <= 1e-5 * expected.norm() and calls
 
 
 @pytest.mark.parametrize("scales", SCALES)

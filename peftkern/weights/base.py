@@ -213,7 +213,8 @@ class FrozenWeight(ABC):
         So is a 2-D weight of a checkpoint, whose codes and scales are taken over as they are: in mxfp4 by gpt-oss's
         names, ``NAME_blocks`` and ``NAME_scales``; in nvfp4 by ModelOpt's, ``NAME``, ``NAME_scale`` and
         ``NAME_scale_2``, or by compressed-tensors', ``NAME_packed``, ``NAME_scale`` and ``NAME_global_scale``; in fp8
-        by DeepSeek's and Qwen's, ``NAME`` and ``NAME_scale_inv``, a scale for every 128 x 128 block, or one.
+        by DeepSeek's and Qwen's, ``NAME`` and ``NAME_scale_inv``, a scale for every 128 x 128 block, or one; in int4 by
+        GPTQ's and AWQ's, ``qweight``, ``qzeros``, ``scales`` and GPTQ's ``g_idx`` in the place of NAME's last word.
 
         Args: state_dict: what may hold other tensors too; name: of the weight in it.
         Raises: ValueError naming the key that is missing, unexpected, or holds what it should not.
@@ -263,7 +264,12 @@ def _format_class(format: str, known: Collection[str]) -> type[FrozenWeight]:
 def _spellings(name: str) -> list[tuple[type[FrozenWeight], list[str]]]:
     """The keys of a weight by every spelling of others."""
     own = [cls for cls in _FORMATS.values() if cls.base_compute is None]
-    return [(cls, [name + part for part in spelling]) for cls in own for spelling in cls.spellings]
+    return [(cls, [_key(name, part) for part in spelling]) for cls in own for spelling in cls.spellings]
+
+
+def _key(name: str, part: str) -> str:
+    """A part that begins with a letter is beside the name, in the place of its last word; the others follow it."""
+    return name.removesuffix(name.rpartition(".")[2]) + part if part[:1].isalpha() else name + part
 
 
 def _spelled(state_dict: Mapping[str, Tensor], name: str) -> FrozenWeight | None:
