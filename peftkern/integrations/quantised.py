@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from peftkern import multi_lora
 from peftkern.call import Rows, Update
+from peftkern.integrations import torchao
 from peftkern.integrations.bitsandbytes import from_bitsandbytes, int8_operands, quant_state, read_bitsandbytes
 from peftkern.integrations.fine_grained_fp8 import from_fp8_linear, read_fp8_linear
-from peftkern.integrations.torchao import from_torchao, read_torchao
 from peftkern.ops import dispatch
 from peftkern.weights import FrozenWeight
 
@@ -25,8 +25,9 @@ _BASES = {
     "bitsandbytes.nn.modules.LinearNF4",
     "bitsandbytes.nn.modules.LinearFP4",
     "bitsandbytes.nn.modules.Linear8bitLt",
-    "torchao.quantization.Int8Tensor",  # the weight of a plain nn.Linear
+    *(f"torchao.quantization.{kind}" for kind in torchao.KINDS),  # the weight of a plain nn.Linear
 }
+_OF_TORCHAO = ("zero_point", "block_size", *torchao.OF_INPUTS)
 _FP8_LINEAR = "transformers.integrations.finegrained_fp8.FP8Linear"
 _PLAIN = (nn.Parameter, Tensor)  # bitsandbytes' weights are where FSDP has gathered them
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +36,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], FrozenWeight
 
 def is_quantised(base: Any) -> bool:
     """Whether a base layer is bitsandbytes' own Linear4bit or Linear8bitLt, transformers' FP8Linear, or an nn.Linear
-    with torchao's int8 weight, and no subclass of somebody else's."""
+    with one of torchao's weights, and no subclass of somebody else's."""
     kind = type(base)
     return _is_fp8_linear(kind) or is_bitsandbytes(type(base._parameters.get("weight")) if kind is nn.Linear else kind)
 
@@ -63,7 +64,7 @@ def _traced(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     if reason is not None:
         return reason
     if type(base) is nn.Linear:
-        return read_torchao(base.weight), None
+        return torchao.read_torchao(base.weight), None
     if _is_fp8_linear(type(base)):
         return read_fp8_linear(base), None
     return read_bitsandbytes(base), getattr(base, "compute_dtype", None)
@@ -88,10 +89,8 @@ def _held(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
         held: tuple[Any, ...] = (scale, base._parameters.get("activation_scale"), base.block_size)
         compute = None
     elif "qdata" in state:
-        data, zeros = weight.qdata, weight.zero_point
-        scale = weight.scale
-        held = (data, scale, zeros, weight.act_quant_kwargs, weight.act_pre_scale)
-        compute = None
+        data, scale = weight.qdata, weight.scale
+        held, compute = (data, scale, *map(state.get, _OF_TORCHAO)), None
     elif "quant_state" in state or "quant_state" in base.__dict__:
         found, scale = quant_state(base), None
         held = (found, *_parts_of(found))
@@ -129,7 +128,7 @@ def _taken(base: Any, weight: Any, checked: bool) -> FrozenWeight:
         if "weight_scale_inv" in base._parameters:
             found = from_fp8_linear(base)
         elif "qdata" in weight.__dict__:
-            found = from_torchao(weight)
+            found = torchao.from_torchao(weight)
         else:
             found = read_bitsandbytes(base) if checked else from_bitsandbytes(base)
         return found.mapped(_alias) if any(tensor.is_inference() for tensor in found.tensors) else found
