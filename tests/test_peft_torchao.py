@@ -1,4 +1,4 @@
-"""PEFT's layers over torchao's int8 weights, patched: the same as dequantising first, or PEFT's own forward."""
+"""PEFT's layers over torchao's int8 and fp8 weights, patched: the same as dequantising first, or PEFT's own forward."""
 
 from __future__ import annotations
 
@@ -18,23 +18,34 @@ from peftkern.integrations.torchao import from_torchao
 
 pytest.importorskip("torchao")
 from torchao.quantization import (  # noqa: E402
+    Float8Tensor,
     Float8WeightOnlyConfig,
+    Int4PlainInt32Tensor,
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
     PerTensor,
     quantize_,
 )
-from torchao.quantization.granularity import PerGroup  # noqa: E402
+from torchao.quantization.granularity import PerBlock, PerGroup  # noqa: E402
+from torchao.quantization.quant_primitives import MappingType  # noqa: E402
 
 F32, BF16 = torch.float32, torch.bfloat16
-GRAINS = {"row": {}, "tensor": {"granularity": PerTensor()}, "group": {"granularity": PerGroup(16)}}
+GRAINS = {
+    "row": Int8WeightOnlyConfig(),
+    "tensor": Int8WeightOnlyConfig(granularity=PerTensor()),
+    "group": Int8WeightOnlyConfig(granularity=PerGroup(16)),
+    "4 bits in groups": IntxWeightOnlyConfig(torch.int4, PerGroup(16)),
+    "fp8 row": Float8WeightOnlyConfig(),
+    "fp8 tensor": Float8WeightOnlyConfig(granularity=PerTensor()),
+}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass")
 
 
 def quantised(dtype: torch.dtype, bias: bool = False, grain: str = "row", seed: int = 0) -> nn.Module:
     model = llama(dtype, seed, bias)
-    quantize_(model.model, Int8WeightOnlyConfig(**GRAINS[grain]))
+    quantize_(model.model, GRAINS[grain])
     return model
 
 
@@ -58,18 +69,33 @@ def test_logits_and_gradients_are_those_of_the_dequantised_model(grain, dtype, b
 @pytest.mark.parametrize("grain", GRAINS)
 def test_the_weight_is_torchaos_and_shared(grain, dtype):
     layer = nn.Linear(64, 48, dtype=dtype)
-    quantize_(layer, Int8WeightOnlyConfig(**GRAINS[grain]))
+    quantize_(layer, GRAINS[grain])
     weight = from_torchao(layer.weight)
     assert torch.equal(weight.materialize(dtype), layer.weight.dequantize()) and weight.dtype == dtype
     assert weight.data.data_ptr() == layer.weight.qdata.data_ptr()
+
+
+def test_blocks_of_fp8(calls):
+    model = over(Int8WeightOnlyConfig(), 384, 256)
+    layer, x = model.base_model.model[0], torch.randn(3, 384)
+    theirs = Float8Tensor.from_hp(torch.randn(256, 384), granularity=PerBlock([128, 128]))
+    assert theirs.scale.shape == (2, 3)
+    layer.base_layer.weight = nn.Parameter(theirs, requires_grad=False)
+    assert torch.equal(from_torchao(theirs).materialize(F32), theirs.dequantize())
+    assert peftkern.patch(model).fast
+    expected = nn.functional.linear(x, theirs.dequantize(), layer.base_layer.bias)
+    expected += layer.scaling["default"] * layer.lora_B["default"](layer.lora_A["default"](x))
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        assert (call(x) - expected).norm() <= 1e-5 * expected.norm()
+    assert calls
 
 
 def reason(model: nn.Module) -> set[str | None]:
     return {why_not(module) for module in model.modules() if hasattr(module, "lora_A")}
 
 
-def over(config, K: int = 64) -> nn.Module:
-    model = nn.Sequential(nn.Linear(K, 48))
+def over(config, K: int = 64, N: int = 48) -> nn.Module:
+    model = nn.Sequential(nn.Linear(K, N))
     quantize_(model, config)
     return randomise(get_peft_model(model, LoraConfig(r=4, target_modules=["0"])))
 
@@ -78,8 +104,20 @@ def test_what_is_not_covered_is_pefts_with_its_reason(calls):
     model = over(Int8DynamicActivationInt8WeightConfig())
     assert "the inputs of this weight" in next(iter(peftkern.patch(model).skipped.values()))
     assert model(torch.randn(5, 64)).isfinite().all()
-    model = over(Float8WeightOnlyConfig())
-    assert "a weight of type Float8Tensor" in next(iter(peftkern.patch(model).skipped.values()))
+    model = over(Float8WeightOnlyConfig(granularity=PerGroup(16)))
+    assert "this fp8 weight has scales for blocks of [1, 16]" in next(iter(peftkern.patch(model).skipped.values()))
+    model = over(Float8WeightOnlyConfig(weight_dtype=torch.float8_e5m2))
+    assert "weight is float8_e4m3fn [48, 64], got float8_e5m2" in next(iter(peftkern.patch(model).skipped.values()))
+    model = over(IntxWeightOnlyConfig(torch.int4, PerGroup(16), MappingType.ASYMMETRIC))
+    assert "zero points" in next(iter(peftkern.patch(model).skipped.values()))
+    model = over(Int8WeightOnlyConfig())
+    layer = model.base_model.model[0].base_layer
+    scale = torch.ones(4, 48, dtype=BF16)
+    layer.weight = nn.Parameter(
+        Int4PlainInt32Tensor(torch.zeros(48, 8, dtype=torch.int32), scale, scale.to(torch.int8), [1, 16], (48, 64)),
+        requires_grad=False,
+    )
+    assert "a weight of type Int4PlainInt32Tensor" in next(iter(peftkern.patch(model).skipped.values()))
     model = over(Int8WeightOnlyConfig())
     layer = model.base_model.model[0]
     layer.base_layer.weight.zero_point.fill_(1)

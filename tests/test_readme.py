@@ -105,6 +105,15 @@ def accelerate() -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "loader": torch.utils.data.DataLoader(ROWS, batch_size=2)}
 
 
+def a_checkpoint() -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    saved = {name: torch.ones(6, 8).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+    save_file(saved, "model.safetensors")
+    return operands()
+
+
 def a_model_and_a_batch() -> dict[str, Any]:
     return {"model": adapted(), "batch": batch()}
 
@@ -134,6 +143,7 @@ GIVEN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], 
     "the Hugging Face Trainer": (the_trainer, fused),
     "TRL": (trl, lambda names: fused({"model": names["trainer"].model})),
     "accelerate": (accelerate, None),
+    "a checkpoint in fp8, GPTQ or AWQ": (a_checkpoint, None),
     "FSDP2": (lambda: {"model": adapted()}, lambda names: names["model"](**batch()).loss.backward()),
     "torch.compile": (a_model_and_a_batch, lambda names: names["loss"].backward()),
     "torch.compile by blocks": (a_model_and_a_batch, lambda names: names["loss"].backward()),

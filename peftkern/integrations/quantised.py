@@ -1,4 +1,7 @@
-"""The frozen weights of bitsandbytes' and torchao's layers, as the kernels take them. Neither is imported."""
+"""The frozen weights of bitsandbytes', torchao's and transformers' layers, as the kernels take them.
+
+None of the three is imported.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from torch import Tensor, nn
 
 from peftkern import multi_lora
 from peftkern.call import Rows, Update
-from peftkern.integrations.bitsandbytes import from_bitsandbytes, quant_state, read_bitsandbytes
-from peftkern.integrations.torchao import from_torchao, read_torchao
+from peftkern.integrations import torchao
+from peftkern.integrations.bitsandbytes import from_bitsandbytes, int8_operands, quant_state, read_bitsandbytes
+from peftkern.integrations.fine_grained_fp8 import from_fp8_linear, read_fp8_linear
 from peftkern.ops import dispatch
 from peftkern.weights import FrozenWeight
 
@@ -21,18 +25,24 @@ _BASES = {
     "bitsandbytes.nn.modules.LinearNF4",
     "bitsandbytes.nn.modules.LinearFP4",
     "bitsandbytes.nn.modules.Linear8bitLt",
-    "torchao.quantization.Int8Tensor",  # the weight of a plain nn.Linear
+    *(f"torchao.quantization.{kind}" for kind in torchao.KINDS),  # the weight of a plain nn.Linear
 }
+_OF_TORCHAO = ("zero_point", "block_size", *torchao.OF_INPUTS)
+_FP8_LINEAR = "transformers.integrations.finegrained_fp8.FP8Linear"
 _PLAIN = (nn.Parameter, Tensor)  # bitsandbytes' weights are where FSDP has gathered them
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], FrozenWeight]] = weakref.WeakKeyDictionary()
 
 
 def is_quantised(base: Any) -> bool:
-    """Whether a base layer is bitsandbytes' own Linear4bit or Linear8bitLt, or an nn.Linear with torchao's int8 weight,
-    and no subclass of somebody else's."""
+    """Whether a base layer is bitsandbytes' own Linear4bit or Linear8bitLt, transformers' FP8Linear, or an nn.Linear
+    with one of torchao's weights, and no subclass of somebody else's."""
     kind = type(base)
-    return is_bitsandbytes(type(base._parameters.get("weight")) if kind is nn.Linear else kind)
+    return _is_fp8_linear(kind) or is_bitsandbytes(type(base._parameters.get("weight")) if kind is nn.Linear else kind)
+
+
+def _is_fp8_linear(kind: type) -> bool:
+    return f"{kind.__module__}.{kind.__qualname__}" == _FP8_LINEAR
 
 
 def is_bitsandbytes(kind: type) -> bool:
@@ -54,7 +64,9 @@ def _traced(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     if reason is not None:
         return reason
     if type(base) is nn.Linear:
-        return read_torchao(base.weight), None
+        return torchao.read_torchao(base.weight), None
+    if _is_fp8_linear(type(base)):
+        return read_fp8_linear(base), None
     return read_bitsandbytes(base), getattr(base, "compute_dtype", None)
 
 
@@ -70,12 +82,17 @@ def _held(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     """``frozen`` elsewhere. The weight is made once and again whenever the layer holds other tensors."""
     weight = base._parameters["weight"]
     state, data = weight.__dict__, weight
-    if "qdata" in state:
-        data, zeros = weight.qdata, weight.zero_point
-        held: tuple[Any, ...] = (data, weight.scale, zeros, weight.act_quant_kwargs, weight.act_pre_scale)
+    if "weight_scale_inv" in base._parameters:
+        if weight.requires_grad:
+            return "its base weight requires grad"
+        scale = base._parameters["weight_scale_inv"]
+        held: tuple[Any, ...] = (scale, base._parameters.get("activation_scale"), base.block_size)
         compute = None
+    elif "qdata" in state:
+        data, scale = weight.qdata, weight.scale
+        held, compute = (data, scale, *map(state.get, _OF_TORCHAO)), None
     elif "quant_state" in state or "quant_state" in base.__dict__:
-        found = quant_state(base)
+        found, scale = quant_state(base), None
         held = (found, *_parts_of(found))
         compute = base.compute_dtype
         if not base.compute_type_is_set:
@@ -83,14 +100,15 @@ def _held(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     else:
         if base.state.has_fp16_weights:
             return "its int8 base keeps its weight in fp16"
+        scale = int8_operands(base)[1]
         held, compute = (state.get("CB"), state.get("SCB"), base.state.CB, base.state.SCB), None
-    key = (weight, data.data_ptr(), *held)
+    key = (weight, (data.data_ptr(), _version(scale)), *held)
     entry = _known.get(base)
     if entry is None or not _same(entry[0], key):
         plain = type(weight) in _PLAIN and not getattr(held[0], "packing_format_for_cpu", False)
         checked = plain and entry is not None and _same(entry[0], (*entry[0][:2], *held))
         try:
-            entry = _known[base] = (key, _taken(base, weight, data is weight, checked))
+            entry = _known[base] = (key, _taken(base, weight, checked))
         except ValueError as error:
             return f"its base weight cannot be taken: {error}"
     return entry[1], compute
@@ -101,16 +119,18 @@ def forget(base: Any) -> None:
     _known.pop(base, None)
 
 
-def _taken(base: Any, weight: Any, bitsandbytes: bool, checked: bool) -> FrozenWeight:
+def _taken(base: Any, weight: Any, checked: bool) -> FrozenWeight:
     """The weight, of tensors that backward can save: whoever asks first may be evaluating, and the next one trains.
 
     Where only its place is new, as after each of FSDP's gathers, it is ``checked``.
     """
     with torch.inference_mode(False):
-        if bitsandbytes:
-            found = read_bitsandbytes(base) if checked else from_bitsandbytes(base)
+        if "weight_scale_inv" in base._parameters:
+            found = from_fp8_linear(base)
+        elif "qdata" in weight.__dict__:
+            found = torchao.from_torchao(weight)
         else:
-            found = from_torchao(weight)
+            found = read_bitsandbytes(base) if checked else from_bitsandbytes(base)
         return found.mapped(_alias) if any(tensor.is_inference() for tensor in found.tensors) else found
 
 
@@ -128,8 +148,13 @@ def _parts_of(state: Any) -> tuple[Any, ...]:
     return (state.absmax, state.code, state.offset, *(() if nested is None else (nested.absmax, nested.code)))
 
 
+def _version(scale: Tensor | None) -> int:
+    """How often scales were written in place, where that is known: what is taken of them may be a copy."""
+    return 0 if scale is None or scale.is_inference() else scale._version
+
+
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether two keys hold the same objects, and the same address."""
+    """Whether two keys hold the same objects, the same address, and the same version of the scales."""
     if len(one) != len(other) or one[1] != other[1]:
         return False
     return one[0] is other[0] and all(a is b for a, b in zip(one[2:], other[2:], strict=True))

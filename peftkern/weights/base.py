@@ -212,7 +212,9 @@ class FrozenWeight(ABC):
 
         So is a 2-D weight of a checkpoint, whose codes and scales are taken over as they are: in mxfp4 by gpt-oss's
         names, ``NAME_blocks`` and ``NAME_scales``; in nvfp4 by ModelOpt's, ``NAME``, ``NAME_scale`` and
-        ``NAME_scale_2``, or by compressed-tensors', ``NAME_packed``, ``NAME_scale`` and ``NAME_global_scale``.
+        ``NAME_scale_2``, or by compressed-tensors', ``NAME_packed``, ``NAME_scale`` and ``NAME_global_scale``; in fp8
+        by DeepSeek's and Qwen's, ``NAME`` and ``NAME_scale_inv``, a scale for every 128 x 128 block, or one; in int4 by
+        GPTQ's and AWQ's, ``qweight``, ``qzeros``, ``scales`` and GPTQ's ``g_idx`` in the place of NAME's last word.
 
         Args: state_dict: what may hold other tensors too; name: of the weight in it.
         Raises: ValueError naming the key that is missing, unexpected, or holds what it should not.
@@ -228,7 +230,8 @@ class FrozenWeight(ABC):
         known = ", ".join(sorted(markers))
         if len(marked) != 1 or marked[0].removeprefix("quant_state.") not in markers:
             found = ", ".join(f"{name}.{key}" for key in marked) or "none"
-            raise ValueError(f"{name}.quant_state.* names one of {known}, found {found}")
+            spelled = "; ".join(f"{c.format}: {', '.join(keys)}" for c, keys in _spellings(name))
+            raise ValueError(f"{name}.quant_state.* names one of {known}, found {found}; nor is there all of {spelled}")
         cls = markers[marked[0].removeprefix("quant_state.")]
         facts = saved.unpack_facts(entries.pop(marked[0]), f"{name}.{marked[0]}")
         return cls.from_saved(saved.Saved(name, entries, facts, f"{name}.{marked[0]}"))
@@ -258,13 +261,27 @@ def _format_class(format: str, known: Collection[str]) -> type[FrozenWeight]:
     return _FORMATS[format]
 
 
+def _spellings(name: str) -> list[tuple[type[FrozenWeight], list[str]]]:
+    """The keys of a weight by every spelling of others."""
+    own = [cls for cls in _FORMATS.values() if cls.base_compute is None]
+    return [(cls, [_key(name, part) for part in spelling]) for cls in own for spelling in cls.spellings]
+
+
+def _key(name: str, part: str) -> str:
+    """A part that begins with a letter is beside the name, in the place of its last word; the others follow it."""
+    return name.removesuffix(name.rpartition(".")[2]) + part if part[:1].isalpha() else name + part
+
+
 def _spelled(state_dict: Mapping[str, Tensor], name: str) -> FrozenWeight | None:
-    """The weight by the spelling of which most keys are there; None where there is but the name. Raises: ValueError."""
-    every = [(cls, [name + part for part in spelling]) for cls in _FORMATS.values() for spelling in cls.spellings]
+    """The weight by the spelling of which most keys are there, the shorter of two; None where there is but the name.
+
+    Raises: ValueError.
+    """
+    every = _spellings(name)
     present = {key for _, keys in every for key in keys if key in state_dict}
     if not present - {name}:
         return None
-    cls, keys = max(every, key=lambda one: len(present.intersection(one[1])))
+    cls, keys = max(every, key=lambda one: (len(present.intersection(one[1])), -len(one[1])))
     about = f"{cls.format} is saved as {', '.join(keys)}"
     missing = [key for key in keys if not isinstance(state_dict.get(key), Tensor)]
     if missing:

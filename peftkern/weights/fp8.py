@@ -5,17 +5,19 @@ W[n, k] = data[n, k] * scale[...],   scale = max |W| / 448 over what shares it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from peftkern.weights.base import FrozenWeight
-from peftkern.weights.saved import require
+from peftkern.weights.saved import dtype_name, require, require_finite
 
 _LARGEST = 448.0
 _SMALLEST = -117  # the exponent with which e4m3's smallest, 2^-9, is fp32's and bf16's smallest that is not subnormal
 BLOCK = 128
+_SAVED_SCALES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)  # of checkpoints: each is a number of fp32
 
 
 class FP8Weight(FrozenWeight):
@@ -23,6 +25,7 @@ class FP8Weight(FrozenWeight):
 
     format = "fp8"
     parts = ("scale",)
+    spellings = (("", "_scale_inv"),)  # DeepSeek's and Qwen's
 
     def check_layout(self, name: str) -> None:
         N, K = self.shape
@@ -55,6 +58,27 @@ class FP8Weight(FrozenWeight):
         scale = largest / _LARGEST
         divisor = _spread(torch.where(scale > 0, scale, 1.0), group_size, shape)
         return cls((wide / divisor).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale, group_size)
+
+    @classmethod
+    def from_checkpoint(cls, keys: Sequence[str], tensors: Sequence[Tensor]) -> FrozenWeight:
+        """The weight of DeepSeek's and Qwen's checkpoints, and of transformers' ``FP8Linear``.
+
+        Its scales multiply, whatever their name says. Raises: ValueError naming the key that holds what it should not.
+        """
+        data, scale = tensors
+        if data.ndim != 2:
+            raise ValueError(f"{keys[0]} is float8_e4m3fn [N, K] of one weight, got {list(data.shape)}")
+        N, K = data.shape
+        require(keys[0], data, torch.float8_e4m3fn, (N, K), data.device)
+        if scale.dtype not in _SAVED_SCALES:
+            known = ", ".join(map(dtype_name, _SAVED_SCALES))
+            raise ValueError(f"{keys[1]} is of one of {known}, not {dtype_name(scale.dtype)}")
+        single = scale.ndim < 2 and scale.numel() == 1
+        shape = tuple(scale.shape) if single else (-(-N // BLOCK), -(-K // BLOCK))
+        wide = require(keys[1], scale, scale.dtype, shape, data.device).float()
+        if not scale.is_meta:
+            require_finite(keys[1], wide)
+        return cls(data, wide.view(1) if single else wide, 0 if single else BLOCK, dtype=torch.bfloat16)
 
 
 class FP8ComputedWeight(FP8Weight):

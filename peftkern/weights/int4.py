@@ -7,9 +7,12 @@ Zero is always representable. Two elements share a byte, the even one in the hig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from peftkern.weights import packed_int32
 from peftkern.weights.base import FrozenWeight
 from peftkern.weights.groups import grouped, pack_nibbles, spread
 from peftkern.weights.saved import require, require_group
@@ -21,6 +24,7 @@ class Int4Weight(FrozenWeight):
     format = "int4"
     packed = True
     parts = ("scale", "zero_point")
+    spellings = packed_int32.SPELLINGS  # GPTQ's and AWQ's
 
     def check_layout(self, name: str) -> None:
         N, K = self.shape
@@ -58,3 +62,15 @@ class Int4Weight(FrozenWeight):
         codes = codes.clamp_(0, 15).to(torch.uint8).view(N, -1)[:, :K]
         data = pack_nibbles(torch.nn.functional.pad(codes, (0, K % 2)))
         return cls(data, scale, group_size, (zero_point.to(torch.uint8),), (N, K))
+
+    @classmethod
+    def from_checkpoint(cls, keys: Sequence[str], tensors: Sequence[Tensor]) -> FrozenWeight:
+        """The weight of a GPTQ or AWQ checkpoint, whose codes and zero points are put into this order.
+
+        Raises: ValueError naming the key that holds what it should not, or the layout that is not read.
+        """
+        found = packed_int32.read(keys, tensors)
+        K = found.codes.shape[1]
+        data = pack_nibbles(torch.nn.functional.pad(found.codes, (0, K % 2)))
+        dtype = tensors[2].dtype
+        return cls(data, found.scale, found.group_size, (found.zero_point,), (len(data), K), dtype)

@@ -86,9 +86,10 @@ def patch(model: nn.Module, share: bool | Sequence[Sequence[str]] = False) -> Pa
     Parameters, state_dict keys, hooks on the layers, saving and loading stay PEFT's. Layers are judged again at every
     call: what changes later (merge, several adapters, an unfrozen base) runs PEFT's own forward while it lasts.
 
-    So does PEFT's layer over a plain bitsandbytes ``Linear4bit`` or ``Linear8bitLt``, or over torchao's weight-only
-    int8: y and the gradients are those of the dequantised weight. For 8 bits that is more exact than bitsandbytes' own
-    forward, which rounds x to 8 bits too, and than torchao's, which rounds the scales to x's dtype.
+    So does PEFT's layer over a plain bitsandbytes ``Linear4bit`` or ``Linear8bitLt``, over torchao's weight-only int8
+    or fp8, or over transformers' ``FP8Linear``: y and the gradients are those of the dequantised weight. For 8 bits
+    that is more exact than bitsandbytes' and transformers' own forward, which rounds x to 8 bits too, and than
+    torchao's of int8, which rounds the scales to x's dtype.
 
     Args:
         model: any module that contains ``peft.tuners.lora.Linear`` (PeftModel, ``add_adapter`` models, wrapped ones).

@@ -11,14 +11,14 @@ from peftkern.integrations.peft.layer import PeftkernLoraLinear
 
 
 class PeftkernTorchaoLinear(TorchaoLoraLinear):
-    """PEFT's LoRA over torchao's int8 weight with peftkern's forward. Made by ``patch``, never constructed."""
+    """PEFT's LoRA over one of torchao's weights with peftkern's forward. Made by ``patch``, never constructed."""
 
     peft = TorchaoLoraLinear
     forward = PeftkernLoraLinear.forward
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's ``merge``, which quantises the sum again and does not say so."""
-        warnings.warn("merging into an int8 base quantises the sum again: the outputs change", stacklevel=2)
+        warnings.warn("merging into a base of torchao's quantises the sum again: the outputs change", stacklevel=2)
         super().merge(*args, **kwargs)
 
     def _get_name(self) -> str:
