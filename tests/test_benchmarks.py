@@ -315,12 +315,15 @@ def test_the_pair_benchmark_on_every_family(family, tmp_path, monkeypatch, capsy
     assert f"{row['fast']} of {row['layers']}" in capsys.readouterr().out and (tmp_path / "models.csv").exists()
 
 
-def test_the_pair_benchmark_names_an_unknown_model(capsys):
+def test_the_pair_benchmark_names_what_it_does_not_take(capsys):
     from benchmarks import model
 
     with pytest.raises(SystemExit):
         model.main(["--models", "llama,lama"])
     assert "lama: not of smollm2, llama" in capsys.readouterr().err
+    pytest.importorskip("peft")
+    with pytest.raises(SystemExit, match="--models takes a base of bf16, fp16, fp32"):
+        model.main(["--models", "llama", "--base", "nf4"])
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
