@@ -115,6 +115,10 @@ def test_what_is_not_covered_is_pefts_with_its_reason(calls):
     assert "its layer has online_full_had" in str(why_not(model[0]))
     base.online_full_had = False
     assert why_not(model[0]) is None
+    base.adapter = object()  # of a layer that has been taken
+    assert "its layer has adapter" in str(why_not(model[0]))
+    base.adapter = None
+    assert why_not(model[0]) is None
     held = dict(base._buffers)
     for name in gptqmodel.PARTS:
         base._buffers[name] = None
