@@ -1,6 +1,6 @@
-"""The frozen weights of bitsandbytes', torchao's and transformers' layers, as the kernels take them.
+"""The frozen weights of bitsandbytes', torchao's, transformers' and gptqmodel's layers, as the kernels take them.
 
-None of the three is imported.
+None of them is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftkern import multi_lora
 from peftkern.call import Rows, Update
-from peftkern.integrations import torchao
+from peftkern.integrations import gptqmodel, torchao
 from peftkern.integrations.bitsandbytes import from_bitsandbytes, int8_operands, quant_state, read_bitsandbytes
 from peftkern.integrations.fine_grained_fp8 import from_fp8_linear, read_fp8_linear
 from peftkern.ops import dispatch
@@ -29,31 +29,32 @@ _BASES = {
 }
 _OF_TORCHAO = ("zero_point", "block_size", *torchao.OF_INPUTS)
 _FP8_LINEAR = "transformers.integrations.finegrained_fp8.FP8Linear"
+_WHOLE = {_FP8_LINEAR, gptqmodel.GPTQ, gptqmodel.AWQ}  # which are not read as units of FSDP
 _PLAIN = (nn.Parameter, Tensor)  # bitsandbytes' weights are where FSDP has gathered them
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], FrozenWeight]] = weakref.WeakKeyDictionary()
 
 
 def is_quantised(base: Any) -> bool:
-    """Whether a base layer is bitsandbytes' own Linear4bit or Linear8bitLt, transformers' FP8Linear, or an nn.Linear
-    with one of torchao's weights, and no subclass of somebody else's."""
+    """Whether a base layer is bitsandbytes' own Linear4bit or Linear8bitLt, transformers' FP8Linear, gptqmodel's plain
+    TorchLinear or AwqTorchLinear, or an nn.Linear with one of torchao's weights; no subclass of somebody else's."""
     kind = type(base)
-    return _is_fp8_linear(kind) or is_bitsandbytes(type(base._parameters.get("weight")) if kind is nn.Linear else kind)
+    return _name(kind) in _WHOLE or is_bitsandbytes(type(base._parameters.get("weight")) if kind is nn.Linear else kind)
 
 
-def _is_fp8_linear(kind: type) -> bool:
-    return f"{kind.__module__}.{kind.__qualname__}" == _FP8_LINEAR
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def is_bitsandbytes(kind: type) -> bool:
     """Whether this is one of bitsandbytes' classes of layers; or torchao's of weights."""
-    return f"{kind.__module__}.{kind.__qualname__}" in _BASES
+    return _name(kind) in _BASES
 
 
 def frozen(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     """(weight, the dtype it is multiplied in or None for x's own), or why it cannot be taken.
 
-    The weight shares the layer's memory.
+    The weight shares the layer's memory, but for that of gptqmodel's layers.
     """
     return _traced(base) if torch.compiler.is_compiling() else _held(base)
 
@@ -63,9 +64,11 @@ def _traced(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     reason = _why_not(base)
     if reason is not None:
         return reason
+    if "qweight" in base._buffers:
+        return "a compiler traces it, and its int4 weight is put in order outside of graphs"
     if type(base) is nn.Linear:
         return torchao.read_torchao(base.weight), None
-    if _is_fp8_linear(type(base)):
+    if _name(type(base)) == _FP8_LINEAR:
         return read_fp8_linear(base), None
     return read_bitsandbytes(base), getattr(base, "compute_dtype", None)
 
@@ -80,19 +83,25 @@ _why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_
 
 def _held(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     """``frozen`` elsewhere. The weight is made once and again whenever the layer holds other tensors."""
-    weight = base._parameters["weight"]
+    weight = base._buffers["qweight"] if "qweight" in base._buffers else base._parameters["weight"]
+    if weight is None:
+        return "its base weight is not there"
     state, data = weight.__dict__, weight
-    if "weight_scale_inv" in base._parameters:
+    held: tuple[Any, ...]
+    copied: tuple[Any, ...]
+    if "qweight" in base._buffers:
+        copied = gptqmodel.buffers(base)
+        held, compute = (*copied, *(getattr(base, name, None) for name in gptqmodel.BESIDE)), None
+    elif "weight_scale_inv" in base._parameters:
         if weight.requires_grad:
             return "its base weight requires grad"
-        scale = base._parameters["weight_scale_inv"]
-        held: tuple[Any, ...] = (scale, base._parameters.get("activation_scale"), base.block_size)
-        compute = None
+        copied = (base._parameters["weight_scale_inv"],)
+        held, compute = (*copied, base._parameters.get("activation_scale"), base.block_size), None
     elif "qdata" in state:
-        data, scale = weight.qdata, weight.scale
-        held, compute = (data, scale, *map(state.get, _OF_TORCHAO)), None
+        data, copied = weight.qdata, (weight.scale,)
+        held, compute = (data, *copied, *map(state.get, _OF_TORCHAO)), None
     elif "quant_state" in state or "quant_state" in base.__dict__:
-        found, scale = quant_state(base), None
+        found, copied = quant_state(base), ()
         held = (found, *_parts_of(found))
         compute = base.compute_dtype
         if not base.compute_type_is_set:
@@ -100,9 +109,9 @@ def _held(base: Any) -> tuple[FrozenWeight, torch.dtype | None] | str:
     else:
         if base.state.has_fp16_weights:
             return "its int8 base keeps its weight in fp16"
-        scale = int8_operands(base)[1]
+        copied = (int8_operands(base)[1],)
         held, compute = (state.get("CB"), state.get("SCB"), base.state.CB, base.state.SCB), None
-    key = (weight, (data.data_ptr(), _version(scale)), *held)
+    key = (weight, (data.data_ptr(), *map(_version, copied)), *held)
     entry = _known.get(base)
     if entry is None or not _same(entry[0], key):
         plain = type(weight) in _PLAIN and not getattr(held[0], "packing_format_for_cpu", False)
@@ -124,8 +133,11 @@ def _taken(base: Any, weight: Any, checked: bool) -> FrozenWeight:
 
     Where only its place is new, as after each of FSDP's gathers, it is ``checked``.
     """
+    found: FrozenWeight
     with torch.inference_mode(False):
-        if "weight_scale_inv" in base._parameters:
+        if "qweight" in base._buffers:
+            found = gptqmodel.from_gptqmodel(base)
+        elif "weight_scale_inv" in base._parameters:
             found = from_fp8_linear(base)
         elif "qdata" in weight.__dict__:
             found = torchao.from_torchao(weight)
@@ -148,13 +160,13 @@ def _parts_of(state: Any) -> tuple[Any, ...]:
     return (state.absmax, state.code, state.offset, *(() if nested is None else (nested.absmax, nested.code)))
 
 
-def _version(scale: Tensor | None) -> int:
-    """How often scales were written in place, where that is known: what is taken of them may be a copy."""
-    return 0 if scale is None or scale.is_inference() else scale._version
+def _version(copied: Tensor | None) -> tuple[int, int]:
+    """The place of what may be copied, such as scales, and how often it was written to, where that is known."""
+    return (0, 0) if copied is None else (copied.data_ptr(), 0 if copied.is_inference() else copied._version)
 
 
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether two keys hold the same objects, the same address, and the same version of the scales."""
+    """Whether two keys hold the same objects, the same address, and the same version of what is copied."""
     if len(one) != len(other) or one[1] != other[1]:
         return False
     return one[0] is other[0] and all(a is b for a, b in zip(one[2:], other[2:], strict=True))

@@ -69,7 +69,12 @@ class Int4Weight(FrozenWeight):
 
         Raises: ValueError naming the key that holds what it should not, or the layout that is not read.
         """
-        found = packed_int32.read(keys, tensors)
+        return cls.from_int32(keys, tensors)
+
+    @classmethod
+    def from_int32(cls, keys: Sequence[str], tensors: Sequence[Tensor], stored_less_one: bool = True) -> Int4Weight:
+        """``from_checkpoint``; ``stored_less_one``: whether zero points of GPTQ's are, as in files of "gptq"."""
+        found = packed_int32.read(keys, tensors, stored_less_one)
         K = found.codes.shape[1]
         data = pack_nibbles(torch.nn.functional.pad(found.codes, (0, K % 2)))
         dtype = tensors[2].dtype

@@ -36,8 +36,11 @@ class Read(NamedTuple):
     group_size: int
 
 
-def read(keys: Sequence[str], tensors: Sequence[Tensor]) -> Read:
-    """The layer's codes, scales and zero points. Raises: ValueError naming the key, and what was expected."""
+def read(keys: Sequence[str], tensors: Sequence[Tensor], stored_less_one: bool = True) -> Read:
+    """The layer's codes, scales and zero points. Raises: ValueError naming the key, and what was expected.
+
+    Args: stored_less_one: whether GPTQ's zero points are.
+    """
     (qweight, qzeros, scales), g_idx = tensors[:3], tensors[3] if len(tensors) > 3 else None
     for key, tensor in zip(keys[:2], (qweight, qzeros), strict=True):
         if tensor.dtype != torch.int32 or tensor.ndim != 2:
@@ -59,7 +62,9 @@ def read(keys: Sequence[str], tensors: Sequence[Tensor]) -> Read:
     require_finite(keys[2], scales)
     order = _AWQ if awq else _GPTQ
     codes = _nibbles(qweight, order) if awq else _nibbles(qweight.t(), order).t()
-    zeros = _nibbles(qzeros, order) if awq else _of_v1(keys[1], _nibbles(qzeros, order))
+    zeros = _nibbles(qzeros, order)
+    if stored_less_one and not awq:
+        zeros = _of_v1(keys[1], zeros)
     return Read(codes.t().contiguous(), scales.t().float().contiguous(), zeros.t().contiguous(), group_size)
 
 

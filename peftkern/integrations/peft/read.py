@@ -128,7 +128,8 @@ def _base_parts(base: Any) -> tuple[Tensor | FrozenWeight, Tensor | None, torch.
         if weight is not None and zero3.is_partitioned(weight):
             return "its quantised base is ZeRO-3's"  # what is taken of one is kept, and would keep all that is gathered
         found = why_not_observed("base_layer", base) or units.why_not_whole(weight) or quantised.frozen(base)
-        return found if isinstance(found, str) else (found[0], base._parameters["bias"], found[1])
+        bias = base._parameters.get("bias", base._buffers.get("bias"))  # gptqmodel's are buffers
+        return found if isinstance(found, str) else (found[0], bias, found[1])
     reason = _why_not_plain("base_layer", base, (nn.Linear, Conv1D))
     if reason is not None:
         return reason

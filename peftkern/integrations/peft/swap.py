@@ -87,9 +87,10 @@ def patch(model: nn.Module, share: bool | Sequence[Sequence[str]] = False) -> Pa
     call: what changes later (merge, several adapters, an unfrozen base) runs PEFT's own forward while it lasts.
 
     So does PEFT's layer over a plain bitsandbytes ``Linear4bit`` or ``Linear8bitLt``, over torchao's weight-only int8
-    or fp8, or over transformers' ``FP8Linear``: y and the gradients are those of the dequantised weight. For 8 bits
-    that is more exact than bitsandbytes' and transformers' own forward, which rounds x to 8 bits too, and than
-    torchao's of int8, which rounds the scales to x's dtype.
+    or fp8, over transformers' ``FP8Linear``, or over gptqmodel's ``TorchLinear`` or ``AwqTorchLinear``, whose codes are
+    copied in another order: y and the gradients are those of the dequantised weight. For 8 bits that is more exact than
+    bitsandbytes' and transformers' own forward, which rounds x to 8 bits too, and than torchao's of int8, which rounds
+    the scales to x's dtype.
 
     Args:
         model: any module that contains ``peft.tuners.lora.Linear`` (PeftModel, ``add_adapter`` models, wrapped ones).
@@ -210,6 +211,14 @@ def _fast_class(kind: type, share: bool) -> type | None:
         from peftkern.integrations.peft.torchao_layer import PeftkernTorchaoLinear
 
         return PeftkernTorchaoLinear if PeftkernTorchaoLinear.peft is kind else None
+    if (kind.__module__, kind.__name__) == ("peft.tuners.lora.gptq", "GPTQLoraLinear"):
+        from peftkern.integrations.peft.gptq_layer import PeftkernGPTQLinear
+
+        return PeftkernGPTQLinear
+    if (kind.__module__, kind.__name__) == ("peft.tuners.lora.awq", "AwqLoraLinear"):
+        from peftkern.integrations.peft.awq_layer import PeftkernAwqLinear
+
+        return PeftkernAwqLinear
     return None
 
 
