@@ -232,15 +232,14 @@ def test_what_is_not_covered_is_pefts_with_its_reason(calls):
     assert "is a FP8GroupedLinear, not a plain" in reason(grouped)
 
 
-def test_patched_it_trains_where_transformers_kernel_is_not(calls):
-    """FP8Linear's own forward wants a kernel from the hub, for a GPU. With dropout, ``share``, and in a mixed batch."""
+def test_dropout_shared_inputs_and_mixed_batches(calls):
+    """transformers' own forward wants a kernel from the hub, for a GPU: patched, it runs here."""
     model = over_fp8(lora_dropout=0.1)
     report = peftkern.patch(model, share=True)
     assert len(report.fast) == LAYERS and not report.skipped
-    loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
+    model(input_ids=IDS, labels=IDS).loss.backward()
     assert len(calls) == LAYERS and all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    mixed = model.eval()(input_ids=IDS, adapter_names=["default", "__base__"]).logits
-    assert mixed.isfinite().all()
-    with model.disable_adapter(), pytest.raises(Exception, match="kernel"):
-        model(input_ids=IDS)
+    model.eval()
+    mixed = model(input_ids=IDS, adapter_names=["default", "__base__"]).logits
+    every = model(input_ids=IDS).logits
+    assert torch.allclose(mixed[0], every[0], atol=1e-5) and not torch.allclose(mixed[1], every[1], atol=1e-3)
