@@ -3,9 +3,9 @@
     python -m benchmarks.instructions [--set avx2] [--shape smollm2-135m.qo] [--rows 96] [--p 0.05] [--out out]
 
 Compiles the test driver with one instruction set's kernels and runs forward and backward of one linear once, on one
-thread, the product with the frozen weight inside, where it lies and packed; then forward of 1 and 16 rows (decode),
-and the dropout mask alone. Valgrind knows AVX2 but not AVX-512. The figure to compare is instructions over vector
-multiplications, M K N / width for y and as many for dx; for the mask, over M K / width.
+thread, the product with the frozen weight inside; then forward of 1 and 16 rows (decode), and the dropout mask alone.
+Valgrind knows AVX2 but not AVX-512. The figure to compare is instructions over vector multiplications, M K N / width
+for y and as many for dx; for the mask, over M K / width.
 """
 
 from __future__ import annotations
@@ -65,21 +65,19 @@ def measure(
     M, K, N, r = problem
     rows = []
 
-    def add(kernel: str, function: str, rows_of_x: int, dtype: str, p: float, packed: bool, per: int) -> None:
-        found = count(driver, f"peftkern::{name}::{function}", [rows_of_x, K, N, r, dtype, p, int(packed)], folder)
+    def add(kernel: str, function: str, rows_of_x: int, dtype: str, p: float, per: int) -> None:
+        found = count(driver, f"peftkern::{name}::{function}", [rows_of_x, K, N, r, dtype, p], folder)
         vectors = rows_of_x * per / SETS[name][1]
         about = {"kernel": kernel, "dtype": dtype, "M": rows_of_x, "K": K, "N": N, "r": r, "p": p}
         rows.append(about | {"instructions": found, "per vector": round(found / vectors, 3)})
 
     for dtype in ("fp32", "bf16"):
-        for packed in (False, True):
-            for phase, call in (("forward", "Forwards"), ("backward", "Backward")):
-                label = phase + (", packed" if packed else "")
-                add(label, f"{phase}(peftkern::{call} const&)", M, dtype, p, packed, K * N)
+        for phase, call in (("forward", "Forwards"), ("backward", "Backward")):
+            add(phase, f"{phase}(peftkern::{call} const&)", M, dtype, p, K * N)
         for handful in (1, 16):
-            add("decode", "forward(peftkern::Forwards const&)", handful, dtype, 0.0, False, K * N)
+            add("decode", "forward(peftkern::Forwards const&)", handful, dtype, 0.0, K * N)
     if p:
-        add("mask", "keep_bits(peftkern::Dropout const&, long, long, unsigned long*)", M, "fp32", p, False, K)
+        add("mask", "keep_bits(peftkern::Dropout const&, long, long, unsigned long*)", M, "fp32", p, K)
     return rows
 
 

@@ -69,8 +69,8 @@ def kernel(name: str, file: str, old: str, new: str, tests: str) -> Mutant:
 
 # fmt: off
 MUTANTS = [
-    cpp("dB with the scale of dropout", "cpu/bodies.h", "best", "narrow(p.scaling * sum, (A *)p.dB",
-        "narrow(p.scaling * p.dropout.scale * sum, (A *)p.dB", "test_products.py -k each_option"),
+    cpp("dB with the scale of dropout", "cpu/bodies.h", "best", "ld : 1, p.scaling, p.dB",
+        "ld : 1, p.scaling * p.dropout.scale, p.dB", "test_products.py -k each_option"),
     cpp("dropped at the threshold", "include/philox.h", "avx512", "_mm512_cmpge_epu16_mask(a, t)",
         "_mm512_cmpgt_epu16_mask(a, t)", "test_cpp.py -k mask_bits"),
     cpp("the mask's last word starts over", "include/philox.h", "avx2", "keep_words<1>(key, (first + word * 64) / 8,",
@@ -98,8 +98,12 @@ MUTANTS = [
         "uint16_t((bits + 0xfff + (bits >> 13 & 1) - (112u << 23)) >> 13)",
         "uint16_t((bits + 0x1000 - (112u << 23)) >> 13)", "test_cpp.py -k fp16_conversions"),
     cpp("a third thread's sums of dA", "cpu/bodies.h", "best",
-        "for (int i = 0; i < call.count; ++i) sum += call.sums(i).dA[",
-        "for (int i = 0; i < smaller(2, call.count); ++i) sum += call.sums(i).dA[", "test_cpp.py -k threads"),
+        "for (int i = 0; i < call.count; ++i, first +=", "for (int i = 0; i < smaller(2, call.count); ++i, first +=",
+        "test_cpp.py -k threads"),
+    cpp("the last of an odd row of pairs", "include/words.h", "avx512bf16", "(uint64_t(1) << left) - 1",
+        "(uint64_t(1) << (left & ~1)) - 1", "test_cpp.py -k 'read_where_it_lies or everywhere'"),
+    cpp("half a tile for one rank more", "cpu/fused.h", "best", "return R - i * kTileColumns <= W;",
+        "return R - i * kTileColumns <= W + 1;", "test_cpp.py test_products.py"),
     cpp("s of a bank's first segment for all", "cpu/bank.h", "best",
         "call->s = segment.dA ? call->s + segment.s_begin : nullptr;", "call->s = segment.dA ? call->s : nullptr;",
         "test_multi_lora.py -k every_routing"),

@@ -8,19 +8,20 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
+#if defined(__AVX2__)
+typedef ThinF32<bf16> ThinOfBF16;
+#else
+typedef ThinPaired ThinOfBF16;
+#endif
+
 static void forward(const Forwards &calls) {
   if (calls.calls[0].dtype == DType::float32) Bodies<ThinF32<float>, float>::forward(calls);
-  else Bodies<ThinF32<bf16>, float>::forward(calls);
+  else Bodies<ThinOfBF16, float>::forward(calls);
 }
 
 static void backward(const Backward &call) {
   if (call.dtype == DType::float32) Bodies<ThinF32<float>, float>::backward(call);
-  else Bodies<ThinF32<bf16>, float>::backward(call);
-}
-
-static void pack(const PackedWeight &call) {
-  if (call.dtype == DType::float32) pack_weight<float>(call);
-  else pack_weight<bf16>(call);
+  else Bodies<ThinOfBF16, float>::backward(call);
 }
 
 static void keep_bits(const Dropout &dropout, int64_t M, int64_t K, uint64_t *bits) {
@@ -34,7 +35,7 @@ static void keep_bits(const Dropout &dropout, int64_t M, int64_t K, uint64_t *bi
 #define TEXT(isa) #isa
 #define NAME(isa) TEXT(isa)
 extern const Kernels TABLE(PEFTKERN_ISA);
-const Kernels TABLE(PEFTKERN_ISA) = {NAME(PEFTKERN_ISA), PEFTKERN_ISA::kTileColumns, PEFTKERN_ISA::forward, PEFTKERN_ISA::backward,
-                                     nullptr, nullptr, PEFTKERN_ISA::pack, nullptr, PEFTKERN_ISA::keep_bits};
+const Kernels TABLE(PEFTKERN_ISA) = {NAME(PEFTKERN_ISA), PEFTKERN_ISA::forward, PEFTKERN_ISA::backward, nullptr, nullptr, nullptr,
+                                     PEFTKERN_ISA::keep_bits};
 
 }  // namespace peftkern

@@ -2,10 +2,10 @@
 //
 //   small_cases                      run every case on the baseline kernels; exit 1 where one is wrong
 //   small_cases quick                half of them
-//   small_cases M K N R dtype p packed   run forward and backward of one problem once, for counting instructions; packed: 0, 1
+//   small_cases M K N R dtype p   run forward and backward of one problem once, for counting instructions
 //
-// A case that multiplies by the weight itself meets it by rows and by columns, where it lies and packed. Built with the sources
-// of the extension but module.cpp; -DSET=avx2 takes another instruction set's table.
+// A case that multiplies by the weight itself meets it by rows and by columns. Built with the sources of the extension but
+// module.cpp; -DSET=avx2 takes another instruction set's table.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -58,12 +58,11 @@ struct Array {
   void *data() const { return memory.get(); }
 };
 
-enum class Layout { none, rows, columns, packed, packed_columns };  // of the weight; none: its product is given
+enum class Layout { none, rows, columns };  // of the weight; none: its product is given
 struct Case {
   int64_t M, K, N, R; bool narrow; float p; Layout layout; int threads;
   bool one_pass() const { return layout != Layout::none; }
-  bool transposed() const { return layout == Layout::columns || layout == Layout::packed_columns; }
-  bool packed() const { return layout == Layout::packed || layout == Layout::packed_columns; }
+  bool transposed() const { return layout == Layout::columns; }
 };
 
 bool differs(const char *name, const Case &c, const Array &found, const std::vector<double> &wanted) {
@@ -106,27 +105,17 @@ bool run(const Case &c, bool judged) {
   for (int64_t i = 0; onto && i < M * K; ++i) dx_base[i] += 0.5;
 
   Problem problem = {M, K, N, R, c.narrow ? DType::bfloat16 : DType::float32, DType::float32, true, float(scaling), dropout,
-                     c.threads, c.one_pass(), {W.data(), c.transposed() ? N : K, c.transposed(), nullptr}};
-  const auto panels = [&](bool forward) {
-    const int64_t P = forward ? N : K, Q = forward ? K : N, width = kernels.panel_columns;
-    std::unique_ptr<float[]> memory(new float[(P + width - 1) / width * width * Q]);
-    kernels.pack_weight({K, N, problem.dtype, problem.weight, forward, c.threads, memory.get()});
-    return memory;
-  };
-  std::unique_ptr<float[]> forward_panels, backward_panels;
-  if (c.packed()) forward_panels = panels(true), backward_panels = panels(false);
+                     c.threads, c.one_pass(), {W.data(), c.transposed() ? N : K, c.transposed()}};
   Forward forward;
   static_cast<Problem &>(forward) = problem;
   forward.x = x.data(), forward.x_stride = K, forward.A = A.data(), forward.B = B.data();
   forward.lora_bias = forward.bias = nullptr, forward.s = static_cast<float *>(s.data()), forward.y = y.data();
-  forward.weight.panels = forward_panels.get();
   kernels.forward({&forward, 1});
   Backward backward;
   static_cast<Problem &>(backward) = problem;
   backward.dy = dy.data(), backward.dy_stride = N, backward.x = x.data(), backward.x_stride = K;
   backward.s = static_cast<const float *>(s.data()), backward.A = A.data(), backward.B = B.data();
   backward.dx = dx.data(), backward.onto = onto, backward.dA = dA.data(), backward.dB = dB.data();
-  backward.weight.panels = backward_panels.get();
   kernels.backward(backward);
   if (!judged) return false;
 
@@ -151,11 +140,10 @@ bool run(const Case &c, bool judged) {
 }  // namespace
 
 int main(int count, char **arguments) {
-  if (count == 8) {
+  if (count == 7) {
     const auto number = [&](int i) { return std::atol(arguments[i]); };
     const bool narrow = arguments[5][0] == 'b';
-    const Layout layout = number(7) ? Layout::packed : Layout::rows;
-    return run({number(1), number(2), number(3), number(4), narrow, float(std::atof(arguments[6])), layout, 1}, false);
+    return run({number(1), number(2), number(3), number(4), narrow, float(std::atof(arguments[6])), Layout::rows, 1}, false);
   }
   const bool quick = count == 2;
   const int64_t shapes[][4] = {{1, 1, 1, 1}, {1, 70, 37, 4}, {2, 35, 19, 3}, {4, 65, 33, 17}, {7, 33, 65, 2}, {16, 530, 14, 3},
@@ -163,7 +151,7 @@ int main(int count, char **arguments) {
   bool wrong = false;
   int number = 0;
   for (const auto &shape : shapes)
-    for (Layout layout : {Layout::none, Layout::rows, Layout::columns, Layout::packed, Layout::packed_columns})
+    for (Layout layout : {Layout::none, Layout::rows, Layout::columns})
       for (bool narrow : {false, true})
         for (float p : {0.f, 0.25f}) {
           const int index = number++, threads = 1 + (index + index / 4) % 2;  // another one for the next shape
