@@ -29,14 +29,16 @@ def one_pass(
 
     That is where it was measured ahead: for a handful of rows and a weight whose rows are contiguous (``by_rows``), and
     for more rows on the processors of ``products``. Torch cannot multiply a quantised weight, but with a decoded copy
-    of all of it: for a handful of rows the copy costs many times the product, whatever the processor. Factors that stay
-    in fp32 beside rows of bf16 (precision "fp32") are not multiplied in pairs of bf16, which is what is fast.
+    of all of it: for a handful of rows the copy costs many times the product, whatever the processor, and for more rows
+    our own is ahead, in every dtype, where it is in fp32. Factors that stay in fp32 beside rows of bf16 (precision
+    "fp32") are not multiplied in pairs of bf16, which is what is fast.
     """
     kernels = extension()[0].instruction_set()
     slow = kernels == "avx512bf16" and dtype == torch.bfloat16 and precision != "base"
-    rows = None if slow else products.own_rows(kernels, dtype, forward)
     if weight_format != "dense":  # the thin products read other rows than the frozen one, where that rounds them
-        return split_format(weight_format)[1] is None and (M <= FEW_ROWS or rows is not None)
+        own = not slow and products.own_rows(kernels, torch.float32, True) is not None
+        return split_format(weight_format)[1] is None and (M <= FEW_ROWS or own)
+    rows = None if slow else products.own_rows(kernels, dtype, forward)
     if by_rows and kernels != "baseline" and M <= (ROWS_OF_Y[dtype] if forward else STREAMED_ROWS):
         return True
     return rows is not None and M >= rows

@@ -33,7 +33,8 @@ _ZEN4: RowsFrom = {torch.float32: _EVERY_ROW, torch.float16: _EVERY_ROW}
 MEASURED: dict[str, RowsFrom] = {
     "avx2": _AVX2,
     "amd-25-avx512": _ZEN4,
-    "amd-25-avx512bf16": {**_ZEN4, torch.bfloat16: _EVERY_ROW},
+    # In bf16 torch's products are ahead in a step of 512 tokens on two threads: 1.11x of the frozen step, ours 1.14x.
+    "amd-25-avx512bf16": _ZEN4,
 }
 
 
