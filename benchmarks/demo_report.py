@@ -76,7 +76,7 @@ def _explanation_of_quantised(report: Mapping[str, Any]) -> str:
   - The quantised linear layers hold {bits:.2f} bit per weight with all scales and tables, {16 / bits:.2f}x less than
     bf16. The embedding, which is the output layer too, stays dense.
   - Without dropout, the first {steps} steps on the quantised base have the losses of PEFT over bitsandbytes:
-    they differ by at most {largest:.1e} (relative); a rounding to {job["base"]} each and 1e-6 are {bound:.1e}.
+    they differ by at most {largest:.1e} (relative); one rounding to {job["base"]} and 1e-6 are {bound:.1e}.
     A step took PEFT {agreed["peft_seconds"]:.2f} s and peftkern {agreed["peftkern_seconds"]:.2f} s there.
   - The held-out loss is measured on {job["held_out_play"].title()}, which neither run was trained on.
   - "MiB saved for backward" is what autograd keeps from the forward pass for the backward pass.
@@ -99,7 +99,7 @@ def explanation(report: Mapping[str, Any]) -> str:
   PEFT, the second the same model after one more line, peftkern.patch(model).
   - The losses agree: same batches, same initial adapter, same mathematics. They are not equal to the last
     digit, because dropout draws differently. Without dropout, the first {len(agreed["peft"])} steps differ by at most
-    {largest:.1e} (relative); a rounding to {job["base"]} each and 1e-6 are {bound:.1e}.
+    {largest:.1e} (relative); one rounding to {job["base"]} and 1e-6 are {bound:.1e}.
   - The held-out loss is measured on {job["held_out_play"].title()}, which neither run was trained on.
   - "MiB saved for backward" is what autograd keeps from the forward pass for the backward pass.
   - The adapter that peftkern trained was saved, and loaded by plain PEFT in a fresh process that never
