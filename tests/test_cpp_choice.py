@@ -133,3 +133,17 @@ def test_a_table_that_cannot_be_read_is_ignored_with_one_warning(table, content,
     table.write_text(content)
     assert products.tuned() == {} and products.tuned() == {}
     assert len(caplog.records) == 1 and str(table) in caplog.text
+
+
+def test_a_user_without_a_home_has_no_table(monkeypatch, caplog):
+    """As in a container whose user is in no list: calls run all the same."""
+    for name in ("PEFTKERN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(products.Path, "home", homeless)
+    products.tuned.cache_clear()
+    assert products.tuned() == {} and "home directory" in caplog.text
+    products.tuned.cache_clear()

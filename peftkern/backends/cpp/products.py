@@ -60,16 +60,17 @@ def table_file() -> Path:
 @functools.cache
 def tuned() -> Mapping[str, RowsFrom]:
     """The user's table, read once; one that cannot be read is ignored with a warning."""
-    path = table_file()
+    path: Path | None = None
     try:
+        path = table_file()
         if not path.is_file():
             return {}
         content = json.loads(path.read_text("utf-8"))
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, not {VERSION}")
         return {name: _read(rows) for name, rows in content["rows_from"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("peftkern: %s is ignored: %s", path, error)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:  # Path.home's is Runtime
+        logger.warning("peftkern: %s is ignored: %s", path or "the table of tune --cpu", error)
         return {}
 
 
